@@ -1,0 +1,280 @@
+"""The daemon: detaches, opens everything in the process that serves, and composes the layers."""
+
+import gc
+import logging
+import logging.handlers
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import trio
+
+from fusecache.cli.cache import open_cache_device
+from fusecache.config import MountConfig
+from fusecache.control.protocol import runtime_directory
+from fusecache.control.server import ControlServer, Mounted
+from fusecache.engine.block_cache import BlockCache, open_cache
+from fusecache.engine.ports import Clock
+from fusecache.errors import FusecacheError, MountError, UsageError
+from fusecache.fuse import mounts
+from fusecache.fuse.operations import Operations
+from fusecache.fuse.session import Session
+from fusecache.store.block_map import BlockMap
+from fusecache.store.cache_device import CacheDevice
+from fusecache.store.tree import Tree
+
+log = logging.getLogger("fusecache")
+
+_FORMAT = "%(levelname)s %(message)s"
+
+
+def start(plan: MountConfig) -> None:
+    """Serves in front, or in the background and returns once it serves.
+
+    Raises:
+        FusecacheError: it does not serve (in front only; else exits with 1).
+    """
+    if plan.foreground:
+        logging.basicConfig(level=logging.INFO, format="fusecache: %(levelname)s %(message)s")
+        serve(plan, lambda: None)
+        return
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork() == 0:
+        os.close(reader)
+        _background(plan, writer)
+    os.close(writer)
+    _await_readiness(reader)
+
+
+def _await_readiness(reader: int) -> None:
+    """Relays what the daemon says until it serves or fails."""
+    said = b""
+    with open(reader, "rb") as stream:
+        while part := stream.read1(4096):
+            said += part
+            if said.endswith(b"\0"):
+                break
+    ready = said.endswith(b"\0")
+    sys.stderr.buffer.write(said.rstrip(b"\0"))
+    sys.stderr.flush()
+    if not ready:
+        sys.exit(1)
+
+
+def _background(plan: MountConfig, writer: int) -> NoReturn:
+    """The child: its own session, none of the caller's descriptors, errors through the pipe."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.dup2(writer, 2)  # libfuse and fusermount3 write there, too
+    os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    _log_to_system()
+
+    def ready() -> None:
+        os.write(2, b"\0")
+        silent = os.open(os.devnull, os.O_RDWR)
+        os.dup2(silent, 2)
+        os.close(silent)
+
+    status = 1
+    try:
+        serve(plan, ready)
+        status = 0
+    except FusecacheError as exc:
+        log.error("%s", exc)
+        os.write(2, f"fusecache: {exc}\n".encode("utf-8", "backslashreplace"))
+        status = 2 if isinstance(exc, UsageError) else 1
+    except BaseException:
+        log.exception("the daemon ends by an unexpected error")
+        os.write(2, b"fusecache: an unexpected error, see its log\n")
+    finally:
+        logging.shutdown()
+    os._exit(status)
+
+
+def _log_to_system() -> None:
+    """To syslog, or, on a host without one, to a file beside the control socket."""
+    handler: logging.Handler
+    if Path("/dev/log").exists():
+        handler = logging.handlers.SysLogHandler("/dev/log")
+        handler.setFormatter(logging.Formatter(f"fusecache[%(process)d]: {_FORMAT}"))
+    else:
+        directory = runtime_directory()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handler = logging.FileHandler(directory / "fusecache.log")
+        handler.setFormatter(logging.Formatter(f"%(asctime)s [%(process)d] {_FORMAT}"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def serve(plan: MountConfig, ready: Callable[[], None]) -> None:
+    """Opens the cache, mounts, and serves until unmounted.
+
+    Raises:
+        FusecacheError: it cannot, or could not be closed.
+    """
+    _raise_descriptor_limit()
+    device, block_map = open_cache_device(plan.cache, plan.database, plan.size, plan.block_size)
+    try:
+        tree = Tree(plan.origin)
+        tree.measure_clock()
+        trio.run(
+            partial(_serve, plan, device, block_map, tree, ready), strict_exception_groups=True
+        )
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    except OSError as exc:
+        raise MountError(f"The origin {plan.origin} cannot be used: {exc.strerror}.") from exc
+    finally:
+        block_map.close()
+        device.close()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that counts of a group: the first domain error, else the first of all."""
+    flat: list[BaseException] = []
+    queue: list[BaseException] = [group]
+    while queue:
+        item = queue.pop(0)
+        if isinstance(item, BaseExceptionGroup):
+            queue.extend(item.exceptions)
+        else:
+            flat.append(item)
+    return next((exc for exc in flat if isinstance(exc, FusecacheError)), flat[0])
+
+
+def _raise_descriptor_limit() -> None:
+    """Every inode the kernel knows costs a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _serve(
+    plan: MountConfig,
+    device: CacheDevice,
+    block_map: BlockMap,
+    tree: Tree,
+    ready: Callable[[], None],
+) -> None:
+    operations: Operations | None = None
+
+    def invalidate(identity: bytes) -> None:
+        if operations is not None:
+            operations.invalidate(identity)
+
+    async with open_cache(
+        device,
+        block_map,
+        pid=os.getpid(),
+        mountpoint=os.fsencode(plan.mountpoint),
+        origin=os.fsencode(plan.origin),
+        write_mode=plan.write_mode,
+        tuning=plan.tuning,
+        clock=Clock(origin_ns=tree.now_ns),
+        invalidate=invalidate,
+    ) as cache:
+        gc.collect()
+        gc.freeze()  # what lives as long as the mount need not be looked at again
+        operations = Operations(cache, tree)
+        session = Session(operations, plan.mountpoint, plan.tuning)
+        session.mount(plan.origin, plan.options, read_only=tree.read_only)
+        try:
+            await _Service(plan, cache, tree, operations, session).run(ready)
+        finally:
+            session.close()
+
+
+class _Service:
+    """One mount while it serves: its requests, its control socket, its signals, its end."""
+
+    def __init__(
+        self,
+        plan: MountConfig,
+        cache: BlockCache,
+        tree: Tree,
+        operations: Operations,
+        session: Session,
+    ) -> None:
+        self._plan = plan
+        self._cache = cache
+        self._operations = operations
+        self._session = session
+        self._mounted = Mounted(plan.mountpoint, plan.origin, "starting", self.unmount)
+        self._control = ControlServer(cache, tree, self._mounted, runtime_directory())
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Until unmounted, by whomever."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._control.serve)
+            nursery.start_soon(self._obey_signals)
+            serving = trio.Event()
+            nursery.start_soon(self._announce, serving, ready)
+            await self._session.run(serving)
+            self._mounted.state = "flushing"
+            with trio.CancelScope(shield=True):
+                await self._flush()
+            nursery.cancel_scope.cancel()
+
+    async def _announce(self, serving: trio.Event, ready: Callable[[], None]) -> None:
+        await serving.wait()
+        self._mounted.state = "serving"
+        log.info(
+            "serving %s at %s from %s", self._plan.origin, self._plan.mountpoint, self._plan.cache
+        )
+        ready()
+
+    async def _obey_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: flushing, then unmounting", signal.Signals(number).name)
+                try:
+                    await self.unmount(force=True)
+                except FusecacheError as exc:
+                    log.error("%s", exc)
+
+    async def unmount(self, force: bool) -> None:
+        """Flushes while still serving, then unmounts, which ends the session.
+
+        Raises:
+            MountError: files are open, or the mount is busy.
+        """
+        if self._operations.handles and not force:
+            raise MountError(
+                f"{self._plan.mountpoint} is in use: {self._open_files()}. "
+                "Close these first, or use --force."
+            )
+        await self._flush()
+        detach = partial(mounts.unmount, self._plan.mountpoint, detach=force)
+        await self._cache.threads.kernel(detach)
+
+    def _open_files(self) -> str:
+        files = []
+        for handle in self._operations.handles.values():
+            name = handle.image.row.path.decode("utf-8", "backslashreplace")
+            files.append(f"{name} (pid {handle.pid}{_command(handle.pid)})")
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        return ", ".join(sorted(set(files))[:5]) + more
+
+    async def _flush(self) -> None:
+        """As much as can be brought to the origin before the end."""
+        for image in self._cache.images.all():
+            try:
+                await self._cache.flush(image)
+            except FusecacheError as exc:
+                log.warning("flushing before the end: %s", exc)
+        await self._cache.housekeeping.settle_all()
+
+
+def _command(pid: int) -> str:
+    try:
+        return " " + Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""The Unix socket between the command line and the daemons."""

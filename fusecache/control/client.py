@@ -1,0 +1,179 @@
+"""The command line's end of the control socket. Never stats below a mount: it may hang."""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusecache.control import protocol
+from fusecache.errors import ControlError
+
+_CONNECT_TIMEOUT = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A running daemon."""
+
+    socket_path: Path
+    pid: int
+    mountpoint: Path
+    origin: Path
+    cache: Path
+    state: str
+
+
+def ask(
+    path: Path,
+    request: dict[str, Any],
+    *,
+    timeout: float | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """One request to one daemon.
+
+    Args:
+        timeout: seconds; None waits as long as it takes.
+
+    Raises:
+        ControlError: the daemon is gone, does not answer, or says why not.
+    """
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        try:
+            sock.connect(str(path))
+            sock.sendall(protocol.encode(request))
+            with sock.makefile("rb") as answers:
+                for line in answers:
+                    message = protocol.decode(line)
+                    if "ok" in message:
+                        return dict(message["ok"])
+                    if "error" in message:
+                        raise ControlError(str(message["error"]))
+                    if progress is not None:
+                        progress(dict(message.get("progress", {})))
+        except TimeoutError as exc:
+            raise ControlError(f"the daemon behind {path} does not answer") from exc
+        except OSError as exc:
+            raise ControlError(f"the daemon behind {path} is gone: {exc.strerror}") from exc
+    raise ControlError("the daemon ended before it had answered")
+
+
+def daemons() -> list[Daemon]:
+    """Every daemon that answers; sockets of dead ones are removed."""
+    found = []
+    for directory in protocol.runtime_directories():
+        for path in sorted(directory.glob("*.sock")):
+            if not _alive(path):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    path.with_suffix(".mount").unlink()
+                continue
+            with contextlib.suppress(ControlError):
+                who = ask(path, {"verb": "who"}, timeout=_CONNECT_TIMEOUT)
+                found.append(
+                    Daemon(
+                        path,
+                        int(who["pid"]),
+                        Path(who["mountpoint"]),
+                        Path(who["origin"]),
+                        Path(who["cache"]),
+                        str(who["state"]),
+                    )
+                )
+    return found
+
+
+def _alive(path: Path) -> bool:
+    """Whether the process of a socket lives; one that was killed but is held by the kernel, in
+    a call that cannot be interrupted, does not."""
+    try:
+        status = Path(f"/proc/{int(path.stem)}/status").read_text()
+    except (ValueError, OSError):
+        return False
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    killed = int(fields["ShdPnd"], 16) >> (signal.SIGKILL - 1) & 1
+    return fields["State"][0] not in "ZX" and not killed
+
+
+def silent_holder(mountpoint: Path) -> int | None:
+    """The pid of a living daemon that has this mount but did not answer."""
+    for directory in protocol.runtime_directories():
+        for path in directory.glob("*.sock"):
+            with contextlib.suppress(OSError):
+                note = path.with_suffix(".mount").read_bytes()
+                if note == os.fsencode(mountpoint) and _alive(path):
+                    return int(path.stem)
+    return None
+
+
+def choose(mountpoint: Path | None) -> list[Daemon]:
+    """The daemons a command is meant for: the one of ``mountpoint``, or all.
+
+    Raises:
+        ControlError: there is none.
+    """
+    running = daemons()
+    if mountpoint is not None:
+        running = [daemon for daemon in running if daemon.mountpoint == mountpoint]
+        if not running:
+            raise ControlError(
+                f"No fusecache is mounted at {mountpoint}. Mounted ones: fusecache status"
+            )
+    if not running:
+        raise ControlError("No fusecache daemon is running. Start one with: fusecache mount")
+    return running
+
+
+def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:
+    """The daemon an IMAGE argument means and the image's path relative to its origin.
+
+    As text only: absolute below a mount, then below an origin; relative from the current
+    directory if that lies in either, else from the mount's root.
+
+    Raises:
+        ControlError: no mount has it, or several do.
+    """
+    directory = os.getcwd()
+    if not os.path.isabs(name):
+        here = [_below(directory, daemon) for daemon in running]
+        inside = [(d, below) for d, below in zip(running, here, strict=True) if below is not None]
+        if inside:
+            daemon, below = inside[0]
+            return daemon, os.path.normpath(os.path.join(below, name))
+        return _among(name, [(daemon, os.path.normpath(name)) for daemon in running])
+    path = os.path.normpath(name)
+    matches = [(daemon, rest) for daemon in running if (rest := _below(path, daemon)) is not None]
+    if not matches:
+        places = ", ".join(str(daemon.mountpoint) for daemon in running)
+        raise ControlError(f"'{name}' lies below no mount or origin of fusecache ({places}).")
+    return _among(name, matches)
+
+
+def _below(path: str, daemon: Daemon) -> str | None:
+    for root in (str(daemon.mountpoint), str(daemon.origin)):
+        if path == root:
+            return ""
+        if path.startswith(root.rstrip("/") + "/"):
+            return path[len(root.rstrip("/")) + 1 :]
+    return None
+
+
+def _among(name: str, candidates: list[tuple[Daemon, str]]) -> tuple[Daemon, str]:
+    if len(candidates) == 1:
+        return candidates[0]
+    having = []
+    for daemon, path in candidates:
+        answer = ask(daemon.socket_path, {"verb": "resolve", "path": path}, timeout=10)
+        if answer["known"] or answer["exists"]:
+            having.append((daemon, path))
+    if len(having) == 1:
+        return having[0]
+    places = ", ".join(str(daemon.mountpoint) for daemon, _ in having or candidates)
+    if not having:
+        raise ControlError(f"None of the mounts has an image '{name}' ({places}).")
+    raise ControlError(f"'{name}' exists in several mounts ({places}): choose one with -m.")

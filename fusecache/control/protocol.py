@@ -1,0 +1,66 @@
+"""One request, some answers: lines of JSON over a Unix socket.
+
+A request is ``{"verb": ..., ...}``. Answers are any number of ``{"progress": ...}`` and then one
+``{"ok": ...}`` or ``{"error": ...}``. Names that are not UTF-8 travel as JSON strings with
+surrogates (``os.fsdecode``), and are percent-escaped only where people see them.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_from_bytes
+
+MAX_LINE = 1 << 20
+MAX_REQUEST = 1 << 16
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """One line."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """One line's message.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    return message
+
+
+def runtime_directory() -> Path:
+    """Where this user's daemons listen."""
+    if chosen := os.environ.get("FUSECACHE_RUNTIME_DIR"):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/run/fusecache")
+    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")) / "fusecache"
+
+
+def runtime_directories() -> list[Path]:
+    """Where daemons listen that this user may talk to; root's command line sees all."""
+    found = [runtime_directory()]
+    if os.geteuid() == 0 and "FUSECACHE_RUNTIME_DIR" not in os.environ:
+        found += sorted(Path("/run/user").glob("*/fusecache"))
+    return found
+
+
+def state_directory() -> Path:
+    """Where this user's databases of block devices lie."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/fusecache")
+    home = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state"))
+    return home / "fusecache"
+
+
+def readable(name: str) -> tuple[str, bool]:
+    """A name for JSON and people, and whether it had to be percent-escaped."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return quote_from_bytes(os.fsencode(name), safe="/ !#$&'()*+,:;=?@[]~"), True
+    return name, False

@@ -1,0 +1,439 @@
+"""CacheIndex: the only door to the core.
+
+Everything the engine knows about cached blocks it asks here. Nothing in here waits, fails
+half-way or looks at a clock; a change either happens whole or raises and leaves all as it was.
+
+Invariants (checked by ``check``, which the tests call after every step):
+
+- every RESERVED or VALID slot has a tag and is found under it, and no other slot is;
+- a VALID slot has a valid page, a RESERVED or INVALID one has none;
+- a slot is free, leaving, retired, or has a tag: exactly one of them.
+"""
+
+from array import array
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fusecache.core.geometry import Geometry, Run
+from fusecache.core.replacement import Lru
+from fusecache.core.slots import NO_SLOT, SlotTable
+from fusecache.core.states import Event, State, step
+from fusecache.core.tags import TagIndex
+
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+
+
+class Rows(NamedTuple):
+    """Block map rows as equally long columns. ``slot`` is NO_SLOT where the block is gone."""
+
+    image: U32
+    block: U32
+    slot: U32
+    valid: U16
+    dirty: U16
+
+    def where(self, keep: npt.NDArray[Any] | slice) -> "Rows":
+        """The rows that an index, a mask or a slice picks."""
+        return Rows(
+            self.image[keep], self.block[keep], self.slot[keep], self.valid[keep], self.dirty[keep]
+        )
+
+
+class Located(NamedTuple):
+    """A block that is in the cache, as of now: compare ``generation`` after any wait."""
+
+    slot: int
+    generation: int
+    valid: int
+
+
+class Usage(NamedTuple):
+    """What one image holds of the cache."""
+
+    blocks: int
+    pages: int
+
+
+class CacheIndex:
+    """Which block lies in which slot, which of its pages are valid, and who leaves next.
+
+    Args:
+        geometry: of the cache's block size.
+        slot_count: how many slots the cache device has.
+    """
+
+    def __init__(self, geometry: Geometry, slot_count: int) -> None:
+        self.geometry = geometry
+        self.slot_count = slot_count
+        self._slots = SlotTable(slot_count)
+        self._tags = TagIndex(self._slots)
+        self._policy = Lru(self._slots)
+        self._tick = 1
+        self._blocks_of: dict[int, int] = {}
+        self._pages_of: dict[int, int] = {}
+        # A stack, lowest slot on top, so that a run of fills lies side by side on the device.
+        self._free_of: U32 = np.arange(slot_count - 1, -1, -1, dtype=np.uint32)
+        self._free = self._free_of.data
+        self._free_count = slot_count
+        self._leaving = array("I")
+        self._retired: set[int] = set()
+        self._owed = array("I")
+        self._gone_image = array("I")
+        self._gone_block = array("I")
+
+    # -- looking ------------------------------------------------------------------------------
+
+    def hit(self, image: int, offset: int, length: int) -> list[Run] | None:
+        """Where ``length`` > 0 bytes of an image lie, if every page of them is valid.
+
+        Returns:
+            Runs of bytes in slot space (slot number x block size + offset in the block), in
+            order, neighbouring slots merged; None if any page is missing. Touches the slots.
+        """
+        geometry = self.geometry
+        shift = geometry.block_shift
+        block = offset >> shift
+        start = offset - (block << shift)
+        if start + length <= geometry.block_size:
+            slot = self._tags.find(image, block)
+            if slot is None:
+                return None
+            need = geometry.touched(start, start + length)
+            slots = self._slots
+            if slots.valid[slot] & need != need:
+                return None
+            slots.last_used[slot] = self._tick
+            self._tick += 1
+            return [Run((slot << shift) + start, length)]
+        return self._hit_blocks(image, offset, length)
+
+    def _hit_blocks(self, image: int, offset: int, length: int) -> list[Run] | None:
+        geometry, slots, find = self.geometry, self._slots, self._tags.find
+        runs: list[Run] = []
+        found: list[int] = []
+        begin = end = -1
+        for block, start, stop in geometry.split(offset, length):
+            slot = find(image, block)
+            if slot is None:
+                return None
+            need = geometry.touched(start, stop)
+            if slots.valid[slot] & need != need:
+                return None
+            found.append(slot)
+            at = (slot << geometry.block_shift) + start
+            if at != end:
+                if begin >= 0:
+                    runs.append(Run(begin, end - begin))
+                begin = at
+            end = at + stop - start
+        runs.append(Run(begin, end - begin))
+        for slot in found:
+            slots.last_used[slot] = self._tick
+            self._tick += 1
+        return runs
+
+    def valid_pages(self, image: int, block: int) -> int:
+        """Mask of the block's valid pages; 0 if it is not cached."""
+        slot = self._tags.find(image, block)
+        return 0 if slot is None else self._slots.valid[slot]
+
+    def locate(self, image: int, block: int) -> Located | None:
+        """The slot of a block for a reader that must wait, and what to compare afterwards."""
+        slot = self._tags.find(image, block)
+        if slot is None:
+            return None
+        slots = self._slots
+        slots.last_used[slot] = self._tick
+        self._tick += 1
+        return Located(slot, slots.generation[slot], slots.valid[slot])
+
+    def unmoved(self, located: Located) -> bool:
+        """Whether the slot has held the same block ever since ``located``."""
+        return self._slots.generation[located.slot] == located.generation
+
+    # -- storing ------------------------------------------------------------------------------
+
+    def begin_store(self, image: int, block: int) -> int | None:
+        """A slot to write pages of the block to, pinned; None if no slot is free.
+
+        Ends with exactly one of ``stored`` and ``not_stored``.
+        """
+        slots = self._slots
+        slot = self._tags.find(image, block)
+        if slot is None:
+            if not self._free_count:
+                return None
+            slot = self._free[self._free_count - 1]
+            slots.state[slot] = step(slots.state[slot], Event.RESERVE)
+            self._free_count -= 1
+            slots.image[slot] = image
+            slots.block[slot] = block
+            slots.generation[slot] = slots.generation[slot] + 1 & 0xFFFFFFFF
+            self._tags.insert(slot)
+            self._blocks_of[image] = self._blocks_of.get(image, 0) + 1
+        slots.pins[slot] += 1
+        return slot
+
+    def stored(self, slot: int, pages: int) -> None:
+        """The pages (a mask, not 0) are on the device: they are valid, and a row is owed."""
+        slots = self._slots
+        slots.state[slot] = step(slots.state[slot], Event.STORE)
+        slots.pins[slot] -= 1
+        before = slots.valid[slot]
+        slots.valid[slot] = before | pages
+        image = slots.image[slot]
+        added = (pages & ~before).bit_count()
+        self._pages_of[image] = self._pages_of.get(image, 0) + added
+        slots.last_used[slot] = self._tick
+        self._tick += 1
+        if added:
+            self._owe(slot)
+
+    def not_stored(self, slot: int, spoiled: int) -> None:
+        """The write failed; ``spoiled`` pages (a mask) may hold anything now and are invalid."""
+        slots = self._slots
+        if slots.state[slot] == State.RESERVED:
+            image = slots.image[slot]
+            slots.pins[slot] -= 1
+            self._tags.remove(slot)
+            slots.state[slot] = step(slots.state[slot], Event.ABORT)
+            self._untag(slot, image)
+            self._free[self._free_count] = slot
+            self._free_count += 1
+            return
+        slots.pins[slot] -= 1
+        self._clear(slot, spoiled)
+
+    def clear(self, image: int, block: int, pages: int) -> None:
+        """The pages (a mask) of the block are no longer valid; a row is owed if any was."""
+        slot = self._tags.find(image, block)
+        if slot is not None:
+            self._clear(slot, pages)
+
+    def _clear(self, slot: int, pages: int) -> None:
+        slots = self._slots
+        before = slots.valid[slot]
+        lost = before & pages
+        if not lost:
+            return
+        if lost == before:
+            self._drop(slot)
+            return
+        slots.valid[slot] = before & ~pages
+        self._pages_of[slots.image[slot]] -= lost.bit_count()
+        self._owe(slot)
+
+    # -- leaving ------------------------------------------------------------------------------
+
+    def reclaim(self, count: int) -> int:
+        """Drops up to ``count`` blocks, least recently used first; returns how many."""
+        victims = self._policy.victims(count)
+        for slot in victims:
+            self._drop(slot)
+        return len(victims)
+
+    def slots_of(self, image: int, from_block: int = 0) -> U32:
+        """The slots that hold blocks of an image at or after ``from_block``, for ``drop``."""
+        slots = self._slots
+        mine = (slots.image_of == image) & (slots.state_of == State.VALID)
+        if from_block:
+            mine &= slots.block_of >= from_block
+        return np.flatnonzero(mine).astype(np.uint32)
+
+    def drop(self, image: int, slots: U32) -> None:
+        """Drops the blocks in these slots, but for those that left the image meanwhile.
+
+        About 2 us each (measured): the caller hands over a large image in parts.
+        """
+        table = self._slots
+        for slot in slots.tolist():
+            if table.image[slot] == image and table.state[slot] == State.VALID:
+                self._drop(slot)
+
+    def retire(self, slot: int) -> None:
+        """The slot cannot be read: its block goes and the slot is never used again."""
+        if self._slots.state[slot] == State.VALID:
+            self._drop(slot)
+        self._retired.add(slot)
+
+    def _drop(self, slot: int) -> None:
+        slots = self._slots
+        state = step(slots.state[slot], Event.DROP)
+        image = slots.image[slot]
+        self._gone_image.append(image)
+        self._gone_block.append(slots.block[slot])
+        self._tags.remove(slot)
+        slots.state[slot] = state
+        self._pages_of[image] -= slots.valid[slot].bit_count()
+        self._untag(slot, image)
+        self._leaving.append(slot)
+
+    def _untag(self, slot: int, image: int) -> None:
+        slots = self._slots
+        slots.valid[slot] = 0
+        slots.image[slot] = 0
+        slots.generation[slot] = slots.generation[slot] + 1 & 0xFFFFFFFF
+        self._blocks_of[image] -= 1
+
+    # -- rows owed to the database ---------------------------------------------------------------
+
+    def _owe(self, slot: int) -> None:
+        if not self._slots.owed[slot]:
+            self._slots.owed[slot] = 1
+            self._owed.append(slot)
+
+    @property
+    def owes(self) -> bool:
+        """Whether any row differs from what was last taken."""
+        return bool(self._owed or self._gone_image)
+
+    def take_owed(self) -> Rows:
+        """The rows that changed since the last call, deletions first, then what is there now.
+
+        A block that went and came back is in both parts; the later one counts.
+        """
+        slots = self._slots
+        changed = np.array(self._owed, np.uint32)
+        slots.owed_of[changed] = 0
+        here = changed[slots.state_of[changed] == State.VALID]
+        gone = len(self._gone_image)
+        rows = Rows(
+            image=np.concatenate([np.array(self._gone_image, np.uint32), slots.image_of[here]]),
+            block=np.concatenate([np.array(self._gone_block, np.uint32), slots.block_of[here]]),
+            slot=np.concatenate([np.full(gone, NO_SLOT, np.uint32), here]),
+            valid=np.concatenate([np.zeros(gone, np.uint16), slots.valid_of[here]]),
+            dirty=np.concatenate([np.zeros(gone, np.uint16), slots.dirty_of[here]]),
+        )
+        self._owed = array("I")
+        self._gone_image = array("I")
+        self._gone_block = array("I")
+        return rows
+
+    def give_back_owed(self, rows: Rows) -> None:
+        """Rows that could not be committed are owed again, before whatever came since."""
+        gone = rows.slot == NO_SLOT
+        self._gone_image = array("I", rows.image[gone].tolist()) + self._gone_image
+        self._gone_block = array("I", rows.block[gone].tolist()) + self._gone_block
+        for slot in rows.slot[~gone].tolist():
+            self._owe(slot)
+
+    def take_leaving(self) -> list[int]:
+        """The slots dropped since the last call; give them to ``release`` once their rows' deletion
+        is stable (R3)."""
+        leaving = self._leaving.tolist()
+        self._leaving = array("I")
+        return leaving
+
+    def give_back_leaving(self, leaving: list[int]) -> None:
+        """Undoes ``take_leaving`` when the barrier failed."""
+        self._leaving = array("I", leaving) + self._leaving
+
+    def release(self, leaving: list[int]) -> None:
+        """The slots may be used again: no stable row names them any more (R3)."""
+        for slot in sorted(leaving, reverse=True):
+            if slot not in self._retired:
+                self._free[self._free_count] = slot
+                self._free_count += 1
+
+    # -- loading and saving ----------------------------------------------------------------------
+
+    def load(self, rows: Rows) -> None:
+        """Adds rows of distinct tags and slots to an index that nothing else was done to yet.
+
+        Raises:
+            ValueError: a slot out of range or named twice, or a row without a valid page.
+        """
+        slots = self._slots
+        if rows.slot.size == 0:
+            return
+        if int(rows.slot.max()) >= self.slot_count:
+            raise ValueError("a row names a slot beyond the end of the cache device")
+        if bool(slots.state_of[rows.slot].any()) or np.unique(rows.slot).size != rows.slot.size:
+            raise ValueError("two rows name the same slot")
+        outside = rows.valid & np.uint16(~self.geometry.full_mask & 0xFFFF)
+        if not rows.valid.all() or outside.any():
+            raise ValueError("a row has no valid page or pages beyond its block")
+        slots.state_of[rows.slot] = State.VALID
+        slots.image_of[rows.slot] = rows.image
+        slots.block_of[rows.slot] = rows.block
+        slots.valid_of[rows.slot] = rows.valid
+        slots.dirty_of[rows.slot] = rows.dirty
+        self._tags.insert_many(rows.slot)
+        self._count(rows)
+
+    def _count(self, rows: Rows) -> None:
+        pages = np.zeros(rows.valid.size, np.uint8)
+        for bit in range(self.geometry.pages_per_block):
+            pages += (rows.valid >> np.uint16(bit) & np.uint16(1)).astype(np.uint8)
+        for image in np.unique(rows.image).tolist():
+            mine = rows.image == image
+            blocks = int(np.count_nonzero(mine))
+            self._blocks_of[image] = self._blocks_of.get(image, 0) + blocks
+            self._pages_of[image] = self._pages_of.get(image, 0) + int(pages[mine].sum())
+
+    def finish_load(self, order: Iterator[tuple[int, U64]]) -> None:
+        """Ends loading: ``order`` gives saved ``last_used`` ticks as (first slot, ticks)."""
+        slots = self._slots
+        for first, ticks in order:
+            part = slots.last_used_of[first : first + ticks.size]
+            part[:] = ticks[: part.size]
+        self._tick = int(slots.last_used_of.max(initial=np.uint64(0))) + 1
+        free = np.flatnonzero(slots.state_of == State.INVALID).astype(np.uint32)
+        self._free_of[: free.size] = free[::-1]
+        self._free_count = int(free.size)
+
+    def order(self, part_slots: int) -> Iterator[tuple[int, U64]]:
+        """Copies of ``last_used`` as (first slot, ticks), ``part_slots`` at a time."""
+        for first in range(0, self.slot_count, part_slots):
+            yield first, self._slots.last_used_of[first : first + part_slots].copy()
+
+    # -- counts ------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """Slots that can be filled right now."""
+        return self._free_count
+
+    @property
+    def leaving(self) -> int:
+        """Slots that wait for a barrier before they can be filled."""
+        return len(self._leaving)
+
+    @property
+    def used(self) -> int:
+        """Slots with a tag."""
+        return sum(self._blocks_of.values())
+
+    @property
+    def retired(self) -> int:
+        """Slots taken out of use because they could not be read."""
+        return len(self._retired)
+
+    def usage(self, image: int) -> Usage:
+        """Blocks and valid pages of one image."""
+        return Usage(self._blocks_of.get(image, 0), self._pages_of.get(image, 0))
+
+    def check(self) -> None:
+        """Asserts the invariants above. Slow; for tests."""
+        slots = self._slots
+        tagged = np.flatnonzero(slots.state_of != State.INVALID).tolist()
+        for slot in tagged:
+            found = self._tags.find(slots.image[slot], slots.block[slot])
+            assert found == slot, f"slot {slot} is not found under its tag"
+            assert (slots.valid[slot] != 0) == (slots.state[slot] != State.RESERVED)
+        entries = int(np.count_nonzero(self._tags.table_of))
+        assert entries == len(tagged) == self.used
+        free = self._free_of[: self._free_count].tolist()
+        idle = [slot for slot in self._retired if slots.state[slot] == State.INVALID]
+        everyone = sorted({*idle, *self._leaving} | set(free) | set(tagged))
+        assert len(free) == len(set(free))
+        assert not set(free) & (set(tagged) | set(self._leaving) | self._retired)
+        assert everyone == sorted(set(everyone))
+        for image, pages in self._pages_of.items():
+            mine = slots.image_of == image
+            assert pages == sum(int(v).bit_count() for v in slots.valid_of[mine].tolist())

@@ -1,0 +1,1 @@
+"""Where core and store meet, under trio. ``block_cache.BlockCache`` is the door."""

@@ -1,0 +1,237 @@
+"""The committer: the one place where the order of cache device and database is written down.
+
+Light commits make rows survive a killed process; a barrier makes device and map survive a power
+cut (R1). Everything the database learns goes through here, one transaction at a time.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+import trio
+
+from fusecache.core.index import CacheIndex
+from fusecache.engine.image import Image
+from fusecache.engine.ports import Threads
+from fusecache.errors import CacheDeviceError, DatabaseError, FusecacheError
+from fusecache.observe.counters import CacheCounters
+from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap
+from fusecache.store.cache_device import CacheDevice
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Barrier:
+    """One barrier and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: FusecacheError | None = None
+
+
+class _Activation:
+    """Regions somebody wants to write to."""
+
+    def __init__(self, image: Image, regions: list[int]) -> None:
+        self.image = image
+        self.regions = regions
+        self.committed = False
+
+    @property
+    def needs_stable(self) -> bool:
+        """Whether a light commit would leave a region without any stable row."""
+        intents = self.image.intents
+        return not self.image.whole_intent and not all(intents[r].stable for r in self.regions)
+
+    def take_effect(self, *, stable: bool) -> None:
+        """The rows are committed."""
+        self.committed = True
+        for region in self.regions:
+            intent = self.image.intents[region]
+            intent.active = True
+            intent.stable = intent.stable or stable
+
+
+class Committer:
+    """Commits, barriers and their grouping.
+
+    Args:
+        failed: called once with the first error that makes the cache unusable.
+    """
+
+    def __init__(
+        self,
+        core: CacheIndex,
+        device: CacheDevice,
+        block_map: BlockMap,
+        images: Callable[[], Iterable[Image]],
+        threads: Threads,
+        counters: CacheCounters,
+        whole_image_after: int,
+        failed: Callable[[FusecacheError], None],
+    ) -> None:
+        self._core = core
+        self._device = device
+        self._block_map = block_map
+        self._images = images
+        self._threads = threads
+        self._counters = counters
+        self._whole_image_after = whole_image_after
+        self._failed = failed
+        self._lock = trio.Lock()
+        self._wanted: list[_Activation] = []
+        self._barrier = _Barrier()
+        self._barrier_wanted = trio.Event()
+        self.anything_since_barrier = False
+
+    # -- transactions ------------------------------------------------------------------------------
+
+    async def _commit(self, batch: Batch, *, stable: bool) -> int:
+        """One transaction with ``batch`` and all that is owed. The lock is held.
+
+        What is owed is taken without an await before the call: the rows are those of one moment.
+        """
+        rows = batch.rows = self._core.take_owed()
+        owing = [image for image in self._images() if image.row_owed]
+        for image in owing:
+            image.row_owed = False
+        batch.images = [image.row.copy() for image in owing]
+        if rows.slot.size:
+            self.anything_since_barrier = True
+        try:
+            mark = await self._threads.database(
+                partial(self._block_map.commit, batch, stable=stable)
+            )
+        except DatabaseError as exc:
+            self._core.give_back_owed(rows)
+            for image in owing:
+                image.row_owed = True
+            self._failed(exc)
+            raise
+        if stable:
+            self._counters.stable_commits += 1
+        else:
+            self._counters.light_commits += 1
+        return mark
+
+    async def commit(self, batch: Callable[[], Batch], *, stable: bool = False) -> None:
+        """Commits all that is owed, and what ``batch`` gives at the very moment it is taken."""
+        async with self._lock:
+            await self._commit(batch(), stable=stable)
+
+    async def commit_owed(self) -> None:
+        """A light commit, if anything is owed."""
+        if self._core.owes or any(image.row_owed for image in self._images()):
+            await self.commit(Batch)
+
+    async def activate(self, image: Image, regions: list[int]) -> None:
+        """The regions' rows are active, and stable unless a whole-image row is (R4).
+
+        Callers that wait at the same time share a transaction.
+        """
+        mine = _Activation(image, regions)
+        self._wanted.append(mine)
+        async with self._lock:
+            if mine.committed:
+                return
+            wanted, self._wanted = self._wanted, []
+            if mine not in wanted:  # a commit that would have served it failed
+                wanted.append(mine)
+            # Decided under the lock: the whole-image row may have gone while we waited.
+            escalated = [item.image for item in wanted if self._escalates(item.image)]
+            stable = bool(escalated) or any(item.needs_stable for item in wanted)
+            intents = [(item.image.id, region, 1) for item in wanted for region in item.regions]
+            intents += [(grown.id, WHOLE_IMAGE, 1) for grown in escalated]
+            await self._commit(Batch(intents=intents), stable=stable)
+            for item in wanted:
+                item.take_effect(stable=stable)
+            for grown in escalated:
+                grown.whole_intent = True
+
+    def _escalates(self, image: Image) -> bool:
+        return not image.whole_intent and len(image.intents) > self._whole_image_after
+
+    async def drop(self, image: Image, from_block: int) -> None:
+        """The image's blocks from ``from_block`` on are gone from the database, stably (R6).
+
+        The core has dropped them already; rows that only the database still has go as well.
+        """
+        await self.commit(lambda: Batch(drops=[(image.id, from_block)]), stable=True)
+
+    async def forget(self, image: Image) -> None:
+        """The image and all its rows are gone from the database, stably."""
+        batch = Batch(drops=[(image.id, 0)], forgotten=[image.id])
+        image.row_owed = False
+        await self.commit(lambda: batch, stable=True)
+
+    # -- barriers ----------------------------------------------------------------------------------
+
+    async def barrier(self) -> None:
+        """Returns once a barrier that began after this call is complete (R1).
+
+        Callers share a barrier as long as it has not begun.
+
+        Raises:
+            CacheDeviceError, DatabaseError: the cache cannot be made stable any more.
+        """
+        joined = self._barrier
+        self._barrier_wanted.set()
+        await joined.done.wait()
+        if joined.error is not None:
+            raise joined.error
+
+    async def run(self) -> None:
+        """Runs the barriers, one after another, until cancelled."""
+        while True:
+            await self._barrier_wanted.wait()
+            self._barrier_wanted = trio.Event()
+            current, self._barrier = self._barrier, _Barrier()
+            try:
+                await self._perform()
+            except (CacheDeviceError, DatabaseError) as exc:
+                current.error = exc
+                self._failed(exc)
+            except Exception as exc:
+                # Nobody foresaw it, so nobody knows what is stable: the cache is out of use.
+                current.error = DatabaseError(f"an unexpected error in a barrier: {exc!r}")
+                log.exception("unexpected error in a barrier")
+                self._failed(current.error)
+            finally:
+                current.done.set()
+
+    async def _perform(self) -> None:
+        changed = [image for image in self._images() if image.cached_changed]
+        async with self._lock:
+            leaving = self._core.take_leaving()
+            for image in changed:
+                image.cached_changed = False
+            self.anything_since_barrier = False
+            try:
+                mark = await self._commit(Batch(), stable=False)  # 1. rows owed, and the mark
+            except DatabaseError:
+                self._core.give_back_leaving(leaving)
+                raise
+        try:
+            await self._threads.device(self._device.sync)  # 2. data
+            async with self._lock:
+                await self._threads.database(self._block_map.merge, mark)  # 3. rows, stably
+        except (CacheDeviceError, DatabaseError):
+            self._core.give_back_leaving(leaving)
+            for image in changed:
+                image.cached_changed = True
+            self.anything_since_barrier = True
+            raise
+        self._core.release(leaving)  # 4. nothing stable names these slots any more (R3)
+        self._counters.barriers += 1
+
+    async def checkpoint(self) -> None:
+        """Moves the write-ahead log into the database, so that it does not grow for ever."""
+        await self.run_database(self._block_map.checkpoint)
+
+    async def run_database(self, work: Callable[[], T]) -> T:
+        """A call on the block map that is not a commit, in its turn."""
+        async with self._lock:
+            return await self._threads.database(work)

@@ -1,0 +1,170 @@
+"""Fills: origin -> slot. A block is fetched once, however many readers ask for it.
+
+The fetch answers its readers as soon as the origin has; the SSD write follows from the same
+bytes, which later readers are served from until the slot is valid. How many bytes may wait for
+their SSD write is bounded; beyond that a fetch is answered but not stored.
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from fusecache.core.geometry import Geometry, merged
+from fusecache.core.index import CacheIndex
+from fusecache.engine.image import Image
+from fusecache.engine.ports import Threads
+from fusecache.engine.state import CacheState
+from fusecache.engine.storing import Storing
+from fusecache.errors import CacheDeviceError, OriginError
+
+log = logging.getLogger(__name__)
+
+
+class Fetch:
+    """Blocks on their way from the origin. Readers wait for ``ready``, then look."""
+
+    def __init__(self, blocks: range) -> None:
+        self.blocks = blocks
+        self.ready = trio.Event()
+        self.error: OriginError | None = None
+        self.pages: dict[int, int] = {}
+        """By block: mask of the pages this fetch brought."""
+        self.ended: int | None = None
+        """Where the origin ended, if that was earlier than the image's size says."""
+        self._parts: list[tuple[int, bytes]] = []
+
+    def add(self, offset: int, data: bytes) -> None:
+        """Bytes the origin had at ``offset``."""
+        self._parts.append((offset, data))
+
+    def copy(self, offset: int, into: memoryview) -> int:
+        """Copies what was brought from ``offset`` on; fewer bytes only at the end of the image."""
+        for begin, data in self._parts:
+            if begin <= offset < begin + len(data):
+                piece = data[offset - begin : offset - begin + len(into)]
+                into[: len(piece)] = piece
+                return len(piece)
+        return 0
+
+
+class Fills:
+    """Starts and runs fetches.
+
+    Args:
+        nursery: where fetches run; they outlive the readers that asked for them.
+    """
+
+    def __init__(
+        self,
+        core: CacheIndex,
+        state: CacheState,
+        threads: Threads,
+        nursery: trio.Nursery,
+        wake_reclaimer: Callable[[], None],
+    ) -> None:
+        self._core = core
+        self._geometry: Geometry = core.geometry
+        self._state = state
+        self._threads = threads
+        self._nursery = nursery
+        self._wake_reclaimer = wake_reclaimer
+        self._staged = 0
+
+    def start(self, image: Image, blocks: range) -> Fetch:
+        """Begins to fetch blocks of which none is being fetched already."""
+        fetch = Fetch(blocks)
+        for block in blocks:
+            image.fetches[block] = fetch
+        self._nursery.start_soon(self._run, image, fetch)
+        return fetch
+
+    async def _run(self, image: Image, fetch: Fetch) -> None:
+        try:
+            async with image.lock.span(fetch.blocks.start, fetch.blocks.stop):
+                await self._fetch(image, fetch)
+                fetch.ready.set()
+                if self._state.stores(image):
+                    await self._store(image, fetch)
+        except OriginError as exc:
+            image.counters.failed(exc)
+            fetch.error = exc
+        except Exception as exc:
+            self._state.unexpected(exc, "filling blocks")
+            fetch.error = OriginError(5, "an unexpected error in fusecache, see its log")
+        finally:
+            if not fetch.ready.is_set() and fetch.error is None:
+                fetch.error = OriginError(5, "fusecache is stopping")
+            fetch.ready.set()
+            for block in fetch.blocks:
+                del image.fetches[block]
+
+    async def _fetch(self, image: Image, fetch: Fetch) -> None:
+        """One origin read for each run of blocks with missing pages."""
+        geometry = self._geometry
+        missing: dict[int, int] = {}
+        for block in fetch.blocks:
+            in_block = min(geometry.block_size, image.size - (block << geometry.block_shift))
+            pages = geometry.touched(0, in_block)
+            lacking = pages & ~self._core.valid_pages(image.id, block)
+            if lacking:
+                missing[block] = lacking
+        for run in merged(list(missing)):
+            first, last = missing[run.start], missing[run.stop - 1]
+            begin = (run.start << geometry.block_shift) + (
+                ((first & -first).bit_length() - 1) << geometry.page_shift
+            )
+            end = ((run.stop - 1) << geometry.block_shift) + (
+                last.bit_length() << geometry.page_shift
+            )
+            size = image.size
+            data = await self._read(image, begin, min(end, size) - begin)
+            fetch.add(begin, data)
+            # Short of the end of the image: somebody else cut it; only whole pages count.
+            got = begin + len(data)
+            if got < min(end, size):
+                fetch.ended = got
+            complete = end if got >= size else got - got % geometry.page_size
+            for block in run:
+                start = block << geometry.block_shift
+                brought = geometry.covered(0, max(0, min(geometry.block_size, complete - start)))
+                fetch.pages[block] = missing[block] & brought
+
+    async def _read(self, image: Image, offset: int, length: int) -> bytes:
+        data = await self._threads.run(image.origin.read, offset, length, limiter=image.limiter)
+        image.counters.origin_reads += 1
+        image.counters.origin_read_bytes += len(data)
+        return data
+
+    async def _store(self, image: Image, fetch: Fetch) -> None:
+        size = sum(mask.bit_count() for mask in fetch.pages.values()) << self._geometry.page_shift
+        counters = self._state.counters
+        if not size or self._staged + size > self._state.tuning.staging_bytes:
+            counters.not_stored += len(fetch.pages)
+            return
+        self._staged += size
+        try:
+            with Storing(self._core, image.id) as storing:
+                counters.not_stored += self._collect(fetch, storing)
+                self._wake_reclaimer()
+                await self._threads.device(storing.write, self._state.device)
+                storing.done()
+            counters.stored_bytes += storing.stored_bytes
+        except CacheDeviceError as exc:
+            self._state.store_failed(exc)
+        finally:
+            self._staged -= size
+
+    def _collect(self, fetch: Fetch, storing: Storing) -> int:
+        """Gives the brought pages to ``storing``; returns how many blocks found no slot."""
+        geometry, left_out = self._geometry, 0
+        for block, pages in fetch.pages.items():
+            for begin, length in geometry.page_runs(pages):
+                data = bytearray(length)  # zeros after the end of the image
+                at = (block << geometry.block_shift) + begin
+                fetch.copy(at, memoryview(data))
+                mask = geometry.covered(begin, begin + length)
+                if not storing.add(block, begin, memoryview(data), mask):
+                    left_out += 1
+                    break
+        return left_out

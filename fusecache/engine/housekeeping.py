@@ -1,0 +1,120 @@
+"""What is done by the clock: heartbeat, commits, barriers, write intents, records, LRU order."""
+
+import logging
+
+import trio
+
+from fusecache.config import Tuning
+from fusecache.core.index import CacheIndex
+from fusecache.engine.committer import Committer
+from fusecache.engine.image import Image
+from fusecache.engine.images import Images
+from fusecache.engine.intents import WriteIntents
+from fusecache.engine.ports import Clock
+from fusecache.engine.state import CacheState
+from fusecache.errors import CacheDeviceError, DatabaseError
+from fusecache.store.block_map import Batch
+
+log = logging.getLogger(__name__)
+
+_PART = 1 << 16
+_HEARTBEAT = 1.0
+_OURS = 2.0
+_SLACK = 0.5
+
+
+class Housekeeping:
+    """One task that looks around every ``commit_interval`` seconds."""
+
+    def __init__(
+        self,
+        core: CacheIndex,
+        state: CacheState,
+        images: Images,
+        committer: Committer,
+        intents: WriteIntents,
+        clock: Clock,
+        tuning: Tuning,
+    ) -> None:
+        self._core = core
+        self._state = state
+        self._images = images
+        self._committer = committer
+        self._intents = intents
+        self._clock = clock
+        self._tuning = tuning
+        now = clock.monotonic()
+        self._last_heartbeat = now
+        self._last_barrier = now
+        self._last_order = now
+        self._busy: set[int] = set()
+
+    async def run(self) -> None:
+        """Runs until cancelled or the cache is unusable."""
+        async with trio.open_nursery() as nursery:
+            while self._state.usable:
+                await trio.sleep(self._tuning.commit_interval)
+                try:
+                    await self._tick(nursery)
+                except (DatabaseError, CacheDeviceError) as exc:
+                    log.debug("housekeeping ends: %s", exc)
+                except Exception as exc:
+                    self._state.unexpected(exc, "keeping house")
+
+    async def _tick(self, nursery: trio.Nursery) -> None:
+        now = self._clock.monotonic()
+        images = self._images.all()
+        if now - self._last_heartbeat >= _HEARTBEAT and any(i.row.writing for i in images):
+            self._last_heartbeat = now
+            beat = Batch(heartbeat_ns=self._clock.origin_ns())
+            await self._committer.commit(lambda: beat)
+        else:
+            await self._committer.commit_owed()
+        await self._intents.clear_idle(images)
+        # Everything that asks an origin runs beside, one task an image: one may stall (P6).
+        for image in images:
+            if image.id not in self._busy and (image.intents or image.origin_open):
+                self._busy.add(image.id)
+                nursery.start_soon(self._look_after, image)
+        changed = self._committer.anything_since_barrier or self._core.leaving
+        if changed and now - self._last_barrier >= self._tuning.barrier_interval:
+            self._last_barrier = now
+            await self._committer.barrier()
+            await self._committer.checkpoint()
+        if now - self._last_order >= self._tuning.order_interval:
+            await self.save_order()
+
+    async def _look_after(self, image: Image) -> None:
+        try:
+            await self._intents.remove_old(image)
+            await self._images.settle(image)
+            await self._images.close_idle(image)
+        except Exception as exc:
+            self._state.unexpected(exc, "looking after an image")
+        finally:
+            self._busy.discard(image.id)
+
+    async def save_order(self) -> None:
+        """The LRU order as it is now goes to the database, in parts."""
+        self._last_order = self._clock.monotonic()
+        for part in self._core.order(_PART):
+            batch = Batch(order=[part])
+            await self._committer.commit(lambda batch=batch: batch)  # type: ignore[misc]
+
+    async def settle_all(self) -> None:
+        """Waits, at a stop, until the records of our own writes can be trusted: at most 2 s.
+
+        Otherwise the next mount's first open would have to drop what those images have cached.
+        """
+        with trio.move_on_after(self._tuning.settle_age + _SLACK):
+            while waiting := [image for image in self._images.all() if image.settles]:
+                for image in waiting:
+                    await self._images.settle(image)
+                    if image.settles and not image.origin_open:
+                        image.settles = False
+                await trio.sleep(0.05)
+
+    def until_not_ours(self) -> float:
+        """Seconds until no change can be taken for a killed daemon's own any more (P3)."""
+        since = self._clock.monotonic() - self._last_heartbeat
+        return max(0.0, _HEARTBEAT + _OURS + _SLACK - since)

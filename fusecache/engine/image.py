@@ -1,0 +1,135 @@
+"""Image: what the engine holds of one image while the mount lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from fusecache.config import WriteMode
+from fusecache.engine.locks import SpanLock
+from fusecache.errors import OriginError
+from fusecache.observe.counters import ImageCounters
+from fusecache.store.block_map import ImageRow
+from fusecache.store.origin import Attributes, OriginImage
+
+if TYPE_CHECKING:
+    from fusecache.engine.fills import Fetch
+
+EIO = 5
+
+
+@dataclass(slots=True)
+class Intent:
+    """Write intent of one region (R4): the row in the database, and the writes under way."""
+
+    in_flight: int = 0
+    begun: int = 0
+    """Writes ever begun; tells whether one began since some moment."""
+    last: float = 0.0
+    active: bool = False
+    """The committed row says active."""
+    stable: bool = False
+    """The row is on stable storage."""
+
+
+@dataclass(slots=True)
+class Image:
+    """One image that is known: open, cached, or both.
+
+    ``row`` is what the database holds of it or soon will; ``row_owed`` says that it changed.
+    """
+
+    row: ImageRow
+    origin: OriginImage
+    limiter: trio.CapacityLimiter
+    write_mode: WriteMode
+    max_waiting: int
+    size: int = 0
+    lock: SpanLock = field(default_factory=SpanLock)
+    opening: trio.Lock = field(default_factory=trio.Lock)
+    """Held while the image is opened, closed, checked or evicted."""
+    fetches: dict[int, Fetch] = field(default_factory=dict)
+    """By block: fetches under way or being stored."""
+    counters: ImageCounters = field(default_factory=ImageCounters)
+    readers: int = 0
+    writers: int = 0
+    waiting: int = 0
+    detached: bool = False
+    """Evicted or unlinked while open: uncached until the last handle closes."""
+    row_owed: bool = False
+    settles: bool = False
+    """The recorded change time is of our own making and may be trusted once it is old enough."""
+    intents: dict[int, Intent] = field(default_factory=dict)
+    whole_intent: bool = False
+    """A stable row stands for every region."""
+    removing_intents: bool = False
+    cached_changed: bool = False
+    """The cache of this image was written to since the last barrier."""
+    written: int = 0
+    """Origin writes begun, ever."""
+    synced: int = 0
+    """``written`` as of before the last origin sync that succeeded began."""
+    wrote: bool = False
+    """Written to or truncated since its first writer came."""
+    last_write: float = float("-inf")
+
+    @property
+    def id(self) -> int:
+        """The number in tags and rows."""
+        return self.row.id
+
+    @property
+    def handles(self) -> int:
+        """How many opens are not closed yet."""
+        return self.readers + self.writers
+
+    @property
+    def origin_open(self) -> bool:
+        """Whether there is a descriptor to sync or stat by."""
+        return self.origin.readable or self.origin.writable
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Counts a request that may wait for the origin, and refuses one too many (P6).
+
+        Raises:
+            OriginError: EIO; ``max_waiting`` requests of this image are waiting already.
+        """
+        if self.waiting >= self.max_waiting:
+            error = OriginError(EIO, f"{self.waiting} requests are waiting for the origin already")
+            self.counters.failed(error)
+            raise error
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    def record(self, seen: Attributes, now_ns: int, settle_age: float, *, own: bool) -> None:
+        """Takes ``seen`` for what the cached blocks belong to (P3).
+
+        Args:
+            now_ns: by the origin's clock; a change time younger than ``settle_age`` seconds
+                might be shared by another change, so it is not trusted.
+            own: the last change was ours, so that the record may be trusted once it is older.
+        """
+        row = self.row
+        row.size, row.mtime_ns, row.ctime_ns = seen.size, seen.mtime_ns, seen.ctime_ns
+        row.recorded_ns = now_ns
+        row.trusted = int(now_ns - seen.ctime_ns >= settle_age * 1e9)
+        row.ours_until_ns = 0
+        self.settles = own and not row.trusted
+        self.row_owed = True
+
+    def matches(self, seen: Attributes) -> bool:
+        """Whether ``seen`` is what was recorded."""
+        row = self.row
+        return (row.size, row.mtime_ns, row.ctime_ns) == (
+            seen.size,
+            seen.mtime_ns,
+            seen.ctime_ns,
+        )

@@ -1,0 +1,319 @@
+"""Images: which are known, how they open and close, and whether their blocks are true (P3)."""
+
+import errno
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from fusecache.config import Tuning, WriteMode
+from fusecache.core.index import CacheIndex
+from fusecache.engine.committer import Committer
+from fusecache.engine.image import Image, Intent
+from fusecache.engine.ports import Clock, Invalidate, Threads
+from fusecache.engine.state import CacheState
+from fusecache.errors import DatabaseError, OriginError
+from fusecache.store.block_map import WHOLE_IMAGE, ImageRow
+from fusecache.store.origin import Attributes, OriginImage, attributes_of
+
+log = logging.getLogger(__name__)
+
+_DROP_PART = 1024
+
+
+class Images:
+    """Every image the cache knows, by identity.
+
+    Args:
+        new_origin: makes the origin side of an image; tests give doubles that fail and stall.
+    """
+
+    def __init__(
+        self,
+        core: CacheIndex,
+        state: CacheState,
+        threads: Threads,
+        clock: Clock,
+        tuning: Tuning,
+        write_mode: WriteMode,
+        new_origin: Callable[[], OriginImage],
+        invalidate: Invalidate,
+    ) -> None:
+        self._core = core
+        self._state = state
+        self._threads = threads
+        self._clock = clock
+        self._tuning = tuning
+        self._write_mode = write_mode
+        self._new_origin = new_origin
+        self._invalidate = invalidate
+        self._by_identity: dict[bytes, Image] = {}
+        self._next_id = 1
+        self.committer: Committer
+
+    def load(self, rows: Iterable[ImageRow], intents: Iterable[tuple[int, int, int]]) -> None:
+        """Takes over what the database knows."""
+        by_id = {row.id: self._add(row) for row in rows}
+        for number, region, _ in intents:
+            image = by_id.get(number)
+            if image is None:
+                continue
+            if region == WHOLE_IMAGE:
+                image.whole_intent = True
+            else:
+                image.intents[region] = Intent(stable=True)
+        for image in by_id.values():
+            image.written = 1  # a fsync after an unclean start syncs the origin
+
+    def _add(self, row: ImageRow) -> Image:
+        image = Image(
+            row=row,
+            origin=self._new_origin(),
+            limiter=self._threads.new_image_limiter(),
+            write_mode=self._write_mode,
+            max_waiting=self._tuning.max_waiting_per_image,
+            size=row.size,
+        )
+        self._by_identity[row.identity] = image
+        self._next_id = max(self._next_id, row.id + 1)
+        return image
+
+    def all(self) -> list[Image]:
+        """Every known image."""
+        return list(self._by_identity.values())
+
+    def find(self, identity: bytes) -> Image | None:
+        """The image, if it is known."""
+        return self._by_identity.get(identity)
+
+    def known(self, identity: bytes, path: bytes) -> Image:
+        """The image, made known if it was not."""
+        image = self._by_identity.get(identity)
+        if image is None:
+            image = self._add(ImageRow(id=self._next_id, identity=identity, path=path))
+        if path and image.row.path != path:
+            image.row.path = path
+            image.row_owed = image.row_owed or image.row.recorded_ns != 0
+        return image
+
+    def forget(self, image: Image) -> None:
+        """The image is no longer known; its rows are gone already."""
+        if self._by_identity.get(image.row.identity) is image:
+            del self._by_identity[image.row.identity]
+
+    # -- opening and closing -----------------------------------------------------------------------
+
+    async def open(self, identity: bytes, path: bytes, path_fd: int, *, write: bool) -> Image:
+        """One more handle; ends with ``close``.
+
+        At every open while no handle is open for writing the origin is opened anew and compared
+        with what was recorded (P3).
+
+        Raises:
+            OriginError: the origin refused.
+        """
+        while True:
+            image = self.known(identity, path)
+            async with image.opening:
+                if self.find(identity) is not image:
+                    continue  # evicted and forgotten while we waited
+                await self._open(image, path_fd, write=write)
+                return image
+
+    async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
+        seen: Attributes | None = None
+        if image.writers == 0 or not image.origin.readable:
+            try:
+                seen = await self._open_side(image, path_fd, write=False)
+            except OriginError as exc:
+                if not (write and exc.errno == errno.EACCES):
+                    raise  # a file that may only be written is served without fills
+        if write and not image.origin.writable:
+            seen = await self._open_side(image, path_fd, write=True)
+        if seen is not None and image.writers == 0:
+            await self.check(image, seen)
+        if write:
+            if image.writers == 0:
+                image.wrote = False
+                await self._begin_writing(image)
+            image.writers += 1
+        else:
+            image.readers += 1
+
+    async def _open_side(self, image: Image, path_fd: int, *, write: bool) -> Attributes:
+        try:
+            opening = partial(image.origin.open, path_fd, write=write)
+            return await self._threads.run(opening, limiter=image.limiter)
+        except OriginError as exc:
+            image.counters.failed(exc)
+            raise
+
+    async def _begin_writing(self, image: Image) -> None:
+        """From here on a killed daemon's successor may take young changes for ours (P3)."""
+        if not image.row.writing and self._state.serves(image):
+            image.row.writing = 1
+            image.row_owed = True
+            try:
+                await self.committer.commit_owed()
+            except DatabaseError:
+                log.debug("not recorded as open for writing: the cache is unusable")
+
+    async def close(self, image: Image, *, write: bool) -> None:
+        """One handle less. After the last writer the image's attributes are recorded."""
+        async with image.opening:
+            if write:
+                image.writers -= 1
+                if image.writers == 0:
+                    await self._end_writing(image)
+            else:
+                image.readers -= 1
+            if image.handles == 0 and image.detached:
+                await self._end_detached(image)
+
+    async def _end_writing(self, image: Image) -> None:
+        try:
+            seen = await self._threads.run(image.origin.attributes, limiter=image.limiter)
+        except OriginError as exc:
+            image.counters.failed(exc)  # the old record stays: the next open will drop
+        else:
+            # What we did not write is not taken for ours: the next open will see it (P3).
+            if image.wrote:
+                image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
+        image.row.writing = 0
+        image.row_owed = True
+
+    async def _end_detached(self, image: Image) -> None:
+        """The last handle of an evicted or unlinked image is closed: nothing is kept of it."""
+        image.origin.close()
+        image.detached = False
+        self.forget(image)
+        image.row_owed = False
+        try:
+            await self.committer.forget(image)
+        except DatabaseError:
+            log.debug("the row of a detached image stays: the cache is unusable")
+
+    async def settle_before_close(self, image: Image) -> None:
+        """Waits until a change made after a guest's close cannot share our last change time.
+
+        Two changes within one tick of the origin's clock look the same (P3). At most one tick.
+        """
+        since = self._clock.monotonic() - image.last_write
+        if image.writers and since < self._tuning.tick:
+            await trio.sleep(self._tuning.tick - since)
+
+    # -- P3 ----------------------------------------------------------------------------------------
+
+    async def check(self, image: Image, seen: Attributes) -> None:
+        """Compares the origin with the record and drops the blocks if they may not be its own."""
+        row = image.row
+        now = self._clock.origin_ns()
+        age = self._tuning.settle_age
+        image.size = seen.size
+        if image.matches(seen) and row.trusted:
+            if row.ours_until_ns:
+                row.ours_until_ns = 0
+                image.row_owed = True
+            return
+        ours = row.ours_until_ns > 0 and seen.ctime_ns <= row.ours_until_ns
+        known = row.recorded_ns != 0
+        image.record(seen, now, age, own=ours)
+        if ours:
+            # A killed daemon's own changes. Blocks beyond a truncate of its last moment go.
+            shift = self._core.geometry.block_shift
+            await self.discard(image, seen.size >> shift)
+        elif known:
+            log.info("%s changed on the origin, its blocks are dropped", _name(image))
+            await self.discard(image, 0)
+            await self._threads.kernel(self._invalidate, row.identity)
+
+    async def noticed(self, identity: bytes, seen: Attributes, path_fd: int) -> None:
+        """Attributes that somebody asked for: a change by others while only readers are open
+        is looked into at once, before its new size is told to the kernel."""
+        image = self.find(identity)
+        if image is None or image.writers or not image.readers or image.matches(seen):
+            return
+        async with image.opening:
+            if image.readers and not image.writers:
+                await self.check(image, await self._open_side(image, path_fd, write=False))
+
+    async def discard(self, image: Image, from_block: int) -> None:
+        """Drops the blocks from ``from_block`` on, stably; waits for slow work on the image."""
+        async with image.lock.everything():
+            await self.drop(image, from_block)
+
+    async def drop(self, image: Image, from_block: int) -> None:
+        """As ``discard``, for a caller that holds ``image.lock.everything``."""
+        slots = self._core.slots_of(image.id, from_block)
+        for first in range(0, slots.size, _DROP_PART):
+            self._core.drop(image.id, slots[first : first + _DROP_PART])
+            await trio.lowlevel.checkpoint()
+        if self._state.usable:
+            try:
+                await self.committer.drop(image, from_block)
+            except DatabaseError:
+                await self._state.fenced.wait()
+        elif not self._state.fenced.is_set():
+            await self._state.fenced.wait()
+
+    @asynccontextmanager
+    async def own_change(self, identity: bytes, path_fd: int) -> AsyncIterator[None]:
+        """Around a change of owner, mode, times or names that we make ourselves.
+
+        It moves the change time, which is then recorded as ours, so that libvirt's chown at a
+        guest's start does not cost the guest its cache. The wait of one tick afterwards makes
+        sure that whatever follows this call has a change time of its own.
+        """
+        image = self.find(identity)
+        if image is None or image.writers:
+            yield
+            return
+        async with image.opening:
+            attributes = partial(attributes_of, path_fd)
+            before = await self._threads.metadata(attributes)
+            known = image.row.recorded_ns != 0 and image.matches(before)
+            trusted = image.row.trusted
+            yield
+            if known and not image.writers:
+                await trio.sleep(self._tuning.tick)
+                after = await self._threads.metadata(attributes)
+                if after.size == before.size:
+                    settle = self._tuning.settle_age
+                    image.record(after, self._clock.origin_ns(), settle, own=image.settles)
+                    image.row.trusted = trusted
+
+    async def settle(self, image: Image) -> None:
+        """Trusts a record of our own making once its change time is old enough (P3)."""
+        row = image.row
+        if not image.settles or image.writers or not image.origin_open:
+            return
+        if self._clock.origin_ns() - row.ctime_ns < self._tuning.settle_age * 1e9:
+            return
+        async with image.opening:
+            if image.writers or not image.settles:
+                return
+            try:
+                seen = await self._threads.run(image.origin.attributes, limiter=image.limiter)
+            except OriginError as exc:
+                image.counters.failed(exc)
+                image.settles = False
+                return
+            image.settles = False
+            if image.matches(seen):
+                image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=False)
+
+    async def close_idle(self, image: Image) -> None:
+        """Closes the origin's descriptors of an image that nobody has open or needs."""
+        if image.handles or image.settles or image.intents or not image.lock.idle:
+            return
+        if image.opening.locked() or not image.origin_open:
+            return
+        async with image.opening:
+            if not image.handles and image.lock.idle:
+                image.origin.close()
+
+
+def _name(image: Image) -> str:
+    return image.row.path.decode("utf-8", "backslashreplace")

@@ -1,0 +1,141 @@
+"""Write intents (R4): the database knows where a write may leave cache and origin apart.
+
+Before the first write in a region its row is stable and active. A killed daemon's successor
+drops the clean pages of active regions, a power cut's those of every region with a row.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fusecache.config import Tuning
+from fusecache.engine.committer import Committer
+from fusecache.engine.image import Image, Intent
+from fusecache.engine.ports import Threads
+from fusecache.errors import FusecacheError, OriginError
+from fusecache.store.block_map import WHOLE_IMAGE, Batch
+
+log = logging.getLogger(__name__)
+
+
+class WriteIntents:
+    """Sets, clears and removes the rows of ``region``."""
+
+    def __init__(
+        self,
+        committer: Committer,
+        threads: Threads,
+        tuning: Tuning,
+        now: Callable[[], float],
+    ) -> None:
+        self._committer = committer
+        self._threads = threads
+        self._tuning = tuning
+        self._now = now
+
+    @asynccontextmanager
+    async def writing(self, image: Image, regions: range) -> AsyncIterator[None]:
+        """Around a write: the regions' rows are active from before it to well after it.
+
+        Raises:
+            DatabaseError: they could not be made so; nothing was written.
+        """
+        mine = [image.intents.setdefault(region, Intent()) for region in regions]
+        for intent in mine:
+            intent.in_flight += 1
+            intent.begun += 1
+        try:
+            if not all(intent.active for intent in mine):
+                await self._committer.activate(image, list(regions))
+            yield
+        finally:
+            now = self._now()
+            for intent in mine:
+                intent.in_flight -= 1
+                intent.last = now
+
+    async def clear_idle(self, images: list[Image]) -> None:
+        """Clears ``active`` where nothing was written for a while.
+
+        In the transaction that commits what those writes owed, so never ahead of it.
+        """
+        limit = self._now() - self._tuning.intent_idle
+        if any(self._idle(image, limit) for image in images):
+            await self._committer.commit(lambda: self._take_idle(images, limit))
+
+    def _idle(self, image: Image, limit: float) -> list[int]:
+        return [
+            region
+            for region, intent in image.intents.items()
+            if intent.active and not intent.in_flight and intent.last <= limit
+        ]
+
+    def _take_idle(self, images: list[Image], limit: float) -> Batch:
+        batch = Batch()
+        for image in images:
+            for region in self._idle(image, limit):
+                image.intents[region].active = False
+                batch.intents.append((image.id, region, 0))
+        return batch
+
+    async def remove_old(self, image: Image, *, older_than: float | None = None) -> None:
+        """Removes the rows of inactive regions: origin sync, barrier, and no write since.
+
+        Failing is harmless: the rows stay.
+        """
+        age = self._tuning.intent_removal if older_than is None else older_than
+        limit = self._now() - age
+        begun = {
+            region: intent.begun
+            for region, intent in image.intents.items()
+            if not intent.in_flight and intent.last <= limit
+        }
+        if image.whole_intent and len(begun) < len(image.intents):
+            return  # the whole-image row can only go together with all others
+        if not begun or image.removing_intents or not image.origin_open:
+            return
+        image.removing_intents = True
+        try:
+            await self.sync_origin(image)
+            await self._committer.barrier()
+            await self._committer.commit(lambda: self._take_removed(image, begun))
+        except FusecacheError as exc:
+            log.warning("write intents of %s stay: %s", image.row.path.decode("utf-8", "replace"),
+                        exc)  # fmt: skip
+        finally:
+            image.removing_intents = False
+
+    def _take_removed(self, image: Image, begun: dict[int, int]) -> Batch:
+        batch = Batch()
+        quiet = {
+            region
+            for region, count in begun.items()
+            if (intent := image.intents.get(region)) is not None
+            and intent.begun == count
+            and not intent.in_flight
+        }
+        if image.whole_intent:
+            if len(quiet) < len(image.intents):
+                return batch
+            image.whole_intent = False
+            batch.settled.append((image.id, WHOLE_IMAGE))
+        for region in quiet:
+            del image.intents[region]
+            batch.settled.append((image.id, region))
+        return batch
+
+    async def sync_origin(self, image: Image, *, metadata: bool = True) -> None:
+        """Origin sync; ``image.synced`` tells afterwards what it covered (R5).
+
+        Raises:
+            OriginError: the origin failed; counted.
+        """
+        covered = image.written
+        try:
+            sync = partial(image.origin.sync, metadata=metadata)
+            await self._threads.run(sync, limiter=image.limiter)
+        except OriginError as exc:
+            image.counters.failed(exc)
+            raise
+        image.synced = max(image.synced, covered)

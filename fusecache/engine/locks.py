@@ -1,0 +1,53 @@
+"""SpanLock: slow work on a span of blocks is exclusive; hits take no lock.
+
+First come, first served: a claim waits for every earlier claim it overlaps, so nobody starves
+and there are no cycles.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+_EVERYTHING = 1 << 62
+
+
+class _Claim:
+    __slots__ = ("done", "first", "stop")
+
+    def __init__(self, first: int, stop: int) -> None:
+        self.first = first
+        self.stop = stop
+        self.done = trio.Event()
+
+
+class SpanLock:
+    """Exclusive claims on spans of block numbers of one image."""
+
+    def __init__(self) -> None:
+        self._claims: dict[_Claim, None] = {}
+
+    @asynccontextmanager
+    async def span(self, first: int, stop: int) -> AsyncIterator[None]:
+        """Holds blocks ``first`` up to, not including, ``stop``."""
+        before = [claim for claim in self._claims if claim.first < stop and first < claim.stop]
+        mine = _Claim(first, stop)
+        self._claims[mine] = None
+        try:
+            for claim in before:
+                await claim.done.wait()
+            yield
+        finally:
+            del self._claims[mine]
+            mine.done.set()
+
+    @asynccontextmanager
+    async def everything(self) -> AsyncIterator[None]:
+        """Holds the whole image: nothing slow is under way and nothing new begins (R6)."""
+        async with self.span(0, _EVERYTHING):
+            yield
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody holds or waits."""
+        return not self._claims

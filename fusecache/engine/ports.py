@@ -1,0 +1,77 @@
+"""What the engine needs from outside and tests replace: clocks, threads, the kernel's pages."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, TypeVarTuple
+
+import trio
+
+from fusecache.config import Tuning
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class RunSync(Protocol):
+    """Runs a blocking call elsewhere; ``trio.to_thread.run_sync`` is the real one."""
+
+    def __call__(
+        self, fn: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter
+    ) -> Awaitable[T]:
+        """Awaits ``fn(*args)``, never abandoning it."""
+        ...
+
+
+def _in_thread(fn: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter) -> Awaitable[T]:
+    return trio.to_thread.run_sync(fn, *args, limiter=limiter)
+
+
+class Threads:
+    """Blocking calls, each kind with its own limit, so that one kind cannot starve another (P6)."""
+
+    def __init__(self, tuning: Tuning, run_sync: RunSync = _in_thread) -> None:
+        self.run = run_sync
+        self._per_image = tuning.threads_per_image
+        self._metadata = trio.CapacityLimiter(tuning.metadata_threads)
+        self._device = trio.CapacityLimiter(tuning.device_threads)
+        self._database = trio.CapacityLimiter(1)
+        self._kernel = trio.CapacityLimiter(tuning.metadata_threads)
+
+    def new_image_limiter(self) -> trio.CapacityLimiter:
+        """A limiter for the origin calls of one image."""
+        return trio.CapacityLimiter(self._per_image)
+
+    async def metadata(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Lookups, listings and attributes on the origin."""
+        return await self.run(fn, *args, limiter=self._metadata)
+
+    async def device(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """The cache device."""
+        return await self.run(fn, *args, limiter=self._device)
+
+    async def database(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """The block map."""
+        return await self.run(fn, *args, limiter=self._database)
+
+    async def kernel(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Notifications to the kernel, which may wait for requests to be answered."""
+        return await self.run(fn, *args, limiter=self._kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Time as the engine sees it."""
+
+    monotonic: Callable[[], float] = time.monotonic
+    """Seconds; for periods."""
+    origin_ns: Callable[[], int] = time.time_ns
+    """Nanoseconds by the origin's clock; for P3."""
+
+
+Invalidate = Callable[[bytes], None]
+"""Makes the kernel forget the pages and attributes of the image with this identity. Blocks."""
+
+
+def no_pages(identity: bytes) -> None:
+    """The ``Invalidate`` of an engine without a mount."""

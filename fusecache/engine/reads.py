@@ -1,0 +1,170 @@
+"""Reads that are not simply a hit: cold hits, misses, mixtures, and reads past the cache."""
+
+from fusecache.core.geometry import merged
+from fusecache.core.index import CacheIndex, Located
+from fusecache.engine.fills import Fetch, Fills
+from fusecache.engine.image import Image
+from fusecache.engine.ports import Threads
+from fusecache.engine.state import CacheState
+from fusecache.errors import CacheDeviceError, OriginError
+
+_ATTEMPTS = 16
+
+
+class Reads:
+    """The slow half of reading."""
+
+    def __init__(self, core: CacheIndex, state: CacheState, fills: Fills, threads: Threads) -> None:
+        self._core = core
+        self._geometry = core.geometry
+        self._state = state
+        self._fills = fills
+        self._threads = threads
+
+    async def read(self, image: Image, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the end of the image.
+
+        Raises:
+            OriginError: the origin failed, or too many requests of this image wait for it.
+        """
+        with image.admitted():
+            if not self._state.serves(image):
+                return await self._past(image, offset, length)
+            length = min(length, image.size - offset)
+            if length <= 0:
+                return b""
+            into = bytearray(length)
+            if await self._cold_hit(image, offset, memoryview(into)):
+                image.counters.read_hit_bytes += length
+                return bytes(into)
+            self._start_missing(image, offset, length)
+            done = 0
+            for block, start, stop in self._geometry.split(offset, length):
+                view = memoryview(into)[done : done + stop - start]
+                got = await self._block(image, block, start, view)
+                done += got
+                if got < stop - start:
+                    break
+            return bytes(into[:done])
+
+    async def _past(self, image: Image, offset: int, length: int) -> bytes:
+        """Straight from the origin: the image is detached or the cache cannot be used."""
+        try:
+            data = await self._threads.run(image.origin.read, offset, length, limiter=image.limiter)
+        except OriginError as exc:
+            image.counters.failed(exc)
+            raise
+        image.counters.origin_reads += 1
+        image.counters.origin_read_bytes += len(data)
+        image.counters.read_miss_bytes += len(data)
+        return data
+
+    async def _cold_hit(self, image: Image, offset: int, into: memoryview) -> bool:
+        """Everything is in slots but not in memory: one trip to a thread for all of it."""
+        geometry = self._geometry
+        located: list[Located] = []
+        reads: list[tuple[int, int, int]] = []
+        done = 0
+        for block, start, stop in geometry.split(offset, len(into)):
+            found = self._core.locate(image.id, block)
+            need = geometry.touched(start, stop)
+            if found is None or found.valid & need != need:
+                return False
+            located.append(found)
+            position = (found.slot << geometry.block_shift) + start
+            if reads and reads[-1][0] + reads[-1][2] == position:
+                reads[-1] = (reads[-1][0], reads[-1][1], reads[-1][2] + stop - start)
+            else:
+                reads.append((position, done, stop - start))
+            done += stop - start
+        try:
+            await self._threads.device(self._read_slots, reads, into)
+        except CacheDeviceError:
+            return False  # block by block, to find the one that fails
+        return all(self._core.unmoved(found) for found in located)
+
+    def _read_slots(self, reads: list[tuple[int, int, int]], into: memoryview) -> None:
+        for position, at, length in reads:
+            into[at : at + length] = self._state.device.read(position, length)
+
+    def _start_missing(self, image: Image, offset: int, length: int) -> None:
+        """Begins all fetches the span needs at once, one for each run of missing blocks."""
+        missing = [
+            block
+            for block, start, stop in self._geometry.split(offset, length)
+            if block not in image.fetches and self._lacks(image, block, start, stop)
+        ]
+        for run in merged(missing):
+            self._fills.start(image, run)
+
+    def _lacks(self, image: Image, block: int, start: int, stop: int) -> bool:
+        need = self._geometry.touched(start, stop)
+        return self._core.valid_pages(image.id, block) & need != need
+
+    async def _block(self, image: Image, block: int, start: int, into: memoryview) -> int:
+        """The bytes of one block from ``start`` on; returns how many there were."""
+        geometry = self._geometry
+        fetch: Fetch | None = image.fetches.get(block)
+        for _ in range(_ATTEMPTS):
+            need = geometry.touched(start, start + len(into))
+            located = self._core.locate(image.id, block)
+            if located is not None and located.valid & need == need:
+                if await self._from_slot(located, start, into):
+                    image.counters.read_hit_bytes += len(into)
+                    return len(into)
+                continue
+            if fetch is None:
+                fetch = image.fetches.get(block) or self._fills.start(
+                    image, range(block, block + 1)
+                )
+            await fetch.ready.wait()
+            if fetch.error is not None:
+                raise fetch.error
+            got = await self._from_fetch(image, fetch, block, start, into)
+            if got is not None:
+                image.counters.read_miss_bytes += got
+                return got
+            fetch = None
+        # Reclaimed again and again between fetch and copy: read it where it cannot move.
+        async with image.lock.span(block, block + 1):
+            data = await self._past(image, (block << geometry.block_shift) + start, len(into))
+            into[: len(data)] = data
+            return len(data)
+
+    async def _from_slot(self, located: Located, start: int, into: memoryview) -> bool:
+        position = (located.slot << self._geometry.block_shift) + start
+        try:
+            data = await self._threads.device(self._state.device.read, position, len(into))
+        except CacheDeviceError as exc:
+            # Clean trouble is a miss: the slot is never used again, the origin has the data.
+            if self._core.unmoved(located):
+                self._core.retire(located.slot)
+            self._state.device_failed(exc)
+            return False
+        if not self._core.unmoved(located):
+            return False
+        into[:] = data
+        return True
+
+    async def _from_fetch(
+        self, image: Image, fetch: Fetch, block: int, start: int, into: memoryview
+    ) -> int | None:
+        """Copies from a finished fetch, page by page where some pages were valid before it."""
+        geometry = self._geometry
+        base = block << geometry.block_shift
+        need = geometry.touched(start, start + len(into))
+        brought = fetch.pages.get(block, 0)
+        if need & ~brought == 0:
+            return fetch.copy(base + start, into)
+        located = self._core.locate(image.id, block)
+        valid = 0 if located is None else located.valid
+        if fetch.ended is not None and base + start + len(into) > fetch.ended:
+            return fetch.copy(base + start, into)
+        if need & ~(brought | valid):
+            return None  # gone from the cache meanwhile
+        if located is None or not await self._from_slot(located, start, into):
+            return None
+        for begin, length in geometry.page_runs(need & brought):
+            first, last = max(begin, start), min(begin + length, start + len(into))
+            fetch.copy(base + first, into[first - start : last - start])
+        return len(into)

@@ -1,0 +1,48 @@
+"""The reclaimer: keeps slots free ahead of need (R3).
+
+A slot can be used again only after the deletion of its old row is stable, and a barrier costs an
+fsync. So slots are reclaimed in batches, one barrier for hundreds, and fills never wait: if no
+slot is free, a fetch is answered and not stored.
+"""
+
+import trio
+
+from fusecache.core.index import CacheIndex
+from fusecache.engine.committer import Committer
+from fusecache.engine.state import CacheState
+from fusecache.errors import CacheDeviceError, DatabaseError
+
+_SHARE = 64
+_MOST = 4096
+
+
+class Reclaimer:
+    """Reclaims from below ``low`` free slots up to ``high``."""
+
+    def __init__(self, core: CacheIndex, committer: Committer, state: CacheState) -> None:
+        self._core = core
+        self._committer = committer
+        self._state = state
+        self.low = max(1, min(_MOST, core.slot_count // _SHARE))
+        self.high = 2 * self.low
+        self._needed = trio.Event()
+
+    def wake(self) -> None:
+        """Reclaims soon, if there is need. Cheap; called at every fill."""
+        if self._core.free < self.low:
+            self._needed.set()
+
+    async def run(self) -> None:
+        """Reclaims whenever woken, until cancelled or the cache is unusable."""
+        while self._state.usable:
+            await self._needed.wait()
+            self._needed = trio.Event()
+            missing = self.high - self._core.free - self._core.leaving
+            if missing > 0:
+                self._state.counters.reclaimed += self._core.reclaim(missing)
+            if self._core.leaving:
+                try:
+                    await self._committer.barrier()
+                except (CacheDeviceError, DatabaseError):
+                    return  # the state is unusable now
+            self.wake()

@@ -1,0 +1,78 @@
+"""Recovery: from what a stop left behind to an index that may be served from."""
+
+import logging
+from pathlib import Path
+
+from fusecache.core.geometry import Geometry
+from fusecache.core.index import CacheIndex
+from fusecache.errors import CacheDeviceError, DatabaseError
+from fusecache.store.block_map import BlockMap
+from fusecache.store.cache_device import CacheDevice
+
+log = logging.getLogger(__name__)
+
+
+def recover(
+    device: CacheDevice,
+    block_map: BlockMap,
+    *,
+    boot_id: str,
+    pid: int,
+    mountpoint: bytes,
+    origin: bytes,
+) -> CacheIndex:
+    """Makes the cache ours and loads its index. Blocks; can be cut at any step and run again.
+
+    Raises:
+        CacheDeviceError: the cache device cannot be synced.
+        DatabaseError: the database is damaged or cannot be written.
+    """
+    superblock = device.superblock
+    meta = block_map.meta()
+    fresh = False
+    if device.fenced:
+        # The last daemon wrote past a broken database: nothing in it can be believed.
+        log.warning("the cache was left in trouble and starts empty")
+        block_map.wipe()
+        device.set_fenced(False)
+        fresh = True
+    if not meta.clean and not fresh:
+        device.sync()  # data before rows: merging what a killed daemon left is a barrier (R1)
+        same = meta.boot_id == boot_id
+        log.info("recovering after %s", "a killed daemon" if same else "a power cut or a move")
+    block_map.attach(boot_id, pid, mountpoint, origin)
+    index = CacheIndex(Geometry.of(superblock.block_size), superblock.slot_count)
+    try:
+        for rows in block_map.load():
+            index.load(rows)
+        index.finish_load(block_map.load_order())
+    except ValueError as exc:
+        raise DatabaseError(
+            f"The cache's database {block_map.path} is damaged: {exc}. To start with an empty "
+            f"cache (the origin keeps all data written through): fusecache format --force"
+        ) from exc
+    return index
+
+
+def boot_id() -> str:
+    """This boot of this host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def fence(device: CacheDevice, block_map: BlockMap) -> bool:
+    """Keeps the next start from trusting a map that could not be kept up to date.
+
+    Empties the map, or else marks the superblock, which needs no space. True if either worked.
+    """
+    try:
+        block_map.wipe()
+    except DatabaseError as exc:
+        log.warning("the block map cannot be emptied (%s), marking the superblock instead", exc)
+    else:
+        return True
+    try:
+        device.set_fenced(True)
+    except CacheDeviceError as exc:
+        log.error("the superblock cannot be marked either: %s", exc)
+        return False
+    return True

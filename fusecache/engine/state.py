@@ -1,0 +1,82 @@
+"""CacheState: whether the cache may be used, and what happens when it may not.
+
+Trouble with the cache never reaches a guest while its data is clean: a failed SSD write pauses
+storing, a failed database or sync ends caching until the next mount (failure table). Before the
+first write after that, the next start is kept from trusting what it will find (``Fence``).
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from fusecache.config import Tuning
+from fusecache.engine.image import Image
+from fusecache.errors import CacheDeviceError, FusecacheError
+from fusecache.observe.counters import CacheCounters
+from fusecache.store.cache_device import CacheDevice
+
+log = logging.getLogger(__name__)
+
+
+class CacheState:
+    """Flags of one running cache."""
+
+    def __init__(self, device: CacheDevice, tuning: Tuning, now: Callable[[], float]) -> None:
+        self.device = device
+        self.tuning = tuning
+        self.counters = CacheCounters()
+        self.usable = True
+        self.trouble = ""
+        """Why the cache is not usable, or what went wrong last."""
+        self.broken = trio.Event()
+        """Set with the first error that makes the cache unusable."""
+        self.fenced = trio.Event()
+        """Set once writes may go on past an unusable cache."""
+        self._now = now
+        self._store_after = float("-inf")
+
+    def serves(self, image: Image) -> bool:
+        """Whether blocks of the image may be read from the cache."""
+        return self.usable and not image.detached
+
+    def stores(self, image: Image) -> bool:
+        """Whether blocks of the image may be written to the cache."""
+        return self.serves(image) and self._now() >= self._store_after
+
+    def unusable(self, error: FusecacheError) -> None:
+        """The map or the device cannot be relied on: everything goes past the cache."""
+        self.device_failed(error)
+        if self.usable:
+            self.usable = False
+            log.error("the cache is degraded, all goes to the origin: %s", error)
+        self.broken.set()
+
+    def store_failed(self, error: CacheDeviceError) -> None:
+        """An SSD write failed (full, or worse): nothing is stored for a while."""
+        paused = self._now() < self._store_after
+        self.device_failed(error)
+        self._store_after = self._now() + self.tuning.store_pause
+        if not paused:
+            log.error(
+                "storing on the cache pauses for %.0f s, reads and writes go on: %s",
+                self.tuning.store_pause,
+                error,
+            )
+
+    def device_failed(self, error: FusecacheError) -> None:
+        """Counts an error of the cache device or its database."""
+        self.counters.device_errors += 1
+        self.trouble = str(error)
+
+    def unexpected(self, error: BaseException, doing: str) -> None:
+        """An exception nobody foresaw: logged with its traceback, counted, survived."""
+        self.counters.unexpected += 1
+        log.error("unexpected error while %s", doing, exc_info=error)
+
+    @property
+    def name(self) -> str:
+        """``ok``, ``paused`` or ``degraded``, for status."""
+        if not self.usable:
+            return "degraded"
+        return "paused" if self._now() < self._store_after else "ok"

@@ -1,0 +1,67 @@
+"""Every error of the project, and the one table from errors to errno.
+
+Inside, code raises these; only ``fuse/`` turns them into an errno for the kernel, and only
+``cli/`` into a sentence and an exit code. Messages are whole sentences for an operator and
+say what to do.
+"""
+
+import errno
+
+
+class FusecacheError(Exception):
+    """Base of all domain errors. ``str(exc)`` is a sentence for the operator."""
+
+
+class UsageError(FusecacheError):
+    """The command was given something it cannot mean (exit code 2)."""
+
+
+class NotACacheError(FusecacheError):
+    """The cache path holds no fusecache superblock."""
+
+
+class EmptyCacheError(NotACacheError):
+    """The cache path holds nothing at all, so it may be formatted."""
+
+
+class SuperblockError(FusecacheError):
+    """A fusecache superblock is there but damaged or of an unknown version."""
+
+
+class CacheInUseError(FusecacheError):
+    """Another process has the cache open."""
+
+
+class CacheDeviceError(FusecacheError):
+    """The cache device failed a read, a write or a sync."""
+
+
+class DatabaseError(FusecacheError):
+    """The block map's database is missing, damaged, foreign or cannot be written."""
+
+
+class OriginError(FusecacheError):
+    """The origin failed a call; ``errno`` is what it said."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.errno = number
+
+
+class MountError(FusecacheError):
+    """The filesystem cannot be mounted or unmounted."""
+
+
+class ControlError(FusecacheError):
+    """The daemon cannot be reached or refused a request."""
+
+
+class IllegalStep(FusecacheError):
+    """A slot was asked to make a step that its state does not allow: always a bug."""
+
+
+def errno_of(exc: BaseException) -> int:
+    """The errno a guest gets for ``exc``; EIO for anything nobody foresaw."""
+    if isinstance(exc, OriginError | OSError) and exc.errno:
+        return int(exc.errno)
+    return errno.EIO

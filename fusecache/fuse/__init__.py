@@ -1,0 +1,1 @@
+"""The mounted filesystem. pyfuse3 stops here, and so do errnos."""

@@ -1,0 +1,50 @@
+"""guarded: every handler answers, whatever happens.
+
+An error of the origin becomes its errno; anything nobody foresaw becomes EIO, logged and counted.
+An exception that reached pyfuse3 would end the mount.
+"""
+
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from pyfuse3 import FUSEError
+
+from fusecache.engine.state import CacheState
+from fusecache.errors import FusecacheError, errno_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class HasState(Protocol):
+    """What ``guarded`` needs of the class whose handlers it guards."""
+
+    state: CacheState
+
+
+S = TypeVar("S", bound=HasState)
+
+
+def answer(state: CacheState, exc: Exception, handler: str) -> FUSEError:
+    """The answer to a handler's exception; an unforeseen one is logged and counted."""
+    if isinstance(exc, FUSEError):
+        return exc
+    if not isinstance(exc, OSError | FusecacheError):
+        state.unexpected(exc, f"answering {handler}")
+    return FUSEError(errno_of(exc))
+
+
+def guarded(
+    handler: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Makes every exception of a handler an errno."""
+
+    @functools.wraps(handler)
+    async def guard(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except Exception as exc:
+            raise answer(self.state, exc, handler.__name__) from None
+
+    return guard

@@ -1,0 +1,79 @@
+"""Inodes: node ids are ours and never used twice; each holds an O_PATH descriptor."""
+
+import os
+import stat
+
+from fusecache.store.tree import Found
+
+ROOT_ID = 1
+
+
+class Node:
+    """An inode the kernel knows."""
+
+    __slots__ = ("asked", "fd", "fmt", "id", "identity", "local", "lookups")
+
+    def __init__(self, node_id: int, found: Found) -> None:
+        self.id = node_id
+        self.fd = found.fd
+        self.identity = found.identity
+        self.local = found.local
+        self.fmt = stat.S_IFMT(found.st.st_mode)
+        self.lookups = 0
+        self.asked = False
+        """The kernel has asked for the attributes since the last read; see Operations.read."""
+
+    @property
+    def regular(self) -> bool:
+        """Whether it is a regular file: only those are opened."""
+        return self.fmt == stat.S_IFREG
+
+
+class Inodes:
+    """All nodes, by id and by identity; hard links share one."""
+
+    def __init__(self, root: Found) -> None:
+        self._by_id: dict[int, Node] = {}
+        self._by_identity: dict[bytes, Node] = {}
+        self._next_id = ROOT_ID
+        self.add(root)
+
+    def __getitem__(self, node_id: int) -> Node:
+        """The node. KeyError for an id the kernel cannot have: a bug, answered with EIO."""
+        return self._by_id[node_id]
+
+    def find(self, identity: bytes) -> Node | None:
+        """The node of an inode, if the kernel knows it."""
+        return self._by_identity.get(identity)
+
+    def add(self, found: Found) -> Node:
+        """Takes over ``found.fd`` and counts one look-up."""
+        node = self._by_identity.get(found.identity)
+        if node is None:
+            node = Node(self._next_id, found)
+            self._next_id += 1
+            self._by_id[node.id] = node
+            self._by_identity[node.identity] = node
+        else:
+            # In place of the old one: after a rename by others it knows the new path.
+            os.dup2(found.fd, node.fd, inheritable=False)
+            os.close(found.fd)
+        node.lookups += 1
+        return node
+
+    def forget(self, node_id: int, lookups: int) -> None:
+        """The kernel dropped that many look-ups; at none the node goes."""
+        node = self._by_id[node_id]
+        node.lookups -= lookups
+        if node.lookups <= 0 and node.id != ROOT_ID:
+            del self._by_id[node.id]
+            if self._by_identity.get(node.identity) is node:
+                del self._by_identity[node.identity]
+            os.close(node.fd)
+
+    def close(self) -> None:
+        """Closes every descriptor."""
+        for node in self._by_id.values():
+            os.close(node.fd)
+        self._by_id.clear()
+        self._by_identity.clear()

@@ -1,0 +1,106 @@
+"""Mount points as the kernel sees them: found in mountinfo, unmounted, cleared of the dead.
+
+Nothing here touches a mounted tree from this process: it may be wedged.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusecache.errors import MountError
+from fusecache.store import syscalls
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+SUBTYPE = "fusecache"
+_PROBE_TIMEOUT = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountPoint:
+    """One line of mountinfo."""
+
+    path: Path
+    device: str
+    """major:minor; the minor is the FUSE connection's number"""
+    fstype: str
+
+
+def mount_at(path: Path) -> MountPoint | None:
+    """The topmost mount exactly at ``path``, by mountinfo."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split(b" ")
+        name = fields[4].decode("unicode_escape").encode("latin-1")
+        if os.fsdecode(name) == str(path):
+            fstype = fields[fields.index(b"-") + 1].decode()
+            found = MountPoint(path, fields[2].decode(), fstype)
+    return found
+
+
+def clear_dead_mount(path: Path) -> None:
+    """Detaches a fusecache mount whose daemon is gone and that no known daemon answers for.
+
+    A connection that is wedged (its daemon killed, but held by the kernel) is aborted first, so
+    that whoever waits for it is released.
+
+    Raises:
+        MountError: something else is mounted there, it is alive, or it cannot be detached.
+    """
+    mounted = mount_at(path)
+    if mounted is None:
+        return
+    if mounted.fstype not in (f"fuse.{SUBTYPE}", "fuse"):
+        raise MountError(
+            f"{path} is busy: a {mounted.fstype} filesystem is mounted there. "
+            "Unmount it or choose another mount point."
+        )
+    if _answers(path):
+        raise MountError(
+            f"{path} is busy: a FUSE filesystem is mounted there and works. "
+            f"Unmount it with umount {path}, or choose another mount point."
+        )
+    with contextlib.suppress(OSError):
+        (CONNECTIONS / mounted.device.split(":")[1] / "abort").write_text("1")
+    unmount(path, detach=True)
+    log.info("detached the dead mount at %s", path)
+
+
+def _answers(path: Path) -> bool:
+    """Whether a stat of the mount succeeds soon; asked by a process that may be left behind."""
+    try:
+        asked = subprocess.run(
+            ["stat", "--file-system", "--", str(path)],
+            capture_output=True,
+            timeout=_PROBE_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
+
+
+def unmount(path: Path, *, detach: bool) -> None:
+    """Unmounts; ``detach`` takes it out of the tree even while it is busy.
+
+    Raises:
+        MountError: busy, or not permitted.
+    """
+    if os.geteuid() == 0:
+        try:
+            syscalls.umount(os.fsencode(path), detach=detach)
+        except OSError as exc:
+            if exc.errno == errno.EINVAL:
+                return  # not mounted any more
+            reason = "it is in use" if exc.errno == errno.EBUSY else str(exc.strerror)
+            raise MountError(f"{path} cannot be unmounted: {reason}.") from exc
+        return
+    command = ["fusermount3", "-u", *(["-z"] if detach else []), "--", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise MountError(f"{path} cannot be unmounted: {done.stderr.strip()}")

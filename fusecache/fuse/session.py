@@ -1,0 +1,100 @@
+"""The FUSE session: mounts and serves."""
+
+import logging
+import os
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from fusecache.config import Tuning
+from fusecache.errors import MountError
+from fusecache.fuse.mounts import CONNECTIONS, SUBTYPE, mount_at
+from fusecache.fuse.operations import Operations
+from fusecache.store import syscalls
+
+log = logging.getLogger(__name__)
+
+_EXTRA_TASKS = 1024
+_IDLE_TASKS = 1
+
+
+class Session:
+    """One mount of one set of operations; pyfuse3 allows one in a process."""
+
+    def __init__(self, operations: Operations, mountpoint: Path, tuning: Tuning) -> None:
+        self._operations = operations
+        self._mountpoint = mountpoint
+        self._tuning = tuning
+        self._mounted = False
+
+    def mount(self, origin: Path, options: tuple[str, ...], *, read_only: bool) -> None:
+        """Mounts. libfuse writes its own words on failure to standard error.
+
+        Raises:
+            MountError: it cannot be mounted.
+        """
+        chosen = {
+            f"fsname={str(origin).replace(',', '_')}",
+            f"subtype={SUBTYPE}",
+            "default_permissions",
+            *options,
+        }
+        if os.geteuid() == 0:
+            chosen.add("allow_other")
+        if read_only:
+            chosen.add("ro")
+        if not Path("/dev/fuse").exists():
+            raise MountError("/dev/fuse is missing: load the kernel module with: modprobe fuse")
+        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+            raise MountError("/dev/fuse may not be opened: ask for read and write access to it.")
+        try:
+            pyfuse3.init(self._operations, str(self._mountpoint), chosen)
+        except RuntimeError as exc:
+            hint = ""
+            if "allow_other" in chosen and os.geteuid() != 0:
+                hint = " For allow_other, /etc/fuse.conf needs the line user_allow_other."
+            raise MountError(
+                f"Mounting at {self._mountpoint} failed; see the line of fusermount3 or libfuse "
+                f"above for the reason.{hint}"
+            ) from exc
+        self._mounted = True
+
+    async def run(self, ready: trio.Event) -> None:
+        """Serves until unmounted. Sets ``ready`` once the kernel has been answered."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, ready)
+            most = self._tuning.max_background + _EXTRA_TASKS
+            await pyfuse3.main(min_tasks=_IDLE_TASKS, max_tasks=most)
+            nursery.cancel_scope.cancel()
+
+    async def _announce(self, ready: trio.Event) -> None:
+        await self._operations.serving.wait()
+        await trio.to_thread.run_sync(self._raise_background_limit)
+        ready.set()
+
+    def _raise_background_limit(self) -> None:
+        """By default the kernel lets 12 requests wait and then holds up all images (P6)."""
+        mounted = mount_at(self._mountpoint)
+        if mounted is None:
+            return
+        connection = CONNECTIONS / mounted.device.split(":")[1]
+        try:
+            if not connection.exists() and os.geteuid() == 0:
+                syscalls.mount_fusectl()
+            limit = self._tuning.max_background
+            (connection / "max_background").write_text(str(limit))
+            (connection / "congestion_threshold").write_text(str(limit * 3 // 4))
+        except OSError as exc:
+            log.warning(
+                "the kernel's limit of 12 background requests stays (%s): "
+                "an image whose origin stalls can hold up the others",
+                exc.strerror,
+            )
+
+    def close(self) -> None:
+        """Ends the session; unmounts, lazily, if that has not happened."""
+        if self._mounted:
+            self._mounted = False
+            pyfuse3.close(unmount=True)
+        self._operations.inodes.close()

@@ -1,0 +1,240 @@
+"""The cache device: an SSD file or block device, divided into slots.
+
+Positions are in slot space (slot number x block size + offset in the block); this file alone
+knows that slots begin at 1 MiB. Reads and writes are buffered, so what was read or filled lately
+is in the page cache and a hit needs no disk.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+from fusecache.config import format_size
+from fusecache.errors import (
+    CacheDeviceError,
+    CacheInUseError,
+    EmptyCacheError,
+    NotACacheError,
+    SuperblockError,
+)
+from fusecache.store.superblock import DATA_OFFSET, Superblock
+
+MIN_SLOTS = 16
+_EDGE = 1 << 20
+
+
+class CacheDevice:
+    """An open, locked cache device. All calls block; all raise CacheDeviceError."""
+
+    def __init__(self, path: Path, fd: int, superblock: Superblock) -> None:
+        self.path = path
+        self.superblock = superblock
+        self._fd = fd
+        self._can_nowait = True
+
+    def try_read(self, position: int, buffer: memoryview) -> bool:
+        """Fills ``buffer`` if every byte is in the page cache; False if it is not. Never waits.
+
+        Raises:
+            OSError: the device failed.
+        """
+        if not self._can_nowait:
+            return False
+        try:
+            got = os.preadv(self._fd, (buffer,), position + DATA_OFFSET, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            if exc.errno != errno.EOPNOTSUPP:
+                raise
+            # A filesystem without RWF_NOWAIT (kernel 6.1's tmpfs, overlayfs): use threads.
+            self._can_nowait = False
+            return False
+        return got == len(buffer)
+
+    def read(self, position: int, length: int) -> bytes:
+        """``length`` bytes at ``position``."""
+        try:
+            data = os.pread(self._fd, length, position + DATA_OFFSET)
+        except OSError as exc:
+            raise CacheDeviceError(f"reading {self.path} at {position}: {exc.strerror}") from exc
+        if len(data) != length:
+            raise CacheDeviceError(f"reading {self.path} at {position}: the device is shorter")
+        return data
+
+    def write(self, position: int, data: bytes | memoryview) -> None:
+        """All of ``data`` to ``position``; after an error any part may have been written."""
+        view = memoryview(data)
+        try:
+            while view:
+                done = os.pwrite(self._fd, view, position + DATA_OFFSET)
+                position += done
+                view = view[done:]
+        except OSError as exc:
+            raise CacheDeviceError(f"writing {self.path} at {position}: {exc.strerror}") from exc
+
+    def sync(self) -> None:
+        """Everything written so far is on stable storage."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as exc:
+            raise CacheDeviceError(f"syncing {self.path}: {exc.strerror}") from exc
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the superblock says that the database must not be believed."""
+        return self.superblock.fenced
+
+    def set_fenced(self, fenced: bool) -> None:
+        """Writes the superblock anew, in place: this needs no space and no database."""
+        superblock = replace(self.superblock, fenced=fenced)
+        write_superblock(self._fd, self.path, superblock)
+        self.superblock = superblock
+
+    def close(self) -> None:
+        """Closes and unlocks; twice does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def open_locked(path: Path) -> int:
+    """A read-write descriptor of a cache that nobody else has open.
+
+    Raises:
+        CacheInUseError: another process has it (its pid is named where the kernel tells).
+        NotACacheError: a directory or special file.
+        CacheDeviceError: missing, or not permitted.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise NotACacheError(f"{path} is a directory: name a file or block device in it.")
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise NotACacheError(f"{path} is neither a file nor a block device.")
+        # O_EXCL on a block device: nobody else may have it mounted or open exclusively.
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if stat.S_ISBLK(mode) else 0))
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            raise CacheInUseError(
+                f"{path} is in use: mounted, part of an array, or open elsewhere{_holder(path)}."
+            ) from exc
+        raise CacheDeviceError(f"Cannot open the cache {path}: {exc.strerror}.") from exc
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(fd)
+        raise CacheInUseError(f"{path} is in use by another fusecache{_holder(path)}.") from exc
+    return fd
+
+
+def _holder(path: Path) -> str:
+    """`` (pid 123)`` of the process that holds the lock on ``path``, as far as /proc tells."""
+    with contextlib.suppress(OSError):
+        at = path.stat()
+        name = f"{os.major(at.st_dev):02x}:{os.minor(at.st_dev):02x}:{at.st_ino}"
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if "FLOCK" in fields and name in fields:
+                return f" (pid {fields[fields.index(name) - 1]})"
+    return ""
+
+
+def size_of(fd: int) -> int:
+    """Bytes of a file or block device."""
+    return os.lseek(fd, 0, os.SEEK_END)
+
+
+def read_superblock(fd: int, path: Path) -> Superblock:
+    """The superblock of an open cache.
+
+    Raises:
+        EmptyCacheError: nothing is there: no bytes, or zeros in the first and last MiB.
+        NotACacheError: something else is there.
+        SuperblockError: the superblock is damaged, or the device is shorter than it says.
+    """
+    size = size_of(fd)
+    first = os.pread(fd, _EDGE, 0)
+    if not any(first) and not any(os.pread(fd, _EDGE, max(0, size - _EDGE))):
+        raise EmptyCacheError(f"{path} is empty.")
+    try:
+        superblock = Superblock.unpack(first)
+    except NotACacheError:
+        raise NotACacheError(
+            f"{path} holds something that is not a fusecache cache (a filesystem, a partition "
+            f"table, other data). If nothing on it is needed: fusecache format {path} --force"
+        ) from None
+    except SuperblockError as exc:
+        raise SuperblockError(
+            f"{path} cannot be used: {exc}. To start with an empty cache (the origin keeps all "
+            f"data written through): fusecache format {path} --force"
+        ) from None
+    needed = DATA_OFFSET + superblock.slot_count * superblock.block_size
+    if size < needed:
+        raise SuperblockError(
+            f"{path} has {format_size(size)} but was formatted with {format_size(needed)}: "
+            f"it was cut short. To start with an empty cache: fusecache format {path} --force"
+        )
+    return superblock
+
+
+def plan(fd: int, path: Path, block_size: int, size: int | None) -> Superblock:
+    """The superblock of a new cache over ``path``, or over its first ``size`` bytes.
+
+    Raises:
+        CacheDeviceError: too small.
+    """
+    room = size_of(fd) if size is None else size
+    slots = (room - DATA_OFFSET) // block_size
+    if slots < MIN_SLOTS:
+        raise CacheDeviceError(
+            f"{path} is too small: with blocks of {format_size(block_size)} a cache needs at "
+            f"least {format_size(DATA_OFFSET + MIN_SLOTS * block_size)}. Choose a larger --size "
+            "or a smaller --block-size."
+        )
+    return Superblock(block_size, slots, uuid.uuid4())
+
+
+def erase_superblock(fd: int, path: Path) -> None:
+    """After this there is no cache at ``path``, stably. Raises CacheDeviceError."""
+    _put(fd, path, bytes(_EDGE))
+
+
+def write_superblock(fd: int, path: Path, superblock: Superblock) -> None:
+    """After this there is one, stably. Raises CacheDeviceError."""
+    _put(fd, path, superblock.pack())
+
+
+def _put(fd: int, path: Path, data: bytes) -> None:
+    try:
+        os.pwrite(fd, data, 0)
+        os.fsync(fd)
+    except OSError as exc:
+        raise CacheDeviceError(f"Cannot write to {path}: {exc.strerror}.") from exc
+
+
+def create_file(path: Path, size: int) -> None:
+    """A new cache file, readable by its owner alone, with its space taken from the filesystem.
+
+    Raises:
+        CacheDeviceError: no space, no such directory, not permitted.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise CacheDeviceError(f"Cannot create the cache {path}: {exc.strerror}.") from exc
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as exc:
+        os.unlink(path)
+        hint = " Choose a smaller --size." if exc.errno == errno.ENOSPC else ""
+        raise CacheDeviceError(
+            f"Cannot take {format_size(size)} for the cache {path}: {exc.strerror}.{hint}"
+        ) from exc
+    finally:
+        os.close(fd)

@@ -1,0 +1,152 @@
+"""One image on the origin: a regular file, read and written by descriptor, never by path.
+
+A descriptor comes from an O_PATH descriptor that a lookup pinned, so renames and swapped
+symbolic links cannot lead to another file, and FIFOs and devices are never opened.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+
+from fusecache.errors import OriginError
+from fusecache.store import syscalls
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What P3 compares. Times in nanoseconds by the origin's clock, size in bytes."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, st: os.stat_result) -> "Attributes":
+        """The part of a stat result that tells one content from another."""
+        return cls(st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+
+
+class OriginImage:
+    """The descriptors of one image: one to read by, one to write by, each opened when needed.
+
+    All calls block and raise OriginError. Tests put doubles here: this is the seam where origins
+    fail and stall.
+    """
+
+    def __init__(self) -> None:
+        self._read_fd = -1
+        self._write_fd = -1
+
+    def open(self, path_fd: int, *, write: bool) -> Attributes:
+        """Opens anew from a pinned descriptor and returns the attributes as of that open.
+
+        A new open and an fstat, not a stat of a path, is what makes NFS ask the server (close to
+        open consistency); the new one takes the old one's place.
+
+        Raises:
+            OriginError: ``path_fd`` is not a regular file, or the origin refused.
+        """
+        try:
+            if not stat.S_ISREG(os.fstat(path_fd).st_mode):
+                raise OriginError(22, "only regular files are opened")
+            flags = (os.O_WRONLY if write else os.O_RDONLY) | os.O_CLOEXEC
+            fd = os.open(f"/proc/self/fd/{path_fd}", flags)
+            seen = Attributes.of(os.fstat(fd))
+            old = self._write_fd if write else self._read_fd
+            if old >= 0:
+                # In place, so that a read under way in another thread never meets a closed
+                # descriptor or, worse, its number given to another file.
+                os.dup2(fd, old, inheritable=False)
+                os.close(fd)
+            elif write:
+                self._write_fd = fd
+            else:
+                self._read_fd = fd
+            return seen
+        except OSError as exc:
+            raise _translated(exc, "opening the image") from exc
+
+    def attributes(self) -> Attributes:
+        """The attributes as the open descriptor sees them now."""
+        try:
+            return Attributes.of(os.fstat(self._any()))
+        except OSError as exc:
+            raise _translated(exc, "reading the attributes") from exc
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is open for reading."""
+        return self._read_fd >= 0
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is open for writing."""
+        return self._write_fd >= 0
+
+    def _any(self) -> int:
+        return self._write_fd if self._write_fd >= 0 else self._read_fd
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the end of the file."""
+        parts = []
+        try:
+            while length:
+                part = os.pread(self._read_fd, length, offset)
+                if not part:
+                    break
+                parts.append(part)
+                offset += len(part)
+                length -= len(part)
+        except OSError as exc:
+            raise _translated(exc, f"reading at {offset}") from exc
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """All of ``data``; after an error any part may have been written."""
+        view = memoryview(data)
+        try:
+            while view:
+                done = os.pwrite(self._write_fd, view, offset)
+                offset += done
+                view = view[done:]
+        except OSError as exc:
+            raise _translated(exc, f"writing at {offset}") from exc
+
+    def truncate(self, size: int) -> None:
+        """Sets the file's size."""
+        try:
+            os.ftruncate(self._write_fd, size)
+        except OSError as exc:
+            raise _translated(exc, "truncating") from exc
+
+    def sync(self, *, metadata: bool = True) -> None:
+        """Everything written is on the origin's stable storage. Needs either descriptor."""
+        try:
+            if metadata:
+                os.fsync(self._any())
+            else:
+                os.fdatasync(self._any())
+        except OSError as exc:
+            raise _translated(exc, "syncing") from exc
+
+    def close(self) -> None:
+        """Closes both descriptors; twice does nothing."""
+        for fd in (self._read_fd, self._write_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._read_fd = self._write_fd = -1
+
+
+def attributes_of(fd: int) -> Attributes:
+    """The attributes of any descriptor, O_PATH ones too. Raises OSError."""
+    return Attributes.of(os.fstat(fd))
+
+
+def identity_of(fd: int, filesystem: int) -> bytes:
+    """Which image this is, over remounts and renames: filesystem, inode and file handle."""
+    inode = os.fstat(fd).st_ino
+    return filesystem.to_bytes(8, "little") + inode.to_bytes(8, "little") + syscalls.file_handle(fd)
+
+
+def _translated(exc: OSError, doing: str) -> OriginError:
+    return OriginError(exc.errno or 5, f"{doing}: {exc.strerror}")

@@ -1,0 +1,81 @@
+"""The system calls Python has no words for, through the C library."""
+
+import ctypes
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+AT_EMPTY_PATH = 0x1000
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+MNT_DETACH = 2
+TMPFS_MAGIC = 0x01021994
+_MAX_HANDLE = 128
+
+
+class _FileHandle(ctypes.Structure):
+    _fields_ = (
+        ("handle_bytes", ctypes.c_uint),
+        ("handle_type", ctypes.c_int),
+        ("f_handle", ctypes.c_ubyte * _MAX_HANDLE),
+    )
+
+
+def file_handle(fd: int) -> bytes:
+    """The kernel's persistent handle of the open (or O_PATH) file, see name_to_handle_at(2).
+
+    It stays the same over remounts and reboots, and differs when an inode number is used again.
+    Empty where the filesystem has none.
+    """
+    handle = _FileHandle(handle_bytes=_MAX_HANDLE)
+    mount_id = ctypes.c_int()
+    result = _libc.name_to_handle_at(
+        fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), AT_EMPTY_PATH
+    )
+    if result != 0:
+        return b""
+    kind = int(handle.handle_type).to_bytes(4, "little", signed=True)
+    return kind + bytes(handle.f_handle[: handle.handle_bytes])
+
+
+def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
+    """rename(2) with RENAME_NOREPLACE or RENAME_EXCHANGE. Raises OSError."""
+    if _libc.renameat2(old_dir, old, new_dir, new, ctypes.c_uint(flags)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def umount(path: bytes, *, detach: bool) -> None:
+    """umount2(2), root only; ``detach`` takes it out of the tree even while it is busy."""
+    if _libc.umount2(path, MNT_DETACH if detach else 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(path))
+
+
+def mount_fusectl() -> None:
+    """Mounts fusectl where the kernel wants it, root only. Raises OSError."""
+    if _libc.mount(b"none", b"/sys/fs/fuse/connections", b"fusectl", 0, None) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def chown_fd(fd: int, uid: int, gid: int) -> None:
+    """chown of an O_PATH descriptor, symbolic links included; -1 leaves an id as it is."""
+    flags = AT_EMPTY_PATH
+    if (
+        _libc.fchownat(
+            fd, b"", ctypes.c_uint(uid & 0xFFFFFFFF), ctypes.c_uint(gid & 0xFFFFFFFF), flags
+        )
+        != 0
+    ):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def link_fd(fd: int, new_dir: int, name: bytes) -> None:
+    """A new name for the inode of an O_PATH descriptor. Raises OSError."""
+    source = f"/proc/self/fd/{fd}".encode()
+    at_fdcwd, follow = -100, 0x400
+    if _libc.linkat(at_fdcwd, source, new_dir, name, follow) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

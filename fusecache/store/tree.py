@@ -1,0 +1,280 @@
+"""The origin as a tree of names: lookups, listings, and everything that changes names.
+
+Every inode is held by an O_PATH descriptor, found once from its parent's with O_NOFOLLOW. Calls
+block and raise OSError; the caller runs them in a thread.
+"""
+
+import contextlib
+import os
+import stat
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusecache.errors import OriginError
+from fusecache.store import origin, syscalls
+
+_NETWORK_FILESYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "glusterfs", "afs", "lustre"}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An inode: a pinned descriptor that the receiver must close, and what it was when found."""
+
+    fd: int
+    st: os.stat_result
+    identity: bytes
+    local: bool
+    """Its filesystem answers an fstat from memory, never from a network."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Filesystem:
+    number: int
+    local: bool
+
+
+class Tree:
+    """The directory tree below the origin.
+
+    Args:
+        root: an absolute path to a directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._filesystems: dict[int, _Filesystem] = {}
+        self.clock_offset_ns = 0
+        """The origin's clock minus this host's."""
+
+    def close(self) -> None:
+        """Closes the root."""
+        os.close(self._root_fd)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the origin's filesystem is mounted read-only."""
+        return bool(os.statvfs(self.root).f_flag & os.ST_RDONLY)
+
+    def now_ns(self) -> int:
+        """The time by the origin's clock."""
+        return time.time_ns() + self.clock_offset_ns
+
+    def measure_clock(self) -> None:
+        """Finds out how far a file server's clock is from ours, with a file that has no name.
+
+        Local filesystems use this host's clock. Where the server cannot make nameless files, one
+        is made and removed at once; a read-only origin is taken to have our clock.
+        """
+        kind = _filesystem_type(self.root.stat().st_dev)
+        if kind not in _NETWORK_FILESYSTEMS or self.read_only:
+            return
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self.root) as file:
+            before = time.time_ns()
+            file.write(b"\0")
+            file.flush()
+            os.fsync(file.fileno())
+            after = time.time_ns()
+            self.clock_offset_ns = os.fstat(file.fileno()).st_mtime_ns - (before + after) // 2
+
+    def find_root(self) -> Found:
+        """The origin directory itself."""
+        return self._found(os.dup(self._root_fd))
+
+    def find(self, parent: int, name: bytes) -> Found:
+        """The entry ``name`` of the directory ``parent`` (a descriptor). Links are not followed.
+
+        Raises:
+            OSError: there is none; EXDEV: its filesystem cannot be told from another's.
+        """
+        return self._found(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent))
+
+    def _found(self, fd: int) -> Found:
+        try:
+            st = os.fstat(fd)
+            filesystem = self._filesystem(fd, st)
+            identity = origin.identity_of(fd, filesystem.number)
+            return Found(fd, st, identity, filesystem.local)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _filesystem(self, fd: int, st: os.stat_result) -> _Filesystem:
+        """The filesystem of ``fd``, by a number that outlives remounts.
+
+        A filesystem mounted inside the origin has its own; if two cannot be told apart, the
+        second one is refused, since equal inode numbers on both would be taken for one image.
+        """
+        known = self._filesystems.get(st.st_dev)
+        if known is not None:
+            return known
+        number = os.fstatvfs(fd).f_fsid & 0xFFFFFFFFFFFFFFFF
+        if any(other.number == number for other in self._filesystems.values()):
+            raise OriginError(
+                18,
+                f"a filesystem mounted inside {self.root} has the same id as another one there: "
+                "mount it elsewhere and give it a fusecache of its own",
+            )
+        kind = _filesystem_type(st.st_dev)
+        local = kind not in _NETWORK_FILESYSTEMS and not kind.startswith("fuse")
+        self._filesystems[st.st_dev] = _Filesystem(number, local)
+        return self._filesystems[st.st_dev]
+
+    def resolve(self, path: bytes) -> Found:
+        """The inode at a path relative to the origin, no symbolic link followed on the way."""
+        fd = os.dup(self._root_fd)
+        for name in [part for part in path.split(b"/") if part not in (b"", b".")]:
+            if name == b"..":
+                os.close(fd)
+                raise FileNotFoundError(2, "the path leaves the origin")
+            try:
+                below = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = below
+        return self._found(fd)
+
+    def path_of(self, fd: int) -> bytes:
+        """Where the inode is now, relative to the origin, for people."""
+        path = os.readlink(f"/proc/self/fd/{fd}".encode())
+        root = os.readlink(f"/proc/self/fd/{self._root_fd}".encode())
+        return path[len(root) :].lstrip(b"/") if path.startswith(root) else path
+
+    def names(self, directory: int) -> list[bytes]:
+        """The names in a directory, sorted."""
+        fd = os.open(f"/proc/self/fd/{directory}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return sorted(map(os.fsencode, os.listdir(fd)))
+        finally:
+            os.close(fd)
+
+    def find_all(self, directory: int, names: list[bytes]) -> list[tuple[bytes, Found]]:
+        """``find`` for several names; those that are gone, or refused, are left out."""
+        found: list[tuple[bytes, Found]] = []
+        for name in names:
+            with contextlib.suppress(OSError, OriginError):
+                found.append((name, self.find(directory, name)))
+        return found
+
+    # -- changing names ----------------------------------------------------------------------------
+
+    def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Found:
+        """A new, empty regular file with its owner and mode. EEXIST if the name is taken."""
+        fd = os.open(
+            name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
+            dir_fd=parent,
+        )  # fmt: skip
+        os.close(fd)
+        return self._new(parent, name, mode, uid, gid)
+
+    def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Found:
+        """A new directory."""
+        os.mkdir(name, 0o700, dir_fd=parent)
+        return self._new(parent, name, mode, uid, gid)
+
+    def mknod(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Found:
+        """A new file, FIFO or socket; devices are refused with EPERM."""
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            raise PermissionError(1, "devices cannot be made here")
+        os.mknod(name, stat.S_IFMT(mode) | 0o600, dir_fd=parent)
+        return self._new(parent, name, mode, uid, gid)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Found:
+        """A new symbolic link."""
+        os.symlink(target, name, dir_fd=parent)
+        return self._new(parent, name, None, uid, gid)
+
+    def _new(self, parent: int, name: bytes, mode: int | None, uid: int, gid: int) -> Found:
+        """Gives what was just made its owner and mode, as if the caller had made it."""
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            st, directory = os.fstat(fd), os.fstat(parent)
+            if directory.st_mode & stat.S_ISGID:
+                gid = st.st_gid
+                if mode is not None and stat.S_ISDIR(st.st_mode):
+                    mode |= stat.S_ISGID
+            if (st.st_uid, st.st_gid) != (uid, gid):
+                syscalls.chown_fd(fd, uid, gid)
+            if mode is not None:
+                os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(mode))
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._found(fd)
+
+    def link(self, fd: int, parent: int, name: bytes) -> None:
+        """One more name for an inode."""
+        syscalls.link_fd(fd, parent, name)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Removes a name that is not a directory's."""
+        os.unlink(name, dir_fd=parent)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Removes an empty directory."""
+        os.rmdir(name, dir_fd=parent)
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new: bytes, flags: int) -> None:
+        """rename(2); ``flags`` as renameat2(2) has them."""
+        if flags:
+            syscalls.renameat2(parent, name, new_parent, new, flags)
+        else:
+            os.rename(name, new, src_dir_fd=parent, dst_dir_fd=new_parent)
+
+    # -- attributes --------------------------------------------------------------------------------
+
+    def chmod(self, fd: int, mode: int) -> None:
+        """Permission bits of an inode."""
+        os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(mode))
+
+    def chown(self, fd: int, uid: int, gid: int) -> None:
+        """Owner of an inode; -1 leaves an id as it is."""
+        syscalls.chown_fd(fd, uid, gid)
+
+    def set_times(self, fd: int, atime_ns: int, mtime_ns: int) -> None:
+        """Access and modification time of an inode."""
+        os.utime(f"/proc/self/fd/{fd}", ns=(atime_ns, mtime_ns))
+
+    def readlink(self, fd: int) -> bytes:
+        """The target of a symbolic link."""
+        return os.readlink(b"", dir_fd=fd)
+
+    def getxattr(self, fd: int, name: bytes) -> bytes:
+        """An extended attribute; ENODATA if there is none. Symbolic links have none."""
+        return os.getxattr(f"/proc/self/fd/{fd}", name)
+
+    def setxattr(self, fd: int, name: bytes, value: bytes) -> None:
+        """Sets an extended attribute."""
+        os.setxattr(f"/proc/self/fd/{fd}", name, value)
+
+    def listxattr(self, fd: int) -> list[bytes]:
+        """Names of the extended attributes."""
+        return [os.fsencode(name) for name in os.listxattr(f"/proc/self/fd/{fd}")]
+
+    def removexattr(self, fd: int, name: bytes) -> None:
+        """Removes an extended attribute."""
+        os.removexattr(f"/proc/self/fd/{fd}", name)
+
+    def statvfs(self) -> os.statvfs_result:
+        """Space and files of the origin's filesystem."""
+        return os.statvfs(self._root_fd)
+
+    def sync_directory(self, fd: int) -> None:
+        """Names in the directory are on stable storage."""
+        opened = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _filesystem_type(device: int) -> str:
+    """The type of a mounted filesystem, from mountinfo; empty if it is not there."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == wanted:
+            return fields[fields.index("-") + 1]
+    return ""
