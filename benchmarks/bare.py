@@ -1,0 +1,100 @@
+"""The yardstick: the least a pyfuse3 filesystem can do, ``os.pread`` in its read handler.
+
+One directory of regular files, read only, no cache, no threads. Run by ``reads.py``.
+"""
+
+import argparse
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+_MAX_BACKGROUND = 32768
+
+
+class Bare(pyfuse3.Operations):
+    """``timeout``: seconds the kernel may keep names and attributes."""
+
+    def __init__(self, origin: Path, timeout: float) -> None:
+        super().__init__()
+        self._timeout = timeout
+        self._fds = {pyfuse3.ROOT_INODE: os.open(origin, os.O_RDONLY)}
+        self._inodes: dict[bytes, int] = {}
+        for number, path in enumerate(sorted(origin.iterdir()), pyfuse3.ROOT_INODE + 1):
+            if path.is_file():
+                self._fds[number] = os.open(path, os.O_RDONLY)
+                self._inodes[os.fsencode(path.name)] = number
+        self.serving = trio.Event()
+
+    def init(self) -> None:
+        self.serving.set()
+
+    def _entry(self, inode: int) -> pyfuse3.EntryAttributes:
+        st = os.fstat(self._fds[inode])
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.entry_timeout = entry.attr_timeout = self._timeout
+        for name in ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks"):
+            setattr(entry, name, getattr(st, name))
+        for name in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
+            setattr(entry, name, getattr(st, name))
+        return entry
+
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if name not in self._inodes:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._entry(self._inodes[name])
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(inode)
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if not stat.S_ISREG(os.fstat(self._fds[inode]).st_mode):
+            raise pyfuse3.FUSEError(errno.EISDIR)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return os.pread(self._fds[fh], size, off)
+
+
+def _raise_background_limit(mountpoint: Path) -> None:
+    """As fusecache does, so that the kernel lets both have equally many requests."""
+    minor = os.minor(mountpoint.stat().st_dev)
+    connection = Path(f"/sys/fs/fuse/connections/{minor}")
+    (connection / "max_background").write_text(str(_MAX_BACKGROUND))
+    (connection / "congestion_threshold").write_text(str(_MAX_BACKGROUND * 3 // 4))
+
+
+async def _serve(operations: Bare, mountpoint: Path) -> None:
+    async def prepare() -> None:
+        await operations.serving.wait()
+        await trio.to_thread.run_sync(_raise_background_limit, mountpoint)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(prepare)
+        await pyfuse3.main()
+
+
+def main() -> None:
+    """Serves until unmounted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("origin", type=Path)
+    parser.add_argument("mountpoint", type=Path)
+    parser.add_argument("--timeout", type=float, default=1.0)
+    chosen = parser.parse_args()
+    operations = Bare(chosen.origin, chosen.timeout)
+    options = {"fsname=bare", "default_permissions", "ro"}
+    pyfuse3.init(operations, str(chosen.mountpoint), options)
+    try:
+        trio.run(_serve, operations, chosen.mountpoint)
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""What the benchmarks share: real mounts, fio, tables and results. Cleans up whatever happens."""
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+BLOCK = 64 * KIB
+SETTLED = 2.1
+"""Seconds after which a change is trusted (P3)."""
+
+_HERE = Path(__file__).resolve().parent
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_MNT_DETACH = 2
+
+
+class BenchmarkError(Exception):
+    """Something was not as it has to be for the numbers to mean anything."""
+
+
+def interruptible() -> None:
+    """SIGTERM and SIGHUP clean up as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+
+
+@contextlib.contextmanager
+def workspace(directory: str | None) -> Iterator[Path]:
+    """A temporary directory, removed at the end unless something is still mounted below it."""
+    base = Path(tempfile.mkdtemp(prefix="fusecache-bench-", dir=directory)).resolve()
+    try:
+        yield base
+    finally:
+        if f" {base}/" in Path("/proc/self/mounts").read_text():
+            print(f"{base} stays: something is mounted below it", file=sys.stderr)
+        else:
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def command(*words: object) -> str:
+    """Runs a program to its end and returns what it printed."""
+    done = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise BenchmarkError(f"'{' '.join(map(str, words))}' failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def is_mounted(path: Path) -> bool:
+    """By the kernel's table; the mount itself is not touched."""
+    return f" {path} fuse" in Path("/proc/self/mounts").read_text()
+
+
+def detach(path: Path) -> None:
+    """Takes whatever is mounted at ``path`` out of the tree."""
+    while is_mounted(path) and _LIBC.umount2(os.fsencode(path), _MNT_DETACH) == 0:
+        pass
+
+
+def end(pid: int, number: int = signal.SIGKILL) -> None:
+    """Ends a process by its id and waits until it is gone, at most 20 s."""
+    try:
+        os.kill(pid, number)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not _gone(pid):
+            time.sleep(0.005)
+    except ProcessLookupError:
+        return
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+class Fusecache:
+    """One ``fusecache mount`` through the real command line.
+
+    ``with Fusecache(base, origin) as mount`` starts it; leaving ends it in any state.
+    """
+
+    name = "fusecache"
+
+    def __init__(self, base: Path, origin: Path, *arguments: str) -> None:
+        self.origin = origin
+        self.mountpoint = base / "mnt"
+        self.cache = base / "cache"
+        self.runtime = base / "run"
+        self.arguments = arguments
+        for directory in (self.mountpoint, self.runtime):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def run(self, *words: object) -> str:
+        """A verb of the command line, in this mount's surroundings."""
+        done = subprocess.run(
+            [sys.executable, "-m", "fusecache", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "FUSECACHE_RUNTIME_DIR": str(self.runtime)},
+        )
+        if done.returncode != 0:
+            raise BenchmarkError(f"fusecache {words[0]} failed: {done.stderr.strip()}")
+        return done.stdout
+
+    def start(self) -> None:
+        """Returns when it serves."""
+        words = (self.origin, self.mountpoint, "--cache", self.cache, *self.arguments)
+        self.run("mount", *words)
+        if not is_mounted(self.mountpoint):
+            raise BenchmarkError(f"nothing is mounted at {self.mountpoint}")
+
+    def __enter__(self) -> "Fusecache":
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def stop(self) -> None:
+        """A clean unmount."""
+        self.run("umount", self.mountpoint)
+
+    def close(self) -> None:
+        """Cleanly if possible; else by force."""
+        if is_mounted(self.mountpoint):
+            with contextlib.suppress(BenchmarkError):
+                self.run("umount", self.mountpoint, "--force")
+        for socket in self.runtime.glob("*.sock"):
+            end(int(socket.stem))
+        detach(self.mountpoint)
+
+    def status(self) -> dict[str, Any]:
+        """``status --json`` of this mount."""
+        mounts = json.loads(self.run("status", "--json", "-m", self.mountpoint))["mounts"]
+        return dict(mounts[0])
+
+    def image(self, name: str) -> dict[str, Any]:
+        """What status says of one image."""
+        return next(dict(i) for i in self.status()["images"] if i["path"] == name)
+
+    @property
+    def pid(self) -> int:
+        """Of the daemon."""
+        return int(self.status()["pid"])
+
+    def read_all(self, name: str) -> None:
+        """Fills the cache with the whole image in order, and waits until all of it is stored."""
+        path = self.mountpoint / name
+        command("dd", f"if={path}", "of=/dev/null", "bs=1M", "iflag=direct", "status=none")
+        blocks = -(-(self.origin / name).stat().st_size // BLOCK)
+        deadline = time.monotonic() + 60
+        while (cached := self.image(name)["cached_blocks"]) < blocks:
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"only {cached} of {blocks} blocks of {name} were stored")
+            time.sleep(0.1)
+
+
+class Bare:
+    """The bare pyfuse3 filesystem of ``bare.py``."""
+
+    def __init__(self, base: Path, origin: Path, timeout: float) -> None:
+        self.name = f"bare pyfuse3, attributes {timeout:.0f} s"
+        self.mountpoint = base / f"bare-{timeout:.0f}"
+        self.mountpoint.mkdir()
+        self._command = [sys.executable, str(_HERE / "bare.py"), str(origin), str(self.mountpoint)]
+        self._command += ["--timeout", str(timeout)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Bare":
+        self._process = subprocess.Popen(self._command, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 20
+            while not is_mounted(self.mountpoint):
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise BenchmarkError("the bare filesystem did not mount")
+                time.sleep(0.02)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        detach(self.mountpoint)
+        if self._process is not None:
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def fio(path: Path, *, seconds: float | None, **options: object) -> dict[str, float]:
+    """One fio read job: thousand IOPS, MB/s and mean latency in microseconds.
+
+    ``seconds`` None: once over the file.
+    """
+    words = ["fio", "--name=job", f"--filename={path}", "--readonly", "--output-format=json"]
+    words += ["--randrepeat=0", "--norandommap", "--invalidate=0", "--thread"]
+    if seconds is not None:
+        words += ["--time_based", f"--runtime={seconds}"]
+    words += [f"--{name}={value}" for name, value in options.items()]
+    said = command(*words)
+    job = json.loads(said[said.index("{") :])["jobs"][0]["read"]
+    return {
+        "kiops": job["iops"] / 1e3,
+        "mb_s": job["bw_bytes"] / 1e6,
+        "mean_us": job["lat_ns"]["mean"] / 1e3,
+    }
+
+
+def random_file(path: Path, size: int) -> None:
+    """A file of random bytes, on stable storage."""
+    with path.open("wb") as file:
+        for _ in range(0, size, MIB):
+            file.write(os.urandom(MIB))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def same_data(path: Path, origin: Path) -> None:
+    """Compares all bytes, read past the kernel's cache of the mount.
+
+    Raises:
+        BenchmarkError: they differ.
+    """
+    reading = subprocess.Popen(
+        ["dd", f"if={path}", "bs=1M", "iflag=direct", "status=none"], stdout=subprocess.PIPE
+    )
+    compared = subprocess.run(["cmp", "-", str(origin)], stdin=reading.stdout, check=False)
+    if reading.stdout is not None:
+        reading.stdout.close()
+    if reading.wait() != 0 or compared.returncode != 0:
+        raise BenchmarkError(f"{path} does not show the data of {origin}")
+
+
+def forget_pages(path: Path) -> None:
+    """Takes a file's clean pages out of this host's page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Bytes: resident now, and the most there ever was."""
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    return {key: int(fields[key].split()[0]) * KIB for key in ("VmRSS", "VmHWM")}
+
+
+def median(values: Sequence[float]) -> float:
+    """The median as a plain float."""
+    return float(statistics.median(values))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; the first column to the left, numbers to the right."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for place, column in enumerate(columns):
+        shown.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(shown)
+    console.print()
+
+
+def verdict(value: float, goal: float, *, least: bool) -> str:
+    """``met`` or ``MISSED``; ``least``: the goal is a lower bound."""
+    return "met" if (value >= goal if least else value <= goal) else "MISSED"
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Writes the numbers and what they were measured on to ``benchmarks/results/``."""
+    directory = _HERE / "results"
+    directory.mkdir(exist_ok=True)
+    machine = {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "fio": command("fio", "--version").strip(),
+    }
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = directory / f"{name}-{stamp}.json"
+    path.write_text(json.dumps({"benchmark": name, "machine": machine, **result}, indent=2) + "\n")
+    print(f"written to {path.relative_to(_HERE.parent)}")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a benchmark; one line instead of a traceback when it cannot go on."""
+    interruptible()
+    with contextlib.suppress(ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        main()
+    except BenchmarkError as exc:
+        sys.exit(f"benchmark failed: {exc}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
