@@ -16,7 +16,7 @@ import trio
 
 from fusecache.cli.cache import open_cache_device
 from fusecache.config import MountConfig
-from fusecache.control.protocol import runtime_directory
+from fusecache.control.protocol import make_runtime_directory, runtime_directory
 from fusecache.control.server import ControlServer, Mounted
 from fusecache.engine.block_cache import BlockCache, open_cache
 from fusecache.engine.ports import Clock
@@ -31,6 +31,7 @@ from fusecache.store.tree import Tree
 log = logging.getLogger("fusecache")
 
 _FORMAT = "%(levelname)s %(message)s"
+_SYSLOG = Path("/dev/log")
 
 
 def start(plan: MountConfig) -> None:
@@ -46,26 +47,26 @@ def start(plan: MountConfig) -> None:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.fork() == 0:
+    if (pid := os.fork()) == 0:
         os.close(reader)
         _background(plan, writer)
     os.close(writer)
-    _await_readiness(reader)
+    _await_readiness(reader, pid)
 
 
-def _await_readiness(reader: int) -> None:
-    """Relays what the daemon says until it serves or fails."""
-    said = b""
+def _await_readiness(reader: int, pid: int) -> None:
+    """Relays what the daemon, libfuse and fusermount3 say until it serves or fails."""
     with open(reader, "rb") as stream:
         while part := stream.read1(4096):
-            said += part
-            if said.endswith(b"\0"):
-                break
-    ready = said.endswith(b"\0")
-    sys.stderr.buffer.write(said.rstrip(b"\0"))
-    sys.stderr.flush()
-    if not ready:
-        sys.exit(1)
+            sys.stderr.buffer.write(part.rstrip(b"\0"))
+            sys.stderr.flush()
+            if part.endswith(b"\0"):
+                return
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status < 0:
+        name = signal.Signals(-status).name
+        raise MountError(f"The daemon was ended by {name} before it served; see {log_place()}.")
+    sys.exit(status or 1)
 
 
 def _background(plan: MountConfig, writer: int) -> NoReturn:
@@ -95,22 +96,27 @@ def _background(plan: MountConfig, writer: int) -> NoReturn:
         status = 2 if isinstance(exc, UsageError) else 1
     except BaseException:
         log.exception("the daemon ends by an unexpected error")
-        os.write(2, b"fusecache: an unexpected error, see its log\n")
+        os.write(2, f"fusecache: An unexpected error; please report {log_place()}.\n".encode())
     finally:
         logging.shutdown()
     os._exit(status)
 
 
+def log_place() -> str:
+    """Where the daemon in the background logs, for people."""
+    if _SYSLOG.exists():
+        return "the system log"
+    return str(runtime_directory() / "fusecache.log")
+
+
 def _log_to_system() -> None:
     """To syslog, or, on a host without one, to a file beside the control socket."""
     handler: logging.Handler
-    if Path("/dev/log").exists():
-        handler = logging.handlers.SysLogHandler("/dev/log")
+    if _SYSLOG.exists():
+        handler = logging.handlers.SysLogHandler(str(_SYSLOG))
         handler.setFormatter(logging.Formatter(f"fusecache[%(process)d]: {_FORMAT}"))
     else:
-        directory = runtime_directory()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handler = logging.FileHandler(directory / "fusecache.log")
+        handler = logging.FileHandler(make_runtime_directory() / "fusecache.log")
         handler.setFormatter(logging.Formatter(f"%(asctime)s [%(process)d] {_FORMAT}"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
@@ -124,18 +130,24 @@ def serve(plan: MountConfig, ready: Callable[[], None]) -> None:
     _raise_descriptor_limit()
     device, block_map = open_cache_device(plan.cache, plan.database, plan.size, plan.block_size)
     try:
-        tree = Tree(plan.origin)
-        tree.measure_clock()
+        tree = _open_origin(plan.origin)
         trio.run(
             partial(_serve, plan, device, block_map, tree, ready), strict_exception_groups=True
         )
     except BaseExceptionGroup as group:
         raise _first(group) from group
-    except OSError as exc:
-        raise MountError(f"The origin {plan.origin} cannot be used: {exc.strerror}.") from exc
     finally:
         block_map.close()
         device.close()
+
+
+def _open_origin(origin: Path) -> Tree:
+    try:
+        tree = Tree(origin)
+        tree.measure_clock()
+    except OSError as exc:
+        raise MountError(f"The origin {origin} cannot be used: {exc.strerror}.") from exc
+    return tree
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -254,6 +266,8 @@ class _Service:
         await self._flush()
         detach = partial(mounts.unmount, self._plan.mountpoint, detach=force)
         await self._cache.threads.kernel(detach)
+        if force:
+            self._session.abandon()
 
     def _open_files(self) -> str:
         files = []

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from fusecache.cli.cache import absolute
+from fusecache.cli import offline
+from fusecache.cli.paths import absolute, mount_path
 from fusecache.control import client, protocol
 from fusecache.control.client import Daemon
 from fusecache.errors import ControlError, UsageError
@@ -18,23 +20,40 @@ from fusecache.observe import report
 _mount_option = click.option(
     "-m",
     "--mountpoint",
-    type=click.Path(path_type=Path),
+    type=Path,
     help="Which mount is meant, if several run.",
 )
+_cache_options = (
+    click.option("--cache", type=Path, help="A cache that no daemon has open."),
+    click.option("--db", type=Path, help="With --cache: its database."),
+)
+
+
+def _with_cache(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_cache_options):
+        command = option(command)
+    return command
 
 
 @click.command(epilog="Example: fusecache evict vm2.img")
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @click.option("--all", "everything", is_flag=True, help="Every image of the mount.")
 @_mount_option
-def evict(images: tuple[str, ...], everything: bool, mountpoint: Path | None) -> None:
+@_with_cache
+def evict(
+    images: tuple[str, ...],
+    everything: bool,
+    mountpoint: Path | None,
+    cache: Path | None,
+    db: Path | None,
+) -> None:
     """Flush an image and drop its blocks alone, before its VM migrates.
 
     An image that is open goes on uncached until it is closed.
     """
     if bool(images) == everything:
         raise UsageError("Name the images to evict, or say --all.")
-    answers = _for_images("evict", images, mountpoint)
+    answers = _work("evict", images, mountpoint, cache, db)
     blocks = sum(answer["blocks"] for answer in answers)
     count = sum(answer["images"] for answer in answers)
     click.echo(f"evicted {count} image{'s' * (count != 1)}, {blocks} blocks")
@@ -43,18 +62,42 @@ def evict(images: tuple[str, ...], everything: bool, mountpoint: Path | None) ->
 @click.command(epilog="Example: fusecache flush vm2.img")
 @click.argument("images", nargs=-1, metavar="[IMAGE...]")
 @_mount_option
-def flush(images: tuple[str, ...], mountpoint: Path | None) -> None:
+@_with_cache
+def flush(
+    images: tuple[str, ...], mountpoint: Path | None, cache: Path | None, db: Path | None
+) -> None:
     """Bring everything written to the images, or to all, onto the origin's stable storage."""
-    answers = _for_images("flush", images, mountpoint)
+    answers = _work("flush", images, mountpoint, cache, db)
     count = sum(answer["images"] for answer in answers)
     click.echo(f"flushed {count} image{'s' * (count != 1)}")
+
+
+def _work(
+    verb: str,
+    images: tuple[str, ...],
+    mountpoint: Path | None,
+    cache: Path | None,
+    db: Path | None,
+) -> list[dict[str, Any]]:
+    """By the running daemons, or on a cache that none has open."""
+    if cache is None:
+        if db is not None:
+            raise UsageError("--db goes with --cache, for a cache that no daemon has open.")
+        return _for_images(verb, images, mountpoint)
+    if mountpoint is not None:
+        raise UsageError(
+            "Say -m for a cache that is mounted, or --cache for one that no daemon has open."
+        )
+    database = None if db is None else absolute(db)
+    work = offline.evict if verb == "evict" else offline.flush
+    return [work(absolute(cache), database, images)]
 
 
 def _for_images(
     verb: str, images: tuple[str, ...], mountpoint: Path | None
 ) -> list[dict[str, Any]]:
     """Sends a verb to the daemons that have the images, with progress on a terminal."""
-    running = client.choose(None if mountpoint is None else _mountpoint(mountpoint))
+    running = client.choose(None if mountpoint is None else mount_path(mountpoint))
     work: dict[Daemon, list[str]] = {}
     for name in images:
         daemon, path = client.locate(name, running)
@@ -62,7 +105,7 @@ def _for_images(
     if not images:
         if len(running) > 1:
             places = ", ".join(str(daemon.mountpoint) for daemon in running)
-            raise ControlError(f"Several mounts are running ({places}): choose one with -m.")
+            raise ControlError(f"There are several mounts ({places}): choose one with -m.")
         work = {running[0]: []}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -87,7 +130,7 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
         running = client.daemons()
         wanted: dict[Daemon, list[str]] = {daemon: [] for daemon in running}
     else:
-        running = client.choose(None if mountpoint is None else _mountpoint(mountpoint))
+        running = client.choose(None if mountpoint is None else mount_path(mountpoint))
         wanted = {} if images else {daemon: [] for daemon in running}
         for name in images:
             daemon, path = client.locate(name, running)
@@ -106,16 +149,11 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
 
 
 def _printable(mount: dict[str, Any]) -> dict[str, Any]:
-    """Names that are not UTF-8 percent-escaped, with a flag."""
-    for image in mount["images"]:
-        image["path"], escaped = protocol.readable(image["path"])
-        if escaped:
-            image["path_escaped"] = True
-    for key in ("mountpoint", "origin"):
-        mount[key], _ = protocol.readable(mount[key])
+    """Names that are not UTF-8 percent-escaped, with a flag beside each: ``path_escaped``."""
+    for part in (mount, mount["cache"], *mount["images"]):
+        for key, value in list(part.items()):
+            if isinstance(value, str):
+                part[key], escaped = protocol.readable(value)
+                if escaped:
+                    part[f"{key}_escaped"] = True
     return mount
-
-
-def _mountpoint(path: Path) -> Path:
-    """As text, with only the parent's links resolved: the mount itself may hang."""
-    return absolute(path.parent) / path.name if path.name else absolute(path)

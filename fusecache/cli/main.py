@@ -18,10 +18,14 @@ from fusecache.errors import FusecacheError, UsageError
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: fusecache mount /srv/images /mnt/cached --cache /dev/sdb",
+    invoke_without_command=True,
 )
 @click.version_option(__version__, prog_name="fusecache")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Serve VM images from shared storage through an SSD cache in this host."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for _verb in (mount, umount, evict, flush, status, format_cache):
@@ -29,13 +33,30 @@ for _verb in (mount, umount, evict, flush, status, format_cache):
 
 
 def main() -> None:
-    """The entry point: domain errors become one line on standard error."""
+    """The entry point: every error becomes one line on standard error."""
     try:
-        cli.main(prog_name="fusecache", standalone_mode=True)
+        code = cli.main(prog_name="fusecache", standalone_mode=False)
+        sys.stdout.flush()
     except FusecacheError as exc:
-        click.echo(f"fusecache: {exc}", err=True)
-        sys.exit(2 if isinstance(exc, UsageError) else 1)
+        _fail(str(exc), 2 if isinstance(exc, UsageError) else 1)
+    except click.UsageError as exc:
+        command = exc.ctx.command_path if exc.ctx is not None else "fusecache"
+        _fail(f"{exc.format_message()} See: {command} --help", 2)
+    except click.ClickException as exc:
+        _fail(exc.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 1)
     except BrokenPipeError:
         # The reader of our output went away, as head(1) does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as exc:
+        _fail(f"{exc.strerror}: {exc.filename}" if exc.filename else str(exc), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str, code: int) -> None:
+    # Names need not be UTF-8; they must not turn an error into a traceback.
+    sys.stderr.buffer.write(f"fusecache: {sentence}\n".encode("utf-8", "backslashreplace"))
+    sys.stderr.flush()
+    sys.exit(code)

@@ -1,25 +1,27 @@
 """``mount`` and ``umount``: checks what can be checked first, then lets the daemon serve."""
 
 import os
-import sys
+import select
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fusecache.cli.cache import absolute
+from fusecache.cli.checks import check_mount
+from fusecache.cli.paths import absolute, mount_path
 from fusecache.config import MountConfig, WriteMode, check_block_size, parse_size
 from fusecache.control import client
 from fusecache.errors import ControlError, MountError, UsageError
+from fusecache.fuse import mounts
 
 _CONFIG_KEYS = {"size", "block-size", "write-mode", "db", "options", "cache"}
 
 
 @click.command(epilog="Example: fusecache mount /srv/images /mnt/cached --cache /dev/sdb")
-@click.argument("origin", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--cache", type=click.Path(path_type=Path), help="The SSD: a file or block device.")
+@click.argument("origin", type=Path)
+@click.argument("mountpoint", type=Path)
+@click.option("--cache", type=Path, help="The SSD: a file or block device.")
 @click.option("--size", help="Size of a cache file to create, like 20G.")
 @click.option("--block-size", help="Block size of a cache to create: 4K to 1M. [64K]")
 @click.option(
@@ -27,10 +29,10 @@ _CONFIG_KEYS = {"size", "block-size", "write-mode", "db", "options", "cache"}
     type=click.Choice([mode.value for mode in WriteMode]),
     help="through: writes go to origin and cache; around: past the cache. [through]",
 )
-@click.option("--db", type=click.Path(path_type=Path), help="Where the cache's database lies.")
+@click.option("--db", type=Path, help="Where the cache's database lies.")
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=Path,
     help="A TOML file with the same names; options given here win.",
 )
 @click.option(
@@ -49,7 +51,7 @@ def mount(
     Returns when the mount serves. A cache that is empty is formatted first.
     """
     chosen = _settings(given, config)
-    where = _mount_path(mountpoint)
+    where = mount_path(mountpoint)
     plan = MountConfig(
         origin=absolute(origin),
         mountpoint=where,
@@ -65,7 +67,7 @@ def mount(
         options=tuple(opt for group in chosen["options"] for opt in group.split(",") if opt),
         foreground=foreground,
     )
-    check(plan)
+    check_mount(plan)
     from fusecache.cli import daemon  # numpy and pyfuse3 take their time: only when needed
 
     daemon.start(plan)
@@ -105,90 +107,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read
 
 
-def _mount_path(path: Path) -> Path:
-    """Absolute, links resolved, without touching what may be a wedged mount."""
-    from fusecache.fuse import mounts
-
-    plain = Path(os.path.abspath(path))
-    resolved = absolute(plain.parent) / plain.name if plain.name else plain
-    if mounts.mount_at(resolved) is not None:
-        return resolved
-    return absolute(plain)
-
-
-def check(plan: MountConfig) -> None:
-    """Everything that can be refused before anything is touched.
-
-    Raises:
-        MountError: with what to do.
-    """
-    from fusecache.fuse import mounts
-
-    if mounts.mount_at(plan.mountpoint) is not None:
-        _free_mountpoint(plan.mountpoint)
-    if not plan.origin.exists():
-        raise MountError(f"The origin {plan.origin} does not exist: is its storage mounted?")
-    if not plan.origin.is_dir():
-        raise MountError(f"The origin {plan.origin} is not a directory.")
-    if not plan.mountpoint.exists():
-        raise MountError(
-            f"The mount point {plan.mountpoint} does not exist: mkdir -p {plan.mountpoint}"
-        )
-    if not plan.mountpoint.is_dir():
-        raise MountError(f"The mount point {plan.mountpoint} is not a directory.")
-    if _inside(plan.mountpoint, plan.origin) or _inside(plan.origin, plan.mountpoint):
-        raise MountError(
-            f"Origin {plan.origin} and mount point {plan.mountpoint} lie one inside the other: "
-            "choose a mount point elsewhere."
-        )
-    if any(plan.mountpoint.iterdir()):
-        raise MountError(
-            f"The mount point {plan.mountpoint} is not empty: choose an empty directory."
-        )
-    for what, path in (("cache", plan.cache), ("database", plan.database)):
-        if path is not None and _inside(path, plan.origin):
-            raise MountError(
-                f"The {what} {path} lies inside the origin {plan.origin}: it must be on the SSD."
-            )
-        if path is not None and _inside(path, plan.mountpoint):
-            raise MountError(f"The {what} {path} lies below the mount point: choose another place.")
-    if plan.cache.is_dir():
-        raise MountError(
-            f"The cache {plan.cache} is a directory: name a file in it or a block device."
-        )
-
-
-def _inside(path: Path, directory: Path) -> bool:
-    return path == directory or directory in path.parents
-
-
-def _free_mountpoint(path: Path) -> None:
-    """Whatever is mounted there must be a dead fusecache; it is detached."""
-    from fusecache.fuse import mounts
-
-    for daemon in client.daemons():
-        if daemon.mountpoint == path:
-            raise MountError(
-                f"{path} is busy: fusecache pid {daemon.pid} serves {daemon.origin} there. "
-                f"To end it: fusecache umount {path}"
-            )
-    if (pid := client.silent_holder(path)) is not None:
-        raise MountError(
-            f"{path} is busy: process {pid} still has this mount but does not answer. "
-            f"End it with kill -9 {pid}, then mount again."
-        )
-    mounts.clear_dead_mount(path)
-    click.echo(f"fusecache: detached the dead mount at {path}", err=True)
-
-
 @click.command(epilog="Example: fusecache umount /mnt/cached")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 @click.option("--force", is_flag=True, help="Even while files are open; they fail from then on.")
 def umount(mountpoint: Path, force: bool) -> None:
     """Flush everything, then unmount. Refuses while files are open."""
-    from fusecache.fuse import mounts
-
-    path = _mount_path(mountpoint)
+    path = mount_path(mountpoint)
     for daemon in client.daemons():
         if daemon.mountpoint == path:
             try:
@@ -215,10 +139,7 @@ def _wait_for_end(pid: int) -> None:
         watched = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    import select
-
     try:
         select.select([watched], [], [])
     finally:
         os.close(watched)
-    sys.stdout.flush()

@@ -57,10 +57,10 @@ def ask(
                     if progress is not None:
                         progress(dict(message.get("progress", {})))
         except TimeoutError as exc:
-            raise ControlError(f"the daemon behind {path} does not answer") from exc
+            raise ControlError(f"The daemon behind {path} does not answer.") from exc
         except OSError as exc:
-            raise ControlError(f"the daemon behind {path} is gone: {exc.strerror}") from exc
-    raise ControlError("the daemon ended before it had answered")
+            raise ControlError(f"The daemon behind {path} is gone: {exc.strerror}.") from exc
+    raise ControlError("The daemon ended before it had answered; see its log.")
 
 
 def daemons() -> list[Daemon]:
@@ -132,35 +132,58 @@ def choose(mountpoint: Path | None) -> list[Daemon]:
 def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:
     """The daemon an IMAGE argument means and the image's path relative to its origin.
 
-    As text only: absolute below a mount, then below an origin; relative from the current
-    directory if that lies in either, else from the mount's root.
+    As text: absolute below a mount, then below an origin; relative from the current directory if
+    that lies in either, else from the mount's root.
 
     Raises:
         ControlError: no mount has it, or several do.
     """
-    directory = os.getcwd()
-    if not os.path.isabs(name):
-        here = [_below(directory, daemon) for daemon in running]
-        inside = [(d, below) for d, below in zip(running, here, strict=True) if below is not None]
-        if inside:
-            daemon, below = inside[0]
-            return daemon, os.path.normpath(os.path.join(below, name))
+    try:
+        here = os.getcwd()
+    except OSError:
+        here = "/"  # it was removed
+    path = os.path.normpath(os.path.join(here, name))
+    if not os.path.isabs(name) and not _below(here, running):
         return _among(name, [(daemon, os.path.normpath(name)) for daemon in running])
-    path = os.path.normpath(name)
-    matches = [(daemon, rest) for daemon in running if (rest := _below(path, daemon)) is not None]
+    matches = _below(path, running) or _below(_followed(path, running), running)
     if not matches:
         places = ", ".join(str(daemon.mountpoint) for daemon in running)
-        raise ControlError(f"'{name}' lies below no mount or origin of fusecache ({places}).")
+        raise ControlError(
+            f"'{name}' lies below no mount or origin of fusecache: give a path below one of "
+            f"them ({places})."
+        )
     return _among(name, matches)
 
 
-def _below(path: str, daemon: Daemon) -> str | None:
-    for root in (str(daemon.mountpoint), str(daemon.origin)):
-        if path == root:
-            return ""
-        if path.startswith(root.rstrip("/") + "/"):
-            return path[len(root.rstrip("/")) + 1 :]
-    return None
+def _below(path: str, running: list[Daemon]) -> list[tuple[Daemon, str]]:
+    """Which daemons have the path, and where; mounts come before origins."""
+    for roots in ([d.mountpoint for d in running], [d.origin for d in running]):
+        found = [
+            (daemon, os.path.relpath(path, root))
+            for daemon, root in zip(running, roots, strict=True)
+            if Path(path).is_relative_to(root)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _followed(path: str, running: list[Daemon]) -> str:
+    """The path with the links on its way resolved, but nothing at or below a mount is touched."""
+    done = "/"
+    todo = path.split("/")[::-1]
+    links = 40
+    while todo:
+        part = todo.pop()
+        done = os.path.normpath(os.path.join(done, part))
+        if any(str(daemon.mountpoint) == done for daemon in running):
+            break
+        if links and os.path.islink(done):
+            links -= 1
+            target = os.readlink(done)
+            todo += target.split("/")[::-1]
+            done = "/" if os.path.isabs(target) else os.path.dirname(done)
+    return os.path.normpath(os.path.join(done, *todo[::-1]))
 
 
 def _among(name: str, candidates: list[tuple[Daemon, str]]) -> tuple[Daemon, str]:

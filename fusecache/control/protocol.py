@@ -5,14 +5,18 @@ A request is ``{"verb": ..., ...}``. Answers are any number of ``{"progress": ..
 surrogates (``os.fsdecode``), and are percent-escaped only where people see them.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
 
+from fusecache.errors import ControlError
+
 MAX_LINE = 1 << 20
 MAX_REQUEST = 1 << 16
+_MOST_OF_A_SOCKET_PATH = 107 - len("/4194304.sock")
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -26,7 +30,10 @@ def decode(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is not a JSON object.
     """
-    message = json.loads(line)
+    try:
+        message = json.loads(line)
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
     if not isinstance(message, dict):
         raise ValueError("not an object")
     return message
@@ -39,6 +46,27 @@ def runtime_directory() -> Path:
     if os.geteuid() == 0:
         return Path("/run/fusecache")
     return Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")) / "fusecache"
+
+
+def make_runtime_directory() -> Path:
+    """``runtime_directory``, made if it was missing.
+
+    Raises:
+        ControlError: it cannot be made, or a socket's path in it would be too long.
+    """
+    directory = runtime_directory()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as exc:
+        raise ControlError(
+            f"The control socket cannot be made in {directory}: {exc.strerror}. "
+            "As a plain user, set XDG_RUNTIME_DIR to a directory of your own."
+        ) from exc
+    if len(os.fsencode(directory)) > _MOST_OF_A_SOCKET_PATH:
+        raise ControlError(f"{directory} is too long for a socket's path: set a shorter one.")
+    return directory
 
 
 def runtime_directories() -> list[Path]:

@@ -1,5 +1,6 @@
 """The daemon's end of the control socket."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -61,7 +62,7 @@ class ControlServer:
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listens until cancelled; removes the socket then."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        protocol.make_runtime_directory()
         self.path.unlink(missing_ok=True)
         # For a client that finds this daemon silent: which mount it has.
         note = self.path.with_suffix(".mount")
@@ -102,16 +103,22 @@ class ControlServer:
         try:
             with trio.fail_after(_REQUEST_TIMEOUT):
                 request = protocol.decode(await _line(stream))
+            _check_names(request)
             verb = self._verbs.get(str(request.get("verb")))
             if verb is None:
-                raise ControlError(f"this daemon knows no verb '{request.get('verb')}'")
+                raise ControlError(f"This daemon knows no verb '{request.get('verb')}'.")
             answer: dict[str, Any] = {"ok": await self._watched(stream, verb, request, send)}
         except (ValueError, trio.TooSlowError):
-            answer = {"error": "the request was not understood"}
+            answer = {"error": "The request was not understood."}
         except FusecacheError as exc:
             answer = {"error": str(exc)}
+        except trio.BrokenResourceError:
+            raise
         except OSError as exc:
-            answer = {"error": f"the origin says: {exc.strerror}"}
+            answer = {"error": f"The origin says: {exc.strerror}."}
+        except Exception as exc:
+            self._cache.state.unexpected(exc, "answering a control request")
+            answer = {"error": "An unexpected error in the daemon; its log has more."}
         await send(answer)
 
     async def _watched(
@@ -123,18 +130,19 @@ class ControlServer:
     ) -> dict[str, Any]:
         """Runs a verb, and gives it up when the client hangs up (Ctrl-C)."""
         answer: dict[str, Any] | None = None
-        refused: FusecacheError | OSError | None = None
+        refused: Exception | None = None
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
-                while await stream.receive_some(1024):
-                    pass
+                with contextlib.suppress(trio.BrokenResourceError):
+                    while await stream.receive_some(1024):
+                        pass
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
             try:
                 answer = await verb(request, send)
-            except (FusecacheError, OSError) as exc:
+            except Exception as exc:
                 refused = exc
             nursery.cancel_scope.cancel()
         if refused is not None:
@@ -155,7 +163,7 @@ class ControlServer:
         }
 
     async def _resolve_verb(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
-        image, exists = await self._resolve(str(request["path"]))
+        image, exists = await self._resolve(str(request.get("path", "")))
         return {"known": image is not None, "exists": exists}
 
     async def _status(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
@@ -210,7 +218,9 @@ class ControlServer:
     async def _known(self, path: str) -> Image:
         image = await self._known_or_none(path)
         if image is None:
-            raise ControlError(f"Nothing of '{path}' is cached.")
+            raise ControlError(
+                f"Nothing of '{protocol.readable(path)[0]}' is cached: it was not opened yet."
+            )
         return image
 
     async def _known_or_none(self, path: str) -> Image | None:
@@ -244,6 +254,16 @@ class ControlServer:
             if image.row.path == raw:
                 return image, False
         return None, False
+
+
+def _check_names(request: dict[str, Any]) -> None:
+    """Raises ValueError unless what stands for paths is text."""
+    names = request.get("images", [])
+    if not isinstance(names, list):
+        raise ValueError("not a list of names")
+    for name in [*names, request.get("path", "")]:
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError("not a name")
 
 
 async def _line(stream: trio.SocketStream) -> bytes:

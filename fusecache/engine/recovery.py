@@ -40,18 +40,28 @@ def recover(
         device.sync()  # data before rows: merging what a killed daemon left is a barrier (R1)
         same = meta.boot_id == boot_id
         log.info("recovering after %s", "a killed daemon" if same else "a power cut or a move")
-    block_map.attach(boot_id, pid, mountpoint, origin)
     index = CacheIndex(Geometry.of(superblock.block_size), superblock.slot_count)
     try:
+        block_map.attach(boot_id, pid, mountpoint, origin)
         for rows in block_map.load():
             index.load(rows)
         index.finish_load(block_map.load_order())
-    except ValueError as exc:
-        raise DatabaseError(
-            f"The cache's database {block_map.path} is damaged: {exc}. To start with an empty "
-            f"cache (the origin keeps all data written through): fusecache format --force"
-        ) from exc
+    except (ValueError, DatabaseError) as exc:
+        what = str(exc).rstrip(".")
+        if isinstance(exc, ValueError):
+            what = f"The database {block_map.path} is damaged: {what}"
+        raise DatabaseError(f"{what}. {_remedy(exc, device, block_map)}") from exc
     return index
+
+
+def _remedy(exc: Exception, device: CacheDevice, block_map: BlockMap) -> str:
+    """What to do about a database that cannot be recovered."""
+    if "disk is full" in str(exc):
+        return f"Make room on the filesystem of {block_map.path}, then mount again."
+    return (
+        "To start with an empty cache (the origin keeps all data written through): "
+        f"fusecache format {device.path} --force"
+    )
 
 
 def boot_id() -> str:

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +33,55 @@ class MountPoint:
     fstype: str
 
 
+def _mountinfo() -> Iterator[list[bytes]]:
+    """The fields of every line, see proc(5); names have octal escapes."""
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        yield line.split(b" ")
+
+
+def _name(field: bytes) -> Path:
+    return Path(os.fsdecode(field.decode("unicode_escape").encode("latin-1")))
+
+
 def mount_at(path: Path) -> MountPoint | None:
     """The topmost mount exactly at ``path``, by mountinfo."""
     found = None
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.split(b" ")
-        name = fields[4].decode("unicode_escape").encode("latin-1")
-        if os.fsdecode(name) == str(path):
+    for fields in _mountinfo():
+        if _name(fields[4]) == path:
             fstype = fields[fields.index(b"-") + 1].decode()
             found = MountPoint(path, fields[2].decode(), fstype)
     return found
+
+
+def location(path: Path) -> tuple[str, Path]:
+    """The filesystem (major:minor) of an absolute path without links, and where in it the path
+    is: the same for two paths that bind mounts make one. By mountinfo alone."""
+    found, length = ("", path), -1
+    for fields in _mountinfo():
+        top = _name(fields[4])
+        if len(top.parts) >= length and (top == path or top in path.parents):
+            found = (fields[2].decode(), _name(fields[3]) / path.relative_to(top))
+            length = len(top.parts)
+    return found
+
+
+def check_device() -> None:
+    """Raises MountError if this process cannot use ``/dev/fuse``."""
+    device = Path("/dev/fuse")
+    try:
+        if not stat.S_ISCHR(device.stat().st_mode):
+            raise MountError("/dev/fuse is not a device: load the kernel module with modprobe fuse")
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as exc:
+        raise MountError(
+            "/dev/fuse may not be opened: ask for read and write access to it (in a container, "
+            "pass the device in)."
+        ) from exc
+    except OSError as exc:
+        raise MountError(
+            "/dev/fuse is missing: load the kernel module with modprobe fuse (in a container, "
+            "pass the device in)."
+        ) from exc
 
 
 def clear_dead_mount(path: Path) -> None:

@@ -9,7 +9,7 @@ import trio
 
 from fusecache.config import Tuning
 from fusecache.errors import MountError
-from fusecache.fuse.mounts import CONNECTIONS, SUBTYPE, mount_at
+from fusecache.fuse.mounts import CONNECTIONS, SUBTYPE, check_device, mount_at
 from fusecache.fuse.operations import Operations
 from fusecache.store import syscalls
 
@@ -27,6 +27,7 @@ class Session:
         self._mountpoint = mountpoint
         self._tuning = tuning
         self._mounted = False
+        self._detached = False
 
     def mount(self, origin: Path, options: tuple[str, ...], *, read_only: bool) -> None:
         """Mounts. libfuse writes its own words on failure to standard error.
@@ -44,10 +45,7 @@ class Session:
             chosen.add("allow_other")
         if read_only:
             chosen.add("ro")
-        if not Path("/dev/fuse").exists():
-            raise MountError("/dev/fuse is missing: load the kernel module with: modprobe fuse")
-        if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-            raise MountError("/dev/fuse may not be opened: ask for read and write access to it.")
+        check_device()
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), chosen)
         except RuntimeError as exc:
@@ -92,9 +90,17 @@ class Session:
                 exc.strerror,
             )
 
+    def abandon(self) -> None:
+        """Ends ``run`` although files are open; the mount is out of the tree already.
+
+        A mount that was detached lives on until its last file is closed, and so would we.
+        """
+        self._detached = True
+        pyfuse3.terminate()
+
     def close(self) -> None:
         """Ends the session; unmounts, lazily, if that has not happened."""
         if self._mounted:
             self._mounted = False
-            pyfuse3.close(unmount=True)
+            pyfuse3.close(unmount=not self._detached)
         self._operations.inodes.close()

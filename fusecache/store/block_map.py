@@ -14,12 +14,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from sqlite_utils import Database
 
 from fusecache.core.geometry import REGION_BLOCKS
 from fusecache.core.index import U64, Rows
+from fusecache.core.slots import NO_SLOT
 from fusecache.errors import DatabaseError
 from fusecache.store import packing
 from fusecache.store.packing import PackedRegion, RegionColumns
@@ -188,6 +190,18 @@ class BlockMap:
             )
         return block_map
 
+    @staticmethod
+    def is_block_map(path: Path) -> bool:
+        """Whether a file is the database of some cache; nothing in it is touched."""
+        connection = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True)
+        try:
+            connection.execute("SELECT schema_version, uuid, slot_count FROM meta")
+        except sqlite3.Error:
+            return False
+        finally:
+            connection.close()
+        return True
+
     def _prepare(self) -> None:
         self._conn.execute("PRAGMA journal_mode = WAL")
         self._conn.execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint()
@@ -218,6 +232,17 @@ class BlockMap:
         with _translated(f"Reading {self.path}"):
             sql = f"SELECT {', '.join(_IMAGE_COLUMNS)} FROM image"
             return [ImageRow(*row) for row in self._conn.execute(sql)]
+
+    def cached(self, image: int) -> tuple[int, bool]:
+        """How many blocks of an image are cached, and whether any is dirty. Slow: for when no
+        daemon runs."""
+        with _translated(f"The database {self.path} is damaged"):
+            cursor = self._conn.execute(_REGION_SQL + "WHERE image = ?", (image,))
+            parts = [packing.unpack_regions([PackedRegion(*row) for row in cursor])]
+            if (pending := self._pending(1 << 62)) is not None:
+                parts.append(pending.where(pending.image == image))
+            latest = packing.last_of_each(Rows(*map(np.concatenate, zip(*parts, strict=True))))
+            return int((latest.slot != NO_SLOT).sum()), bool(latest.dirty.any())
 
     def intents(self) -> list[tuple[int, int, int]]:
         """(image, region, active) of every row of ``region``."""

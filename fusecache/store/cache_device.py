@@ -134,15 +134,21 @@ def open_locked(path: Path) -> int:
 
 
 def _holder(path: Path) -> str:
-    """`` (pid 123)`` of the process that holds the lock on ``path``, as far as /proc tells."""
+    """`` (pid 123)`` of the process that holds the lock on ``path``, if it is known."""
+    pid = holder_of(path)
+    return "" if pid is None else f" (pid {pid})"
+
+
+def holder_of(path: Path) -> int | None:
+    """The process that holds the lock on ``path``, as far as /proc tells."""
     with contextlib.suppress(OSError):
         at = path.stat()
         name = f"{os.major(at.st_dev):02x}:{os.minor(at.st_dev):02x}:{at.st_ino}"
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
             if "FLOCK" in fields and name in fields:
-                return f" (pid {fields[fields.index(name) - 1]})"
-    return ""
+                return int(fields[fields.index(name) - 1])
+    return None
 
 
 def size_of(fd: int) -> int:
@@ -232,7 +238,7 @@ def create_file(path: Path, size: int) -> None:
         os.posix_fallocate(fd, 0, size)
     except OSError as exc:
         os.unlink(path)
-        hint = " Choose a smaller --size." if exc.errno == errno.ENOSPC else ""
+        hint = " Choose a smaller --size." if exc.errno in (errno.ENOSPC, errno.EFBIG) else ""
         raise CacheDeviceError(
             f"Cannot take {format_size(size)} for the cache {path}: {exc.strerror}.{hint}"
         ) from exc

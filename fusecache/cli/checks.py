@@ -1,0 +1,129 @@
+"""What is refused before anything is touched: every sentence says what to do."""
+
+import os
+from pathlib import Path
+
+import click
+
+from fusecache.config import MountConfig
+from fusecache.control import client, protocol
+from fusecache.errors import MountError, UsageError
+from fusecache.fuse import mounts
+
+
+def check_mount(plan: MountConfig) -> None:
+    """Everything about a mount that can be refused before anything is opened.
+
+    A dead mount at the mount point is detached, once all the rest is in order.
+
+    Raises:
+        FusecacheError: with what to do.
+    """
+    _check_origin(plan.origin)
+    _check_nesting(plan)
+    _check_cache(plan)
+    _check_options(plan.options)
+    mounts.check_device()
+    protocol.make_runtime_directory()
+    _check_mountpoint(plan.mountpoint)
+
+
+def _check_origin(origin: Path) -> None:
+    if not os.path.lexists(origin):
+        raise MountError(f"The origin {origin} does not exist: is its storage mounted?")
+    if not origin.is_dir():
+        raise MountError(f"The origin {origin} is not a directory: name the images' directory.")
+    if not os.access(origin, os.R_OK | os.X_OK):
+        raise MountError(f"The origin {origin} may not be read: ask for access to it.")
+
+
+def _check_nesting(plan: MountConfig) -> None:
+    if _inside(plan.mountpoint, plan.origin) or _inside(plan.origin, plan.mountpoint):
+        raise MountError(
+            f"Origin {plan.origin} and mount point {plan.mountpoint} lie one inside the other: "
+            "choose a mount point elsewhere."
+        )
+    for what, path in (("cache", plan.cache), ("database", plan.database)):
+        if path is None:
+            continue
+        if _inside(path, plan.origin):
+            raise MountError(
+                f"The {what} {path} lies inside the origin {plan.origin}: "
+                "choose a place outside, on the SSD."
+            )
+        if _inside(path, plan.mountpoint):
+            raise MountError(
+                f"The {what} {path} lies below the mount point {plan.mountpoint}: "
+                "choose another place."
+            )
+
+
+def _inside(path: Path, directory: Path) -> bool:
+    """Whether ``path`` is ``directory`` or below it, also by way of a bind mount."""
+    if path == directory or directory in path.parents:
+        return True
+    return any(
+        device == other and (place == root or root in place.parents)
+        for device, place in _locations(path)
+        for other, root in _locations(directory)
+    )
+
+
+def _locations(path: Path) -> tuple[tuple[str, Path], tuple[str, Path]]:
+    """Where the path is, and where the directory is that a mount on it covers."""
+    device, parent = mounts.location(path.parent)
+    return mounts.location(path), (device, parent / path.name)
+
+
+def _check_cache(plan: MountConfig) -> None:
+    if plan.cache.is_dir():
+        raise MountError(
+            f"The cache {plan.cache} is a directory: name a file in it or a block device."
+        )
+    if plan.size is None and not os.path.lexists(plan.cache):
+        raise UsageError(
+            f"The cache {plan.cache} does not exist: give --size to create it as a file, "
+            "like --size 20G."
+        )
+
+
+def _check_options(options: tuple[str, ...]) -> None:
+    if "allow_other" not in options or os.geteuid() == 0:
+        return
+    try:
+        lines = Path("/etc/fuse.conf").read_text().splitlines()
+    except OSError:
+        return  # fusermount3 will say
+    if "user_allow_other" not in (line.strip() for line in lines):
+        raise MountError(
+            "The option allow_other is not permitted to a plain user: leave it out, or have root "
+            "write the line user_allow_other into /etc/fuse.conf."
+        )
+
+
+def _check_mountpoint(path: Path) -> None:
+    if mounts.mount_at(path) is not None:
+        _free_mountpoint(path)
+    if not path.exists():
+        raise MountError(f"The mount point {path} does not exist: mkdir -p {path}")
+    if not path.is_dir():
+        raise MountError(f"The mount point {path} is not a directory: choose an empty directory.")
+    if any(path.iterdir()):
+        raise MountError(f"The mount point {path} is not empty: choose an empty directory.")
+
+
+def _free_mountpoint(path: Path) -> None:
+    """Whatever is mounted there must be a dead fusecache; it is detached."""
+    for daemon in client.daemons():
+        if daemon.mountpoint == path:
+            raise MountError(
+                f"{path} is busy: fusecache pid {daemon.pid} serves {daemon.origin} there. "
+                f"To end it: fusecache umount {path}"
+            )
+    if (pid := client.silent_holder(path)) is not None:
+        raise MountError(
+            f"{path} is busy: process {pid} still has this mount but does not answer. "
+            f"End it with kill -9 {pid}, then mount again."
+        )
+    mounts.clear_dead_mount(path)
+    click.echo(f"fusecache: detached the dead mount at {path}", err=True)

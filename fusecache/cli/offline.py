@@ -1,0 +1,159 @@
+"""``evict`` and ``flush`` on a cache that no daemon has open: the database alone is changed."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fusecache.cli.cache import default_database, open_locked
+from fusecache.control.protocol import readable
+from fusecache.errors import CacheDeviceError, ControlError, DatabaseError, OriginError
+from fusecache.store import cache_device
+from fusecache.store.block_map import Batch, BlockMap, ImageRow, Meta
+from fusecache.store.tree import Tree
+
+_SHOWN = 10
+
+
+def evict(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[str, Any]:
+    """Drops the named images, or all, stably from the block map.
+
+    Raises:
+        FusecacheError: in use, damaged, no such image, or not all of its data is on the origin.
+    """
+    with _opened(cache, database) as block_map:
+        meta = block_map.meta()
+        images = _named(block_map, meta, names)
+        blocks = sum(_clean_blocks(block_map, image) for image in images)
+        _sync_origin(meta, images)
+        ids = [image.id for image in images]
+        block_map.commit(Batch(drops=[(number, 0) for number in ids], forgotten=ids), stable=True)
+        block_map.checkpoint(truncate=True)
+        return {"images": len(images), "blocks": blocks}
+
+
+def flush(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[str, Any]:
+    """Makes sure that all data of the named images, or of all, is on the origin, synced.
+
+    Raises:
+        FusecacheError: it is not, or nobody can tell.
+    """
+    with _opened(cache, database) as block_map:
+        meta = block_map.meta()
+        images = _named(block_map, meta, names)
+        for image in images:
+            _clean_blocks(block_map, image)
+        _sync_origin(meta, images)
+        return {"images": len(images), "blocks": 0}
+
+
+@contextlib.contextmanager
+def _opened(cache: Path, database: Path | None) -> Iterator[BlockMap]:
+    if not os.path.lexists(cache):
+        raise CacheDeviceError(f"The cache {cache} does not exist.")
+    fd = open_locked(cache)
+    try:
+        superblock = cache_device.read_superblock(fd, cache)
+        place = database or default_database(cache, superblock)
+        with contextlib.closing(BlockMap.open(place, superblock)) as block_map:
+            yield block_map
+    finally:
+        os.close(fd)
+
+
+def _clean_blocks(block_map: BlockMap, image: ImageRow) -> int:
+    blocks, dirty = block_map.cached(image.id)
+    if dirty:
+        raise DatabaseError(
+            f"The cache has data of '{_shown(image)}' that the origin has not: mount it, so that "
+            "the data is written back, and evict or flush it then."
+        )
+    return blocks
+
+
+def _sync_origin(meta: Meta, images: list[ImageRow]) -> None:
+    """A daemon that did not stop cleanly may have written to the origin without a sync."""
+    if meta.clean or not images:
+        return
+    origin = Path(os.fsdecode(meta.origin))
+    try:
+        tree = Tree(origin)
+    except OSError as exc:
+        raise OriginError(
+            exc.errno or 0,
+            f"The last daemon did not stop cleanly and its origin {origin} is not there to be "
+            "synced: mount that storage, then try again.",
+        ) from exc
+    with contextlib.closing(tree):
+        for image in images:
+            _sync_image(tree, image)
+
+
+def _sync_image(tree: Tree, image: ImageRow) -> None:
+    try:
+        found = tree.resolve(image.path)
+    except OSError:
+        return  # the image is gone, and what was written to it with it
+    try:
+        if not stat.S_ISREG(found.st.st_mode):
+            return
+        fd = os.open(f"/proc/self/fd/{found.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise OriginError(
+            exc.errno or 0, f"Syncing '{_shown(image)}' on the origin failed: {exc.strerror}."
+        ) from exc
+    finally:
+        os.close(found.fd)
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def _named(block_map: BlockMap, meta: Meta, names: tuple[str, ...]) -> list[ImageRow]:
+    """The images of these names, each once; all of them if there are no names."""
+    known = block_map.images()
+    if not names:
+        return known
+    chosen: dict[int, ImageRow] = {}
+    for name in names:
+        wanted = {os.fsencode(path) for path in _candidates(name, meta)}
+        found = [image for image in known if image.path in wanted]
+        if not found:
+            raise ControlError(f"No image '{readable(name)[0]}' is cached. {_listing(known)}")
+        chosen |= {image.id: image for image in found}
+    return list(chosen.values())
+
+
+def _candidates(name: str, meta: Meta) -> Iterator[str]:
+    """What ``name`` may mean, relative to the origin: as for a running daemon."""
+    roots = [os.fsdecode(root) for root in (meta.mountpoint, meta.origin) if root]
+    try:
+        here = os.getcwd()
+    except OSError:
+        here = "/"
+    inside = any(Path(here).is_relative_to(root) for root in roots)
+    if not os.path.isabs(name) and not inside:
+        yield os.path.normpath(name)
+        return
+    path = os.path.normpath(os.path.join(here, name))
+    for root in roots:
+        if Path(path).is_relative_to(root):
+            yield os.path.relpath(path, root)
+
+
+def _listing(known: list[ImageRow]) -> str:
+    if not known:
+        return "There are none in this cache."
+    names = sorted(_shown(image) for image in known)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"There are: {', '.join(names[:_SHOWN])}{more}."
+
+
+def _shown(image: ImageRow) -> str:
+    return readable(os.fsdecode(image.path))[0]

@@ -1,0 +1,46 @@
+"""Fixtures of the end-to-end tests: several mounts, and a cache that has served."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import BLOCK, Mount
+from tests.support.stamps import check_stamps, stamped
+
+MakeMount = Callable[[str], Mount]
+
+
+@pytest.fixture
+def make_mount(tmp_path: Path) -> Iterator[MakeMount]:
+    """Mounts by name, none started, all with one runtime directory; cleaned up in the end."""
+    made: list[Mount] = []
+
+    def make(name: str) -> Mount:
+        mount = Mount(tmp_path / name)
+        mount.runtime = tmp_path / "run"
+        mount.runtime.mkdir(exist_ok=True)
+        made.append(mount)
+        return mount
+
+    try:
+        yield make
+    finally:
+        for mount in made:
+            mount.cleanup()
+    for mount in made:
+        assert "unexpected error" not in mount.log(), mount.log()
+
+
+@pytest.fixture
+def served(mount: Mount) -> Mount:
+    """A cache that has served two images of 8 blocks and was stopped cleanly."""
+    for number in (1, 2):
+        image = mount.origin / f"vm{number}.img"
+        image.write_bytes(stamped(number, 0, 8 * BLOCK, 1))
+    mount.start()
+    for number in (1, 2):
+        data = (mount.mountpoint / f"vm{number}.img").read_bytes()
+        check_stamps(data, number, 0)
+    mount.stop()
+    return mount

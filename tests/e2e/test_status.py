@@ -1,0 +1,93 @@
+"""``fusecache status``: the table and the JSON."""
+
+import json
+
+import pytest
+
+from tests.e2e.conftest import MakeMount
+from tests.support.daemon import BLOCK, Mount
+from tests.support.stamps import stamped
+
+pytestmark = pytest.mark.mount
+
+MOUNT_KEYS = {
+    "mountpoint", "origin", "pid", "state", "write_mode", "block_size", "cache", "images",
+}  # fmt: skip
+CACHE_KEYS = {"path", "uuid", "slots_total", "slots_used", "dirty_bytes", "state"}
+IMAGE_KEYS = {
+    "path", "size", "cached_bytes", "dirty_bytes", "read_hit_bytes", "read_miss_bytes",
+    "write_bytes", "origin_read_bytes", "origin_write_bytes", "errors", "last_error",
+}  # fmt: skip
+
+
+def test_json_has_every_key_of_the_contract_and_true_numbers(mount: Mount) -> None:
+    (mount.origin / "vm.img").write_bytes(stamped(1, 0, 4 * BLOCK, 1))
+    mount.start()
+    with open(mount.mountpoint / "vm.img", "r+b", buffering=0) as guest:
+        guest.read(BLOCK)
+        guest.seek(2 * BLOCK)
+        guest.write(stamped(1, 2 * BLOCK, BLOCK, 2))
+        status = mount.status()
+    assert status.keys() >= MOUNT_KEYS
+    assert status["cache"].keys() >= CACHE_KEYS
+    (image,) = status["images"]
+    assert image.keys() >= IMAGE_KEYS
+    assert status["mountpoint"] == str(mount.mountpoint)
+    assert status["origin"] == str(mount.origin)
+    assert (status["state"], status["write_mode"]) == ("serving", "through")
+    assert (image["path"], image["size"]) == ("vm.img", 4 * BLOCK)
+    assert image["write_bytes"] == image["origin_write_bytes"] == BLOCK
+    assert image["read_miss_bytes"] >= BLOCK
+    assert image["dirty_bytes"] == status["cache"]["dirty_bytes"] == 0
+    assert (image["errors"], image["last_error"]) == (0, "")
+    assert "path_escaped" not in image
+
+
+def test_the_table_names_mount_cache_and_images(mount: Mount) -> None:
+    (mount.origin / "vm [1].img").write_bytes(stamped(1, 0, BLOCK, 1))
+    mount.start()
+    with open(mount.mountpoint / "vm [1].img", "rb") as guest:
+        guest.read()
+        done = mount.run("status")
+    assert done.returncode == 0, done.stderr
+    for word in (str(mount.mountpoint), "serving", "vm [1].img", "64.0 KiB", "open x1"):
+        assert word in done.stdout, word
+
+
+def test_several_mounts_are_all_shown_and_m_chooses(make_mount: MakeMount) -> None:
+    one, two = make_mount("one").start(), make_mount("two").start()
+    shown = json.loads(one.run("status", "--json").stdout)["mounts"]
+    assert {entry["pid"] for entry in shown} == {one.pid, two.pid}
+    assert two.status()["pid"] == two.pid
+
+
+def test_without_a_daemon_json_is_an_empty_list(mount: Mount) -> None:
+    done = mount.run("status", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"mounts": []})
+    done = mount.run("status")
+    assert done.returncode == 0 and "fusecache mount" in done.stdout
+
+
+def test_status_of_one_image_shows_it_alone(mount: Mount) -> None:
+    for name in ("a.img", "b.img"):
+        (mount.origin / name).write_bytes(stamped(1, 0, BLOCK, 1))
+    mount.start()
+    for name in ("a.img", "b.img"):
+        (mount.mountpoint / name).read_bytes()
+    (entry,) = json.loads(mount.run("status", "--json", "b.img").stdout)["mounts"]
+    assert [image["path"] for image in entry["images"]] == ["b.img"]
+
+
+def test_a_reader_that_goes_away_is_no_error(mount: Mount) -> None:
+    mount.start()
+    import subprocess
+
+    from tests.e2e.helpers import COMMAND, environment
+
+    with subprocess.Popen(
+        [*COMMAND, "status"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(mount),
+    ) as status:  # fmt: skip
+        assert status.stdout is not None and status.stderr is not None
+        status.stdout.close()
+        assert b"Traceback" not in status.stderr.read()
