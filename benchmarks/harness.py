@@ -151,10 +151,8 @@ class Fusecache:
 
     def close(self) -> None:
         """Cleanly if possible; else by force."""
-        if is_mounted(self.mountpoint):
-            with contextlib.suppress(BenchmarkError):
-                self.run("umount", self.mountpoint, "--force")
         for socket in self.runtime.glob("*.sock"):
+            end(int(socket.stem), signal.SIGTERM)  # flushes and unmounts
             end(int(socket.stem))
         detach(self.mountpoint)
 

@@ -53,7 +53,7 @@ class Demo:
 
     # -- running and telling -----------------------------------------------------------------------
 
-    def run(self, *command: object, shown: bool = True, may_fail: bool = False) -> str:
+    def run(self, *command: object, shown: bool = True) -> str:
         """Runs a command, prints it as it would be typed and what it says, and returns that."""
         # Run in the demo's directory, with short names that can be read.
         words = [str(word).replace(f"{self.base}/", "") for word in command]
@@ -81,7 +81,7 @@ class Demo:
             raise
         if shown and said.strip():
             print(textwrap.indent(said.rstrip(), "    "), flush=True)
-        if process.returncode != 0 and not may_fail:
+        if process.returncode != 0:
             hint = "" if shown else f" {said.strip()}"
             raise DemoError(f"'{shlex.join(words)}' failed.{hint}")
         return said
@@ -180,8 +180,6 @@ class Demo:
 
     def clean_up(self) -> None:
         """Ends the daemon, detaches the mount, removes the directory; works in any state."""
-        if self._mounted():
-            self.run("fusecache", "umount", self.mountpoint, "--force", shown=False, may_fail=True)
         for socket in self.runtime.glob("*.sock"):
             if socket.stem.isdigit():
                 _end(int(socket.stem))
@@ -196,7 +194,7 @@ class Demo:
 
 
 def _end(pid: int) -> None:
-    """Ends one process by its id and waits for it, at most 10 s."""
+    """Ends one daemon by its id and waits for it, at most 10 s; first as umount would."""
     try:
         os.kill(pid, signal.SIGTERM)
         for attempt in range(100):
