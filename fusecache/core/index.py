@@ -27,6 +27,10 @@ U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 
+_LAST_BLOCK = 0xFFFFFFFF
+"""Block numbers have 32 bits: 16 TiB of an image with 4 KiB blocks; the rest is not cached."""
+_LAST_TICK = 1 << 62
+
 
 class Rows(NamedTuple):
     """Block map rows as equally long columns. ``slot`` is NO_SLOT where the block is gone."""
@@ -159,14 +163,14 @@ class CacheIndex:
     # -- storing ------------------------------------------------------------------------------
 
     def begin_store(self, image: int, block: int) -> int | None:
-        """A slot to write pages of the block to, pinned; None if no slot is free.
+        """A slot to write pages of the block to, pinned; None if no slot is free for it.
 
         Ends with exactly one of ``stored`` and ``not_stored``.
         """
         slots = self._slots
         slot = self._tags.find(image, block)
         if slot is None:
-            if not self._free_count:
+            if not self._free_count or block > _LAST_BLOCK:
                 return None
             slot = self._free[self._free_count - 1]
             slots.state[slot] = step(slots.state[slot], Event.RESERVE)
@@ -180,8 +184,14 @@ class CacheIndex:
         return slot
 
     def stored(self, slot: int, pages: int) -> None:
-        """The pages (a mask, not 0) are on the device: they are valid, and a row is owed."""
+        """The pages (a mask, not 0) are on the device: they are valid, and a row is owed.
+
+        Nothing becomes valid if a reader retired the slot while it was written to.
+        """
         slots = self._slots
+        if slot in self._retired:
+            slots.pins[slot] -= 1
+            return
         slots.state[slot] = step(slots.state[slot], Event.STORE)
         slots.pins[slot] -= 1
         before = slots.valid[slot]
@@ -207,6 +217,8 @@ class CacheIndex:
             self._free_count += 1
             return
         slots.pins[slot] -= 1
+        slots.last_used[slot] = self._tick  # a pin ends with a use, or the LRU would not be exact
+        self._tick += 1
         self._clear(slot, spoiled)
 
     def clear(self, image: int, block: int, pages: int) -> None:
@@ -382,6 +394,8 @@ class CacheIndex:
         for first, ticks in order:
             part = slots.last_used_of[first : first + ticks.size]
             part[:] = ticks[: part.size]
+        # Only a damaged hint has such ticks, and the clock must be able to go on from the highest.
+        slots.last_used_of[slots.last_used_of > _LAST_TICK] = 0
         self._tick = int(slots.last_used_of.max(initial=np.uint64(0))) + 1
         free = np.flatnonzero(slots.state_of == State.INVALID).astype(np.uint32)
         self._free_of[: free.size] = free[::-1]
@@ -429,11 +443,10 @@ class CacheIndex:
         entries = int(np.count_nonzero(self._tags.table_of))
         assert entries == len(tagged) == self.used
         free = self._free_of[: self._free_count].tolist()
-        idle = [slot for slot in self._retired if slots.state[slot] == State.INVALID]
-        everyone = sorted({*idle, *self._leaving} | set(free) | set(tagged))
-        assert len(free) == len(set(free))
-        assert not set(free) & (set(tagged) | set(self._leaving) | self._retired)
-        assert everyone == sorted(set(everyone))
+        assert not set(free) & self._retired
+        assert not set(tagged) & self._retired
+        once = [*free, *tagged, *self._leaving]
+        assert len(once) == len(set(once)), "a slot is in two places"
         for image, pages in self._pages_of.items():
             mine = slots.image_of == image
             assert pages == sum(int(v).bit_count() for v in slots.valid_of[mine].tolist())

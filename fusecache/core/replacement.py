@@ -43,7 +43,7 @@ class Lru:
         chosen: set[int] = set()
         for sweep in (False, True):
             if sweep:
-                self._sweep(count - len(found))
+                self._sweep(count)  # those in ``found`` are still in the table and come again
             self._take(count, found, chosen)
             if len(found) == count:
                 break
@@ -61,7 +61,7 @@ class Lru:
                 chosen.add(slot)
 
     def _sweep(self, wanted: int) -> None:
-        """Collects at least ``wanted`` of the oldest VALID slots, if there are so many."""
+        """Collects at least ``wanted`` of the oldest unpinned VALID slots, if there are so many."""
         slots = self._slots
         evictable = (slots.state_of == State.VALID) & (slots.pins_of == 0)
         total = int(np.count_nonzero(evictable))
@@ -70,7 +70,9 @@ class Lru:
             evictable &= slots.last_used_of <= self._threshold(evictable, wanted, total)
         chosen = np.flatnonzero(evictable).astype(np.uint32)
         ticks = slots.last_used_of[chosen]
-        order = np.argsort(ticks, kind="stable")
+        # No more than wanted: where many share a tick (loaded without an order) the rest are no
+        # older, and 12 bytes for each of them would be too much memory.
+        order = np.argsort(ticks, kind="stable")[:wanted]
         self._candidates, self._ticks, self._next = chosen[order], ticks[order], 0
 
     def _threshold(self, evictable: npt.NDArray[np.bool_], wanted: int, total: int) -> np.uint64:
