@@ -268,9 +268,9 @@ def _check_names(request: dict[str, Any]) -> None:
 
 async def _line(stream: trio.SocketStream) -> bytes:
     data = b""
-    while not data.endswith(b"\n"):
+    while b"\n" not in data:
         part = await stream.receive_some(4096)
         data += part
         if not part or len(data) > protocol.MAX_REQUEST:
             raise ValueError("no whole line")
-    return data
+    return data.partition(b"\n")[0]

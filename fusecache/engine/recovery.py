@@ -27,6 +27,23 @@ def recover(
         CacheDeviceError: the cache device cannot be synced.
         DatabaseError: the database is damaged or cannot be written.
     """
+    try:
+        return _recover(device, block_map, boot_id, pid, mountpoint, origin)
+    except (ValueError, DatabaseError) as exc:
+        what = str(exc).rstrip(".")
+        if isinstance(exc, ValueError):
+            what = f"The database {block_map.path} is damaged: {what}"
+        raise DatabaseError(f"{what}. {_remedy(exc, device, block_map)}") from exc
+
+
+def _recover(
+    device: CacheDevice,
+    block_map: BlockMap,
+    boot_id: str,
+    pid: int,
+    mountpoint: bytes,
+    origin: bytes,
+) -> CacheIndex:
     superblock = device.superblock
     meta = block_map.meta()
     fresh = False
@@ -41,16 +58,10 @@ def recover(
         same = meta.boot_id == boot_id
         log.info("recovering after %s", "a killed daemon" if same else "a power cut or a move")
     index = CacheIndex(Geometry.of(superblock.block_size), superblock.slot_count)
-    try:
-        block_map.attach(boot_id, pid, mountpoint, origin)
-        for rows in block_map.load():
-            index.load(rows)
-        index.finish_load(block_map.load_order())
-    except (ValueError, DatabaseError) as exc:
-        what = str(exc).rstrip(".")
-        if isinstance(exc, ValueError):
-            what = f"The database {block_map.path} is damaged: {what}"
-        raise DatabaseError(f"{what}. {_remedy(exc, device, block_map)}") from exc
+    block_map.attach(boot_id, pid, mountpoint, origin)
+    for rows in block_map.load():
+        index.load(rows)
+    index.finish_load(block_map.load_order())
     return index
 
 

@@ -44,3 +44,14 @@ def served(mount: Mount) -> Mount:
         check_stamps(data, number, 0)
     mount.stop()
     return mount
+
+
+@pytest.fixture(scope="module")
+def nonsense_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """One mount for many requests that make no sense."""
+    mount = Mount(tmp_path_factory.mktemp("nonsense"))
+    try:
+        yield mount.start()
+    finally:
+        mount.cleanup()
+    assert "unexpected error" not in mount.log(), mount.log()

@@ -115,7 +115,7 @@ def ext4(image: Path, path: Path, size: int) -> Iterator[Path]:
     """An ext4 in a file on a loop device, mounted at ``path``."""
     image.touch()
     os.truncate(image, size)
-    run("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image)
+    run("mkfs.ext4", "-q", "-b", "4096", "-m", "0", "-O", "^has_journal", image)
     path.mkdir(parents=True, exist_ok=True)
     loop = run("losetup", "--find", "--show", image).strip()
     try:
