@@ -32,7 +32,11 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class _Filesystem:
     number: int
-    local: bool
+    kind: str
+
+    @property
+    def local(self) -> bool:
+        return self.kind not in _NETWORK_FILESYSTEMS and not self.kind.startswith("fuse")
 
 
 class Tree:
@@ -45,6 +49,7 @@ class Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._device = os.fstat(self._root_fd).st_dev
         self._filesystems: dict[int, _Filesystem] = {}
         self.clock_offset_ns = 0
         """The origin's clock minus this host's."""
@@ -106,21 +111,35 @@ class Tree:
 
         A filesystem mounted inside the origin has its own; if two cannot be told apart, the
         second one is refused, since equal inode numbers on both would be taken for one image.
+        Device numbers are given again after an unmount, to the same filesystem or another.
         """
         known = self._filesystems.get(st.st_dev)
-        if known is not None:
-            return known
+        if known is not None and st.st_dev == self._device:
+            return known  # the origin's own cannot change while its root is held
         number = os.fstatvfs(fd).f_fsid & 0xFFFFFFFFFFFFFFFF
-        if any(other.number == number for other in self._filesystems.values()):
-            raise OriginError(
-                18,
-                f"a filesystem mounted inside {self.root} has the same id as another one there: "
-                "mount it elsewhere and give it a fusecache of its own",
-            )
+        if known is not None and known.number == number:
+            return known
         kind = _filesystem_type(st.st_dev)
-        local = kind not in _NETWORK_FILESYSTEMS and not kind.startswith("fuse")
-        self._filesystems[st.st_dev] = _Filesystem(number, local)
+        for device, other in list(self._filesystems.items()):
+            if other.number != number or device == st.st_dev:
+                continue
+            if device == self._device or not other.kind or self._mounted_inside(device):
+                raise OriginError(
+                    18,
+                    f"a filesystem mounted inside {self.root} has the same id as another one "
+                    "there: mount it elsewhere and give it a fusecache of its own",
+                )
+            del self._filesystems[device]  # unmounted, and this is it again
+        self._filesystems[st.st_dev] = _Filesystem(number, kind)
         return self._filesystems[st.st_dev]
+
+    def _mounted_inside(self, device: int) -> bool:
+        """Whether a filesystem with this device number is mounted below the origin now."""
+        root = os.readlink(f"/proc/self/fd/{self._root_fd}".encode())
+        return any(
+            name == root or name.startswith(root.rstrip(b"/") + b"/")
+            for name, _ in _mounts_of(device)
+        )
 
     def resolve(self, path: bytes) -> Found:
         """The inode at a path relative to the origin, no symbolic link followed on the way."""
@@ -270,11 +289,18 @@ class Tree:
             os.close(opened)
 
 
-def _filesystem_type(device: int) -> str:
-    """The type of a mounted filesystem, from mountinfo; empty if it is not there."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
+def _mounts_of(device: int) -> list[tuple[bytes, str]]:
+    """(mount point, type) of every mount of a device number, from mountinfo."""
+    wanted = f"{os.major(device)}:{os.minor(device)}".encode()
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split(b" ")
         if fields[2] == wanted:
-            return fields[fields.index("-") + 1]
-    return ""
+            name = fields[4].decode("unicode_escape").encode("latin-1")
+            found.append((name, fields[fields.index(b"-") + 1].decode()))
+    return found
+
+
+def _filesystem_type(device: int) -> str:
+    """The type of a mounted filesystem; empty if it is not in mountinfo."""
+    return next((kind for _, kind in _mounts_of(device)), "")
