@@ -3,10 +3,13 @@
 import gc
 import logging
 import logging.handlers
+import math
 import os
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,10 @@ from fusecache.store.cache_device import CacheDevice
 from fusecache.store.tree import Tree
 
 log = logging.getLogger("fusecache")
+
+_FORCED_FLUSH = 10.0
+_FORCED_END = 20.0
+"""Seconds a forced unmount gives a stalled origin before, and after, the mount is gone."""
 
 _FORMAT = "%(levelname)s %(message)s"
 _SYSLOG = Path("/dev/log")
@@ -231,8 +238,7 @@ class _Service:
             nursery.start_soon(self._announce, serving, ready)
             await self._session.run(serving)
             self._mounted.state = "flushing"
-            with trio.CancelScope(shield=True):
-                await self._flush()
+            await self._flush(math.inf)
             nursery.cancel_scope.cancel()
 
     async def _announce(self, serving: trio.Event, ready: Callable[[], None]) -> None:
@@ -263,10 +269,11 @@ class _Service:
                 f"{self._plan.mountpoint} is in use: {self._open_files()}. "
                 "Close these first, or use --force."
             )
-        await self._flush()
+        await self._flush(_FORCED_FLUSH if force else math.inf)
         detach = partial(mounts.unmount, self._plan.mountpoint, detach=force)
         await self._cache.threads.kernel(detach)
         if force:
+            threading.Thread(target=_end_anyway, daemon=True).start()
             self._session.abandon()
 
     def _open_files(self) -> str:
@@ -277,14 +284,21 @@ class _Service:
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         return ", ".join(sorted(set(files))[:5]) + more
 
-    async def _flush(self) -> None:
-        """As much as can be brought to the origin before the end."""
-        for image in self._cache.images.all():
-            try:
-                await self._cache.flush(image)
-            except FusecacheError as exc:
-                log.warning("flushing before the end: %s", exc)
-        await self._cache.housekeeping.settle_all()
+    async def _flush(self, timeout: float) -> None:
+        """As much as can be brought to the origin before the end; gives up after ``timeout`` s."""
+        with trio.move_on_after(timeout) as scope:
+            await self._cache.flush_all()
+            await self._cache.housekeeping.settle_all()
+        if scope.cancelled_caught:
+            log.error("the origin does not answer: ending without its last sync")
+
+
+def _end_anyway() -> None:
+    """A write that hangs on a stalled origin cannot be left behind by trio. By then the mount is
+    gone and the cache is as after a kill: the next mount recovers it."""
+    time.sleep(_FORCED_END)
+    log.error("the origin still does not answer: ending as if killed")
+    os._exit(1)
 
 
 def _command(pid: int) -> str:

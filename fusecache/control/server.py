@@ -17,7 +17,7 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.engine.snapshot import cache_snapshot, image_snapshot
 from fusecache.errors import ControlError, FusecacheError
-from fusecache.store.tree import Tree
+from fusecache.store.tree import Found, Tree
 
 log = logging.getLogger(__name__)
 
@@ -187,16 +187,22 @@ class ControlServer:
         return await self._each(request, send, self._cache.evict)
 
     async def _flush(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
-        async def flush(image: Image) -> int:
-            await self._cache.flush(image)
+        async def flush(image: Image, path_fd: int | None) -> int:
+            await self._cache.flush(image, path_fd)
             return 0
 
         return await self._each(request, send, flush)
 
     async def _each(
-        self, request: dict[str, Any], send: Send, work: Callable[[Image], Awaitable[int]]
+        self,
+        request: dict[str, Any],
+        send: Send,
+        work: Callable[[Image, int | None], Awaitable[int]],
     ) -> dict[str, Any]:
-        """Does ``work`` for the images a request names, or for all; counts blocks."""
+        """Does ``work`` for the images a request names, or for all; counts blocks.
+
+        An image that nobody has open may still have to be synced: ``work`` gets a descriptor.
+        """
         names = request.get("images")
         if names:
             images = [await self._known_or_none(str(path)) for path in names]
@@ -205,7 +211,12 @@ class ControlServer:
         blocks = 0
         for done, image in enumerate(images, 1):
             if image is not None:
-                blocks += await work(image)
+                path_fd = None if image.origin_open else await self._pin(image)
+                try:
+                    blocks += await work(image, path_fd)
+                finally:
+                    if path_fd is not None:
+                        os.close(path_fd)
             await send({"progress": {"done": done, "of": len(images)}})
         return {"images": len(images), "blocks": blocks}
 
@@ -234,22 +245,27 @@ class ControlServer:
             )
         return image
 
-    async def _resolve(self, path: str) -> tuple[Image | None, bool]:
-        """By what lies at the path on the origin now, else by where it was last seen.
+    async def _pin(self, image: Image) -> int | None:
+        """A descriptor of the image's file, if it is still where it was last seen."""
+        found = await self._find(image.row.path)
+        if found is not None and found.identity != image.row.identity:
+            os.close(found.fd)
+            return None
+        return None if found is None else found.fd
 
-        The origin is asked for a short while only: it may be stalled.
-        """
+    async def _find(self, path: bytes) -> Found | None:
+        """What lies at a path; asked for a short while only, since the origin may be stalled."""
+        with trio.move_on_after(_RESOLVE_TIMEOUT), contextlib.suppress(OSError, FusecacheError):
+            return await trio.to_thread.run_sync(self._tree.resolve, path, abandon_on_cancel=True)
+        return None
+
+    async def _resolve(self, path: str) -> tuple[Image | None, bool]:
+        """By what lies at the path on the origin now, else by where it was last seen."""
         raw = os.fsencode(path)
-        with trio.move_on_after(_RESOLVE_TIMEOUT):
-            try:
-                found = await trio.to_thread.run_sync(
-                    self._tree.resolve, raw, abandon_on_cancel=True
-                )
-            except (OSError, FusecacheError):
-                pass
-            else:
-                os.close(found.fd)
-                return self._cache.images.find(found.identity), True
+        found = await self._find(raw)
+        if found is not None:
+            os.close(found.fd)
+            return self._cache.images.find(found.identity), True
         for image in self._cache.images.all():
             if image.row.path == raw:
                 return image, False

@@ -5,16 +5,16 @@ One lives as long as its mount: ``async with open_cache(...) as cache``.
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
 import trio
 
 from fusecache.config import Tuning, WriteMode
-from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
 from fusecache.engine.committer import Committer
+from fusecache.engine.discards import Discards
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
 from fusecache.engine.housekeeping import Housekeeping
@@ -26,7 +26,7 @@ from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
 from fusecache.engine.state import CacheState
 from fusecache.engine.writes import Writes
-from fusecache.errors import DatabaseError, FusecacheError, OriginError
+from fusecache.errors import FusecacheError, OriginError
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.origin import OriginImage
@@ -58,7 +58,9 @@ class BlockCache:
         self.tuning = tuning
         self.threads = threads
         self.state = CacheState(device, tuning, clock.monotonic)
-        self._invalidate = invalidate
+        self._nursery = nursery
+        self._background = trio.CancelScope()
+        self._background_ended = trio.Event()
         self.images = Images(
             core, self.state, threads, clock, tuning, write_mode, new_origin, invalidate
         )
@@ -69,11 +71,18 @@ class BlockCache:
             self.images.all,
             threads,
             self.state.counters,
+            clock,
             tuning.whole_image_after,
             self.state.unusable,
         )
         self.images.committer = self.committer
-        self._intents = WriteIntents(self.committer, threads, tuning, clock.monotonic)
+        self._intents = WriteIntents(
+            self.committer,
+            threads,
+            tuning,
+            clock.monotonic,
+            lambda image: nursery.start_soon(self._distrust, image),
+        )
         self._reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self._reclaimer.wake)
         self._reads = Reads(core, self.state, self._fills, threads)
@@ -83,6 +92,7 @@ class BlockCache:
         self.housekeeping = Housekeeping(
             core, self.state, self.images, self.committer, self._intents, clock, tuning
         )
+        self._discards = Discards(core, self.state, self.images, self._intents, threads, invalidate)
         self.try_read = HitPath(core, self.state).try_read
         """See ``HitPath.try_read``."""
 
@@ -134,6 +144,34 @@ class BlockCache:
         if error is not None:
             raise error
 
+    async def flush(self, image: Image, path_fd: int | None = None) -> None:
+        """Everything acknowledged for the image is on the origin, synced; rows are stable.
+
+        Raises:
+            OriginError, DatabaseError, CacheDeviceError: not so.
+        """
+        await self._discards.sync(image, path_fd)
+        await self.committer.barrier()
+
+    async def flush_all(self) -> None:
+        """``flush`` of every image, side by side: one that stalls holds up no other (P6)."""
+        async with trio.open_nursery() as nursery:
+            for image in self.images.all():
+                nursery.start_soon(self._sync_at_end, image)
+        await self._barrier_for_guest()
+
+    async def _sync_at_end(self, image: Image) -> None:
+        try:
+            await self._discards.sync(image)
+        except OriginError as exc:
+            log.error("the origin could not be synced: %s", exc)
+
+    async def _distrust(self, image: Image) -> None:
+        """After a failed origin sync the kernel may have dropped what was written: the cache
+        would be newer than the origin, and go back in time when a block leaves it."""
+        async with image.opening:
+            await self.images.discard(image, 0)
+
     async def _barrier_for_guest(self) -> None:
         try:
             await self.committer.barrier()
@@ -141,127 +179,55 @@ class BlockCache:
             # Clean data alone: the origin has it all, the guest's fsync stands.
             log.debug("no barrier: %s", exc)
 
+    # -- discarding --------------------------------------------------------------------------------
+
     async def truncate(self, image: Image, size: int) -> None:
-        """Sets the size of an image that is open for writing (R6).
+        """See ``Discards.truncate``."""
+        await self._discards.truncate(image, size)
 
-        Origin first, origin sync, then the rows stably; nothing else happens to the image.
-        """
-        async with image.lock.everything():
-            shrinks = size < image.size
-            image.wrote = True
-            if shrinks and self.state.serves(image):
-                await self._truncate_cached(image, size)
-            else:
-                await self._truncate_origin(image, size)
+    async def evict(self, image: Image, path_fd: int | None = None) -> int:
+        """See ``Discards.evict``."""
+        return await self._discards.evict(image, path_fd)
 
-    async def _truncate_cached(self, image: Image, size: int) -> None:
-        block, tail = divmod(size, self.core.geometry.block_size)
-        region = region_of(block)
-        try:
-            # The region of the new end is active, should we die between origin and rows.
-            async with self._intents.writing(image, range(region, region + 1)):
-                await self._truncate_origin(image, size)
-                if tail:
-                    geometry = self.core.geometry
-                    self.core.clear(image.id, block, geometry.touched(tail, geometry.block_size))
-                await self.images.drop(image, block + (1 if tail else 0))
-        except DatabaseError:
-            await self.state.fenced.wait()
-            await self._truncate_origin(image, size)
-
-    async def _truncate_origin(self, image: Image, size: int) -> None:
-        image.written += 1
-        run = self.threads.run
-        await run(image.origin.truncate, size, limiter=image.limiter)
-        image.size = size
-        await self._intents.sync_origin(image)
-
-    # -- names -------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def removing(self, identity: bytes) -> AsyncIterator[bool]:
-        """Around the removal of an image's last name (R6): its blocks go, stably.
-
-        Gives whether the image is known, so that the removal must be synced first. Handles that
-        are open keep working, uncached.
-        """
-        image = self.images.find(identity)
-        if image is None:
-            yield False
-            return
-        async with image.opening, image.lock.everything():
-            yield True
-            image.detached = True
-            await self.images.drop(image, 0)
-            if not image.handles:
-                await self._forget(image)
-
-    async def _forget(self, image: Image) -> None:
-        image.origin.close()
-        self.images.forget(image)
-        if self.state.usable:
-            try:
-                await self.committer.forget(image)
-            except DatabaseError:
-                await self.state.fenced.wait()
-
-    async def evict(self, image: Image) -> int:
-        """Flushes an image and drops its blocks alone; returns how many were dropped (P5).
-
-        If it is open it is detached: uncached and written through until its last handle closes.
-        Then invalidation pushes out pages that guests changed in mappings; they arrive as
-        writes, straight to the origin, before the last origin sync.
-
-        Raises:
-            OriginError: the origin's sync failed; the image is detached but not evicted.
-            DatabaseError: the rows could not be dropped.
-        """
-        async with image.opening:
-            blocks = self.core.usage(image.id).blocks
-            async with image.lock.everything():
-                image.detached = True
-            await self.threads.kernel(self._invalidate, image.row.identity)
-            async with image.lock.everything():
-                if image.synced < image.written and image.origin_open:
-                    await self._intents.sync_origin(image)
-                await self.images.drop(image, 0)
-                image.intents.clear()
-                image.whole_intent = False
-            if not image.handles:
-                image.detached = False
-                await self._forget(image)
-            if not self.state.usable:
-                raise DatabaseError(f"the cache is degraded: {self.state.trouble}")
-            return blocks
-
-    async def flush(self, image: Image) -> None:
-        """Everything acknowledged for the image is on the origin, synced; rows are stable."""
-        if image.synced < image.written and image.origin_open:
-            await self._intents.sync_origin(image)
-        await self.committer.barrier()
+    def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
+        """See ``Discards.removing``."""
+        return self._discards.removing(identity)
 
     # -- starting and stopping ---------------------------------------------------------------------
 
-    def start(self, nursery: trio.Nursery) -> None:
+    def start(self) -> None:
         """Starts what runs beside the requests."""
-        nursery.start_soon(self.committer.run)
-        nursery.start_soon(self._reclaimer.run)
-        nursery.start_soon(self.housekeeping.run)
-        nursery.start_soon(self._fence_when_broken)
+        self._nursery.start_soon(self.committer.run)
+        self._nursery.start_soon(self._run_background)
+        self._nursery.start_soon(self._fence_when_broken)
+
+    async def _run_background(self) -> None:
+        with self._background:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._reclaimer.run)
+                nursery.start_soon(self.housekeeping.run)
+        self._background_ended.set()
 
     async def _fence_when_broken(self) -> None:
         """Once the cache is unusable: no write may pass it before the next start is warned."""
         await self.state.broken.wait()
-        fence = partial(recovery.fence, self.device, self.block_map)
-        worked = await self.committer.run_database(fence)
+        worked = await self.committer.fence(partial(recovery.fence, self.device, self.block_map))
         if not worked:
             # P3 takes changes for ours up to 2 s after the last heartbeat, and none after.
             await trio.sleep(self.housekeeping.until_not_ours())
         self.state.fenced.set()
 
     async def aclose(self) -> None:
-        """The clean stop; nobody uses the cache any more. Never raises for a cache in trouble."""
+        """The clean stop; nobody uses the cache any more. Never raises for a cache in trouble.
+
+        First everything that makes rows ends, so that the last barrier takes in all of them.
+        """
+        self._background.cancel()
+        await self._background_ended.wait()
+        await self._fills.drained()
         for image in self.images.all():
+            await self.images.end(image)
+            await self._sync_at_end(image)
             await self._intents.remove_old(image, older_than=0)
         if self.state.usable:
             try:
@@ -324,7 +290,7 @@ async def open_cache(
         cache.images.load(
             await threads.database(block_map.images), await threads.database(block_map.intents)
         )
-        cache.start(nursery)
+        cache.start()
         yield cache
         with trio.CancelScope(shield=True):
             await cache.aclose()

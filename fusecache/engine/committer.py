@@ -13,7 +13,7 @@ import trio
 
 from fusecache.core.index import CacheIndex
 from fusecache.engine.image import Image
-from fusecache.engine.ports import Threads
+from fusecache.engine.ports import Clock, Threads
 from fusecache.errors import CacheDeviceError, DatabaseError, FusecacheError
 from fusecache.observe.counters import CacheCounters
 from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap
@@ -70,6 +70,7 @@ class Committer:
         images: Callable[[], Iterable[Image]],
         threads: Threads,
         counters: CacheCounters,
+        clock: Clock,
         whole_image_after: int,
         failed: Callable[[FusecacheError], None],
     ) -> None:
@@ -79,13 +80,27 @@ class Committer:
         self._images = images
         self._threads = threads
         self._counters = counters
+        self._clock = clock
         self._whole_image_after = whole_image_after
-        self._failed = failed
+        self._report = failed
+        self._broken: FusecacheError | None = None
         self._lock = trio.Lock()
         self._wanted: list[_Activation] = []
         self._barrier = _Barrier()
         self._barrier_wanted = trio.Event()
         self.anything_since_barrier = False
+        self.last_heartbeat = clock.monotonic()
+
+    def _failed(self, error: FusecacheError) -> None:
+        """From here on nothing is committed any more but the fence: what the database holds
+        must not grow again from rows that belong to no state of the cache."""
+        if self._broken is None:
+            self._broken = error
+        self._report(error)
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise DatabaseError(f"the cache is out of use: {self._broken}")
 
     # -- transactions ------------------------------------------------------------------------------
 
@@ -94,6 +109,7 @@ class Committer:
 
         What is owed is taken without an await before the call: the rows are those of one moment.
         """
+        self._check()
         rows = batch.rows = self._core.take_owed()
         owing = [image for image in self._images() if image.row_owed]
         for image in owing:
@@ -105,12 +121,13 @@ class Committer:
             mark = await self._threads.database(
                 partial(self._block_map.commit, batch, stable=stable)
             )
-        except DatabaseError as exc:
+        except Exception as exc:
             self._core.give_back_owed(rows)
             for image in owing:
                 image.row_owed = True
-            self._failed(exc)
-            raise
+            error = exc if isinstance(exc, DatabaseError) else _unforeseen(exc)
+            self._failed(error)
+            raise error from exc
         if stable:
             self._counters.stable_commits += 1
         else:
@@ -126,6 +143,13 @@ class Committer:
         """A light commit, if anything is owed."""
         if self._core.owes or any(image.row_owed for image in self._images()):
             await self.commit(Batch)
+
+    async def heartbeat(self) -> None:
+        """A sign of life: a change up to now, and shortly after, may be our own (P3)."""
+        beat = Batch(heartbeat_ns=self._clock.origin_ns())
+        at = self._clock.monotonic()
+        await self.commit(lambda: beat)
+        self.last_heartbeat = at
 
     async def activate(self, image: Image, regions: list[int]) -> None:
         """The regions' rows are active, and stable unless a whole-image row is (R4).
@@ -195,9 +219,7 @@ class Committer:
                 current.error = exc
                 self._failed(exc)
             except Exception as exc:
-                # Nobody foresaw it, so nobody knows what is stable: the cache is out of use.
-                current.error = DatabaseError(f"an unexpected error in a barrier: {exc!r}")
-                log.exception("unexpected error in a barrier")
+                current.error = _unforeseen(exc)
                 self._failed(current.error)
             finally:
                 current.done.set()
@@ -205,6 +227,7 @@ class Committer:
     async def _perform(self) -> None:
         changed = [image for image in self._images() if image.cached_changed]
         async with self._lock:
+            self._check()
             leaving = self._core.take_leaving()
             for image in changed:
                 image.cached_changed = False
@@ -218,7 +241,7 @@ class Committer:
             await self._threads.device(self._device.sync)  # 2. data
             async with self._lock:
                 await self._threads.database(self._block_map.merge, mark)  # 3. rows, stably
-        except (CacheDeviceError, DatabaseError):
+        except Exception:
             self._core.give_back_leaving(leaving)
             for image in changed:
                 image.cached_changed = True
@@ -234,4 +257,16 @@ class Committer:
     async def run_database(self, work: Callable[[], T]) -> T:
         """A call on the block map that is not a commit, in its turn."""
         async with self._lock:
+            self._check()
             return await self._threads.database(work)
+
+    async def fence(self, work: Callable[[], T]) -> T:
+        """The one call on the block map that a broken cache still makes."""
+        async with self._lock:
+            return await self._threads.database(work)
+
+
+def _unforeseen(exc: Exception) -> DatabaseError:
+    """What nobody foresaw leaves nobody knowing what is stable: the cache is out of use."""
+    log.error("unexpected error in a commit", exc_info=exc)
+    return DatabaseError(f"an unexpected error in a commit: {exc!r}")

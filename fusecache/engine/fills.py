@@ -39,13 +39,20 @@ class Fetch:
         self._parts.append((offset, data))
 
     def copy(self, offset: int, into: memoryview) -> int:
-        """Copies what was brought from ``offset`` on; fewer bytes only at the end of the image."""
+        """Copies what was brought from ``offset`` on, with zeros after the image's end.
+
+        The end may have moved since: what a page that was brought holds beyond it is zeros.
+        Returns fewer bytes than asked for only where the origin ended before the image's size.
+        """
+        into[:] = bytes(len(into))
         for begin, data in self._parts:
-            if begin <= offset < begin + len(data):
-                piece = data[offset - begin : offset - begin + len(into)]
-                into[: len(piece)] = piece
-                return len(piece)
-        return 0
+            first = max(offset, begin)
+            last = min(offset + len(into), begin + len(data))
+            if first < last:
+                into[first - offset : last - offset] = data[first - begin : last - begin]
+        if self.ended is None:
+            return len(into)
+        return max(0, min(len(into), self.ended - offset))
 
 
 class Fills:
@@ -70,12 +77,22 @@ class Fills:
         self._nursery = nursery
         self._wake_reclaimer = wake_reclaimer
         self._staged = 0
+        self._running = 0
+        self._idle = trio.Event()
+        self._idle.set()
+
+    async def drained(self) -> None:
+        """Returns when no fetch is under way or being stored."""
+        await self._idle.wait()
 
     def start(self, image: Image, blocks: range) -> Fetch:
         """Begins to fetch blocks of which none is being fetched already."""
         fetch = Fetch(blocks)
         for block in blocks:
             image.fetches[block] = fetch
+        if not self._running:
+            self._idle = trio.Event()
+        self._running += 1
         self._nursery.start_soon(self._run, image, fetch)
         return fetch
 
@@ -98,6 +115,9 @@ class Fills:
             fetch.ready.set()
             for block in fetch.blocks:
                 del image.fetches[block]
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     async def _fetch(self, image: Image, fetch: Fetch) -> None:
         """One origin read for each run of blocks with missing pages."""
@@ -131,7 +151,7 @@ class Fills:
                 fetch.pages[block] = missing[block] & brought
 
     async def _read(self, image: Image, offset: int, length: int) -> bytes:
-        data = await self._threads.run(image.origin.read, offset, length, limiter=image.limiter)
+        data = await self._threads.harmless(image.limiter, image.origin.read, offset, length)
         image.counters.origin_reads += 1
         image.counters.origin_read_bytes += len(data)
         return data

@@ -26,7 +26,7 @@ class HitPath:
         left = image.size - offset
         if left < length:
             length = left
-        if length <= 0 or length > _BUFFER_SIZE or not self._state.usable:
+        if length <= 0 or length > _BUFFER_SIZE or not self._state.serves(image):
             return None
         runs = self._hit(image.row.id, offset, length)
         if runs is None:

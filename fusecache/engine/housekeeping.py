@@ -44,9 +44,9 @@ class Housekeeping:
         self._clock = clock
         self._tuning = tuning
         now = clock.monotonic()
-        self._last_heartbeat = now
         self._last_barrier = now
         self._last_order = now
+        self._last_checkpoint = now
         self._busy: set[int] = set()
 
     async def run(self) -> None:
@@ -64,10 +64,9 @@ class Housekeeping:
     async def _tick(self, nursery: trio.Nursery) -> None:
         now = self._clock.monotonic()
         images = self._images.all()
-        if now - self._last_heartbeat >= _HEARTBEAT and any(i.row.writing for i in images):
-            self._last_heartbeat = now
-            beat = Batch(heartbeat_ns=self._clock.origin_ns())
-            await self._committer.commit(lambda: beat)
+        since = now - self._committer.last_heartbeat
+        if since >= _HEARTBEAT and any(image.row.writing for image in images):
+            await self._committer.heartbeat()
         else:
             await self._committer.commit_owed()
         await self._intents.clear_idle(images)
@@ -80,9 +79,14 @@ class Housekeeping:
         if changed and now - self._last_barrier >= self._tuning.barrier_interval:
             self._last_barrier = now
             await self._committer.barrier()
+        if now - self._last_checkpoint >= self._tuning.barrier_interval:
+            # On its own clock: heartbeats and intents make the log grow without any barrier.
+            self._last_checkpoint = now
             await self._committer.checkpoint()
+            await self._forget_unused(images)
         if now - self._last_order >= self._tuning.order_interval:
-            await self.save_order()
+            self._last_order = now
+            nursery.start_soon(self._save_order_now)
 
     async def _look_after(self, image: Image) -> None:
         try:
@@ -94,9 +98,22 @@ class Housekeeping:
         finally:
             self._busy.discard(image.id)
 
+    async def _forget_unused(self, images: list[Image]) -> None:
+        """Files that were opened once and have nothing cached do not stay for ever."""
+        for image in images:
+            if self._images.unused(image) and image.opening.locked() is False:
+                async with image.opening:
+                    if self._images.unused(image):
+                        await self._images.forget(image)
+
+    async def _save_order_now(self) -> None:
+        try:
+            await self.save_order()
+        except DatabaseError as exc:
+            log.debug("the order is not saved: %s", exc)
+
     async def save_order(self) -> None:
         """The LRU order as it is now goes to the database, in parts."""
-        self._last_order = self._clock.monotonic()
         for part in self._core.order(_PART):
             batch = Batch(order=[part])
             await self._committer.commit(lambda batch=batch: batch)  # type: ignore[misc]
@@ -116,5 +133,5 @@ class Housekeeping:
 
     def until_not_ours(self) -> float:
         """Seconds until no change can be taken for a killed daemon's own any more (P3)."""
-        since = self._clock.monotonic() - self._last_heartbeat
+        since = self._clock.monotonic() - self._committer.last_heartbeat
         return max(0.0, _HEARTBEAT + _OURS + _SLACK - since)

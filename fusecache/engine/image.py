@@ -67,12 +67,18 @@ class Image:
     whole_intent: bool = False
     """A stable row stands for every region."""
     removing_intents: bool = False
+    begun: int = 0
+    """Writes with an intent begun, ever."""
     cached_changed: bool = False
     """The cache of this image was written to since the last barrier."""
-    written: int = 0
-    """Origin writes begun, ever."""
+    written: int = 1
+    """Origin writes ended, ever, and one for what an earlier life may have left unsynced."""
     synced: int = 0
     """``written`` as of before the last origin sync that succeeded began."""
+    closing: tuple[int, Attributes] | None = None
+    """``written`` and the attributes as of a guest's last close(2)."""
+    kernel_true: bool = False
+    """What the kernel has cached of the image is true, as of the last open."""
     wrote: bool = False
     """Written to or truncated since its first writer came."""
     last_write: float = float("-inf")

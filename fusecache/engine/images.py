@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 
+import numpy as np
 import trio
 
 from fusecache.config import Tuning, WriteMode
@@ -20,7 +21,7 @@ from fusecache.store.origin import Attributes, OriginImage, attributes_of
 
 log = logging.getLogger(__name__)
 
-_DROP_PART = 1024
+_DROP_PART = 256
 
 
 class Images:
@@ -64,8 +65,6 @@ class Images:
                 image.whole_intent = True
             else:
                 image.intents[region] = Intent(stable=True)
-        for image in by_id.values():
-            image.written = 1  # a fsync after an unclean start syncs the origin
 
     def _add(self, row: ImageRow) -> Image:
         image = Image(
@@ -98,10 +97,32 @@ class Images:
             image.row_owed = image.row_owed or image.row.recorded_ns != 0
         return image
 
-    def forget(self, image: Image) -> None:
-        """The image is no longer known; its rows are gone already."""
+    async def forget(self, image: Image) -> None:
+        """The image is no longer known, here or in the database, and its descriptors closed.
+
+        For a caller that holds ``image.opening`` and has dropped the blocks.
+        """
+        image.origin.close()
+        image.row_owed = False
         if self._by_identity.get(image.row.identity) is image:
             del self._by_identity[image.row.identity]
+        try:
+            if self._state.usable:
+                await self.committer.forget(image)
+        except DatabaseError:
+            await self._state.passable()
+
+    def unused(self, image: Image) -> bool:
+        """Whether nothing is cached of the image and nobody has it open or needs it."""
+        return not (
+            image.handles
+            or image.origin_open
+            or image.intents
+            or image.whole_intent
+            or image.settles
+            or self._core.usage(image.id).blocks
+            or not image.lock.idle
+        )
 
     # -- opening and closing -----------------------------------------------------------------------
 
@@ -126,14 +147,15 @@ class Images:
         seen: Attributes | None = None
         if image.writers == 0 or not image.origin.readable:
             try:
-                seen = await self._open_side(image, path_fd, write=False)
+                seen = await self.open_side(image, path_fd, write=False)
             except OriginError as exc:
                 if not (write and exc.errno == errno.EACCES):
                     raise  # a file that may only be written is served without fills
         if write and not image.origin.writable:
-            seen = await self._open_side(image, path_fd, write=True)
+            seen = await self.open_side(image, path_fd, write=True)
+        image.kernel_true = True
         if seen is not None and image.writers == 0:
-            await self.check(image, seen)
+            image.kernel_true = await self.check(image, seen)
         if write:
             if image.writers == 0:
                 image.wrote = False
@@ -142,10 +164,11 @@ class Images:
         else:
             image.readers += 1
 
-    async def _open_side(self, image: Image, path_fd: int, *, write: bool) -> Attributes:
+    async def open_side(self, image: Image, path_fd: int, *, write: bool) -> Attributes:
+        """Opens the origin's file anew for reading or for writing. Raises OriginError."""
         try:
             opening = partial(image.origin.open, path_fd, write=write)
-            return await self._threads.run(opening, limiter=image.limiter)
+            return await self._threads.harmless(image.limiter, opening)
         except OriginError as exc:
             image.counters.failed(exc)
             raise
@@ -156,7 +179,7 @@ class Images:
             image.row.writing = 1
             image.row_owed = True
             try:
-                await self.committer.commit_owed()
+                await self.committer.heartbeat()
             except DatabaseError:
                 log.debug("not recorded as open for writing: the cache is unusable")
 
@@ -173,61 +196,92 @@ class Images:
                 await self._end_detached(image)
 
     async def _end_writing(self, image: Image) -> None:
-        try:
-            seen = await self._threads.run(image.origin.attributes, limiter=image.limiter)
-        except OriginError as exc:
-            image.counters.failed(exc)  # the old record stays: the next open will drop
-        else:
-            # What we did not write is not taken for ours: the next open will see it (P3).
-            if image.wrote:
+        # What we did not write is not taken for ours: the next open will see it (P3).
+        if image.wrote:
+            try:
+                seen = await self._attributes_at_close(image)
+            except OriginError as exc:
+                image.counters.failed(exc)  # the old record stays: the next open will drop
+            else:
                 image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
+        image.closing = None
         image.row.writing = 0
         image.row_owed = True
 
-    async def _end_detached(self, image: Image) -> None:
-        """The last handle of an evicted or unlinked image is closed: nothing is kept of it."""
-        image.origin.close()
-        image.detached = False
-        self.forget(image)
-        image.row_owed = False
-        try:
-            await self.committer.forget(image)
-        except DatabaseError:
-            log.debug("the row of a detached image stays: the cache is unusable")
+    async def _attributes_at_close(self, image: Image) -> Attributes:
+        """As of the last close(2). The kernel tells us of the end of a handle only later, and
+        what others did in between must not be taken for ours."""
+        if image.closing is not None and image.closing[0] == image.written:
+            return image.closing[1]
+        return await self._threads.harmless(image.limiter, image.origin.attributes)
 
-    async def settle_before_close(self, image: Image) -> None:
-        """Waits until a change made after a guest's close cannot share our last change time.
+    async def end(self, image: Image) -> None:
+        """At a clean stop: what is still open for writing is recorded like at a close."""
+        async with image.opening:
+            if image.writers:
+                await self._end_writing(image)
+
+    async def _end_detached(self, image: Image) -> None:
+        """The last handle of an evicted or unlinked image is closed: nothing is kept of it.
+
+        What was written since the eviction is synced: nobody will do it later.
+        """
+        if image.synced < image.written:
+            try:
+                await self._threads.harmless(image.limiter, image.origin.sync)
+            except OriginError as exc:
+                image.counters.failed(exc)
+                log.warning("%s could not be synced at its last close: %s", _name(image), exc)
+        await self.forget(image)
+
+    async def before_close(self, image: Image) -> None:
+        """At a guest's close(2): waits until a change made after it cannot share our last change
+        time, and notes the attributes as of now.
 
         Two changes within one tick of the origin's clock look the same (P3). At most one tick.
         """
+        if not image.writers or not image.wrote:
+            return
         since = self._clock.monotonic() - image.last_write
-        if image.writers and since < self._tuning.tick:
+        if since < self._tuning.tick:
             await trio.sleep(self._tuning.tick - since)
+        written = image.written
+        try:
+            seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+        except OriginError as exc:
+            image.counters.failed(exc)
+        else:
+            image.closing = (written, seen)
 
     # -- P3 ----------------------------------------------------------------------------------------
 
-    async def check(self, image: Image, seen: Attributes) -> None:
-        """Compares the origin with the record and drops the blocks if they may not be its own."""
+    async def check(self, image: Image, seen: Attributes) -> bool:
+        """Compares the origin with the record and drops the blocks if they may not be its own.
+
+        Returns whether what is cached, by the kernel too, is true. Blocks go before the record
+        of what they belonged to: a stop in between must not leave old blocks with a new record.
+        """
         row = image.row
         now = self._clock.origin_ns()
         age = self._tuning.settle_age
-        image.size = seen.size
         if image.matches(seen) and row.trusted:
             if row.ours_until_ns:
                 row.ours_until_ns = 0
                 image.row_owed = True
-            return
+            image.size = seen.size
+            return True
         ours = row.ours_until_ns > 0 and seen.ctime_ns <= row.ours_until_ns
-        known = row.recorded_ns != 0
-        image.record(seen, now, age, own=ours)
         if ours:
             # A killed daemon's own changes. Blocks beyond a truncate of its last moment go.
             shift = self._core.geometry.block_shift
             await self.discard(image, seen.size >> shift)
-        elif known:
+        elif row.recorded_ns:
             log.info("%s changed on the origin, its blocks are dropped", _name(image))
             await self.discard(image, 0)
             await self._threads.kernel(self._invalidate, row.identity)
+        image.size = seen.size
+        image.record(seen, now, age, own=ours)
+        return False
 
     async def noticed(self, identity: bytes, seen: Attributes, path_fd: int) -> None:
         """Attributes that somebody asked for: a change by others while only readers are open
@@ -236,8 +290,8 @@ class Images:
         if image is None or image.writers or not image.readers or image.matches(seen):
             return
         async with image.opening:
-            if image.readers and not image.writers:
-                await self.check(image, await self._open_side(image, path_fd, write=False))
+            if image.readers and not image.writers and not image.matches(seen):
+                await self.check(image, await self.open_side(image, path_fd, write=False))
 
     async def discard(self, image: Image, from_block: int) -> None:
         """Drops the blocks from ``from_block`` on, stably; waits for slow work on the image."""
@@ -246,7 +300,8 @@ class Images:
 
     async def drop(self, image: Image, from_block: int) -> None:
         """As ``discard``, for a caller that holds ``image.lock.everything``."""
-        slots = self._core.slots_of(image.id, from_block)
+        none = self._core.usage(image.id).blocks == 0
+        slots = np.empty(0, np.uint32) if none else self._core.slots_of(image.id, from_block)
         for first in range(0, slots.size, _DROP_PART):
             self._core.drop(image.id, slots[first : first + _DROP_PART])
             await trio.lowlevel.checkpoint()
@@ -254,13 +309,12 @@ class Images:
             try:
                 await self.committer.drop(image, from_block)
             except DatabaseError:
-                await self._state.fenced.wait()
-        elif not self._state.fenced.is_set():
-            await self._state.fenced.wait()
+                log.debug("rows stay: the cache is unusable")
+        await self._state.passable()
 
     @asynccontextmanager
     async def own_change(self, identity: bytes, path_fd: int) -> AsyncIterator[None]:
-        """Around a change of owner, mode, times or names that we make ourselves.
+        """Around a change of owner, mode or names that we make ourselves.
 
         It moves the change time, which is then recorded as ours, so that libvirt's chown at a
         guest's start does not cost the guest its cache. The wait of one tick afterwards makes
@@ -279,7 +333,7 @@ class Images:
             if known and not image.writers:
                 await trio.sleep(self._tuning.tick)
                 after = await self._threads.metadata(attributes)
-                if after.size == before.size:
+                if (after.size, after.mtime_ns) == (before.size, before.mtime_ns):
                     settle = self._tuning.settle_age
                     image.record(after, self._clock.origin_ns(), settle, own=image.settles)
                     image.row.trusted = trusted
@@ -295,7 +349,7 @@ class Images:
             if image.writers or not image.settles:
                 return
             try:
-                seen = await self._threads.run(image.origin.attributes, limiter=image.limiter)
+                seen = await self._threads.harmless(image.limiter, image.origin.attributes)
             except OriginError as exc:
                 image.counters.failed(exc)
                 image.settles = False

@@ -28,11 +28,13 @@ class WriteIntents:
         threads: Threads,
         tuning: Tuning,
         now: Callable[[], float],
+        sync_failed: Callable[[Image], None],
     ) -> None:
         self._committer = committer
         self._threads = threads
         self._tuning = tuning
         self._now = now
+        self._sync_failed = sync_failed
 
     @asynccontextmanager
     async def writing(self, image: Image, regions: range) -> AsyncIterator[None]:
@@ -42,6 +44,7 @@ class WriteIntents:
             DatabaseError: they could not be made so; nothing was written.
         """
         mine = [image.intents.setdefault(region, Intent()) for region in regions]
+        image.begun += 1
         for intent in mine:
             intent.in_flight += 1
             intent.begun += 1
@@ -75,8 +78,13 @@ class WriteIntents:
         batch = Batch()
         for image in images:
             for region in self._idle(image, limit):
-                image.intents[region].active = False
-                batch.intents.append((image.id, region, 0))
+                if image.whole_intent:
+                    # The whole-image row stands for it, so its own need not stay.
+                    del image.intents[region]
+                    batch.settled.append((image.id, region))
+                else:
+                    image.intents[region].active = False
+                    batch.intents.append((image.id, region, 0))
         return batch
 
     async def remove_old(self, image: Image, *, older_than: float | None = None) -> None:
@@ -86,43 +94,39 @@ class WriteIntents:
         """
         age = self._tuning.intent_removal if older_than is None else older_than
         limit = self._now() - age
-        begun = {
+        quiet = {
             region: intent.begun
             for region, intent in image.intents.items()
             if not intent.in_flight and intent.last <= limit
         }
-        if image.whole_intent and len(begun) < len(image.intents):
-            return  # the whole-image row can only go together with all others
-        if not begun or image.removing_intents or not image.origin_open:
+        whole = image.whole_intent and len(quiet) == len(image.intents)
+        if image.whole_intent and (not whole or image.last_write > limit):
+            return  # the whole-image row goes only when nothing is written anywhere
+        if not (quiet or whole) or image.removing_intents or not image.origin_open:
             return
+        begun = image.begun
         image.removing_intents = True
         try:
             await self.sync_origin(image)
             await self._committer.barrier()
-            await self._committer.commit(lambda: self._take_removed(image, begun))
+            await self._committer.commit(lambda: self._take_removed(image, quiet, begun))
         except FusecacheError as exc:
-            log.warning("write intents of %s stay: %s", image.row.path.decode("utf-8", "replace"),
-                        exc)  # fmt: skip
+            log.warning("write intents of an image stay: %s", exc)
         finally:
             image.removing_intents = False
 
-    def _take_removed(self, image: Image, begun: dict[int, int]) -> Batch:
+    def _take_removed(self, image: Image, quiet: dict[int, int], begun: int) -> Batch:
         batch = Batch()
-        quiet = {
-            region
-            for region, count in begun.items()
-            if (intent := image.intents.get(region)) is not None
-            and intent.begun == count
-            and not intent.in_flight
-        }
         if image.whole_intent:
-            if len(quiet) < len(image.intents):
+            if image.begun != begun or any(i.in_flight for i in image.intents.values()):
                 return batch
             image.whole_intent = False
             batch.settled.append((image.id, WHOLE_IMAGE))
-        for region in quiet:
-            del image.intents[region]
-            batch.settled.append((image.id, region))
+        for region, count in quiet.items():
+            intent = image.intents.get(region)
+            if intent is not None and intent.begun == count and not intent.in_flight:
+                del image.intents[region]
+                batch.settled.append((image.id, region))
         return batch
 
     async def sync_origin(self, image: Image, *, metadata: bool = True) -> None:
@@ -134,8 +138,9 @@ class WriteIntents:
         covered = image.written
         try:
             sync = partial(image.origin.sync, metadata=metadata)
-            await self._threads.run(sync, limiter=image.limiter)
+            await self._threads.harmless(image.limiter, sync)
         except OriginError as exc:
             image.counters.failed(exc)
+            self._sync_failed(image)
             raise
         image.synced = max(image.synced, covered)

@@ -17,14 +17,23 @@ class RunSync(Protocol):
     """Runs a blocking call elsewhere; ``trio.to_thread.run_sync`` is the real one."""
 
     def __call__(
-        self, fn: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter
+        self,
+        fn: Callable[[*Ts], T],
+        *args: *Ts,
+        limiter: trio.CapacityLimiter,
+        abandon_on_cancel: bool = False,
     ) -> Awaitable[T]:
-        """Awaits ``fn(*args)``, never abandoning it."""
+        """Awaits ``fn(*args)``; a cancelled caller leaves it behind only if told to."""
         ...
 
 
-def _in_thread(fn: Callable[[*Ts], T], *args: *Ts, limiter: trio.CapacityLimiter) -> Awaitable[T]:
-    return trio.to_thread.run_sync(fn, *args, limiter=limiter)
+def _in_thread(
+    fn: Callable[[*Ts], T],
+    *args: *Ts,
+    limiter: trio.CapacityLimiter,
+    abandon_on_cancel: bool = False,
+) -> Awaitable[T]:
+    return trio.to_thread.run_sync(fn, *args, limiter=limiter, abandon_on_cancel=abandon_on_cancel)
 
 
 class Threads:
@@ -41,6 +50,13 @@ class Threads:
     def new_image_limiter(self) -> trio.CapacityLimiter:
         """A limiter for the origin calls of one image."""
         return trio.CapacityLimiter(self._per_image)
+
+    async def harmless(
+        self, limiter: trio.CapacityLimiter, fn: Callable[[*Ts], T], *args: *Ts
+    ) -> T:
+        """An origin call that changes nothing there: at an end it may be left behind, so that a
+        stalled origin cannot hold up an unmount."""
+        return await self.run(fn, *args, limiter=limiter, abandon_on_cancel=True)
 
     async def metadata(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """Lookups, listings and attributes on the origin."""

@@ -27,16 +27,17 @@ class Reads:
         Raises:
             OriginError: the origin failed, or too many requests of this image wait for it.
         """
-        with image.admitted():
-            if not self._state.serves(image):
+        if not self._state.serves(image):
+            with image.admitted():
                 return await self._past(image, offset, length)
-            length = min(length, image.size - offset)
-            if length <= 0:
-                return b""
-            into = bytearray(length)
-            if await self._cold_hit(image, offset, memoryview(into)):
-                image.counters.read_hit_bytes += length
-                return bytes(into)
+        length = min(length, image.size - offset)
+        if length <= 0:
+            return b""
+        into = bytearray(length)
+        if await self._cold_hit(image, offset, memoryview(into)):
+            image.counters.read_hit_bytes += length
+            return bytes(into)
+        with image.admitted():
             self._start_missing(image, offset, length)
             done = 0
             for block, start, stop in self._geometry.split(offset, length):
@@ -50,7 +51,7 @@ class Reads:
     async def _past(self, image: Image, offset: int, length: int) -> bytes:
         """Straight from the origin: the image is detached or the cache cannot be used."""
         try:
-            data = await self._threads.run(image.origin.read, offset, length, limiter=image.limiter)
+            data = await self._threads.harmless(image.limiter, image.origin.read, offset, length)
         except OriginError as exc:
             image.counters.failed(exc)
             raise
@@ -154,12 +155,12 @@ class Reads:
         base = block << geometry.block_shift
         need = geometry.touched(start, start + len(into))
         brought = fetch.pages.get(block, 0)
-        if need & ~brought == 0:
+        if need & ~brought == 0 or (
+            fetch.ended is not None and base + start + len(into) > fetch.ended
+        ):
             return fetch.copy(base + start, into)
         located = self._core.locate(image.id, block)
         valid = 0 if located is None else located.valid
-        if fetch.ended is not None and base + start + len(into) > fetch.ended:
-            return fetch.copy(base + start, into)
         if need & ~(brought | valid):
             return None  # gone from the cache meanwhile
         if located is None or not await self._from_slot(located, start, into):

@@ -14,6 +14,8 @@ from fusecache.errors import CacheDeviceError, DatabaseError
 
 _SHARE = 64
 _MOST = 4096
+_PART = 256
+_PAUSE = 0.5
 
 
 class Reclaimer:
@@ -37,12 +39,24 @@ class Reclaimer:
         while self._state.usable:
             await self._needed.wait()
             self._needed = trio.Event()
-            missing = self.high - self._core.free - self._core.leaving
-            if missing > 0:
-                self._state.counters.reclaimed += self._core.reclaim(missing)
-            if self._core.leaving:
-                try:
-                    await self._committer.barrier()
-                except (CacheDeviceError, DatabaseError):
-                    return  # the state is unusable now
-            self.wake()
+            try:
+                if await self._reclaim():
+                    self.wake()
+                else:
+                    await trio.sleep(_PAUSE)  # everything is in use: fills go unstored
+            except (CacheDeviceError, DatabaseError):
+                return  # the state is unusable now
+            except Exception as exc:
+                self._state.unexpected(exc, "reclaiming")
+
+    async def _reclaim(self) -> bool:
+        """One batch and its barrier; False if nothing could be reclaimed."""
+        missing = self.high - self._core.free - self._core.leaving
+        while missing > 0 and (got := self._core.reclaim(min(missing, _PART))):
+            self._state.counters.reclaimed += got
+            missing -= got
+            await trio.lowlevel.checkpoint()
+        if not self._core.leaving:
+            return False
+        await self._committer.barrier()
+        return True

@@ -44,6 +44,11 @@ class CacheState:
         """Whether blocks of the image may be written to the cache."""
         return self.serves(image) and self._now() >= self._store_after
 
+    async def passable(self) -> None:
+        """Returns once a write may go past the cache: at once, unless it is being fenced."""
+        if not self.usable:
+            await self.fenced.wait()
+
     def unusable(self, error: FusecacheError) -> None:
         """The map or the device cannot be relied on: everything goes past the cache."""
         self.device_failed(error)

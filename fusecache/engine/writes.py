@@ -61,8 +61,7 @@ class Writes:
     async def _write_cached(self, image: Image, offset: int, data: bytes, blocks: range) -> bool:
         """The write with the cache in the picture; False if the cache is not to be used."""
         if not self._state.serves(image):
-            if not self._state.usable:
-                await self._state.fenced.wait()
+            await self._state.passable()
             return False
         regions = range(region_of(blocks.start), region_of(blocks.stop - 1) + 1)
         try:
@@ -75,7 +74,7 @@ class Writes:
                     await self._through(image, offset, data)
         except DatabaseError:
             # The intent could not be recorded; the state is unusable and being fenced.
-            await self._state.fenced.wait()
+            await self._state.passable()
             return False
         return True
 
@@ -105,11 +104,15 @@ class Writes:
         """Gives ``storing`` the pages that are written whole, and the pieces of valid pages.
 
         A page that is neither stays invalid: a small write never fetches the rest of its page.
+        While the origin keeps writes waiting, no new slots are taken for them.
         """
+        crowded = image.limiter.available_tokens == 0
         geometry = self._geometry
         view, done = memoryview(data), 0
         for block, start, stop in geometry.split(offset, len(data)):
             pages = geometry.covered(start, stop)
+            if crowded and not self._core.valid_pages(image.id, block):
+                pages = 0
             pages |= geometry.touched(start, stop) & self._core.valid_pages(image.id, block)
             for begin, length in geometry.page_runs(pages):
                 first, last = max(begin, start), min(begin + length, stop)
@@ -118,11 +121,19 @@ class Writes:
                     break
             done += stop - start
 
+    async def _learn_size(self, image: Image) -> None:
+        """After a write that failed half-way: part of it may have made the file longer."""
+        try:
+            seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+        except OriginError as exc:
+            image.counters.failed(exc)
+        else:
+            image.size = max(image.size, seen.size)
+
     async def _to_origin(
         self, image: Image, offset: int, data: bytes, storing: Storing | None
     ) -> CacheDeviceError | None:
         """Origin first, then the slots, in one trip to a thread; returns the cache's error."""
-        image.written += 1
         image.wrote = True
         image.last_write = self._now()
         try:
@@ -137,8 +148,10 @@ class Writes:
             )
         except OriginError as exc:
             image.counters.failed(exc)
+            await self._learn_size(image)
             raise
         finally:
+            image.written += 1
             image.last_write = self._now()
         image.size = max(image.size, offset + len(data))
         image.counters.origin_writes += 1

@@ -192,14 +192,15 @@ class Operations(pyfuse3.Operations):
         try:
             async with AsyncExitStack() as stack:
                 known = False
-                own_change = self._cache.images.own_change
-                await stack.enter_async_context(own_change(moved.identity, moved.fd))
-                if replaced is not None and replaced.identity != moved.identity:
-                    if flags & RENAME_EXCHANGE:
-                        change = own_change(replaced.identity, replaced.fd)
+                # In one order for all: two renames must not wait for each other.
+                for found in sorted(filter(None, (moved, replaced)), key=lambda f: f.identity):
+                    if found is replaced and replaced.identity == moved.identity:
+                        continue
+                    if found is moved or flags & RENAME_EXCHANGE:
+                        change = self._cache.images.own_change(found.identity, found.fd)
                         await stack.enter_async_context(change)
                     elif not flags:
-                        known = await self._losing_a_name(stack, replaced)
+                        known = await self._losing_a_name(stack, found)
                 names = (old.fd, name_old, new.fd, name_new, flags)
                 await self._metadata(self._tree.rename, *names)
                 if known:
@@ -308,8 +309,10 @@ class Operations(pyfuse3.Operations):
         node = self.inodes[inode]
         if fields.update_size:
             await self._truncate(node, attr.st_size, fh)
-        times = fields.update_atime or fields.update_mtime
-        if times or fields.update_mode or fields.update_uid or fields.update_gid:
+        if fields.update_atime or fields.update_mtime:
+            # Not taken for ours: it sets the very times that tell a change by others (P3).
+            await self._metadata(self._set, node, attr, fields)
+        elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
                 await self._metadata(self._set, node, attr, fields)
         return entry_of(inode, await self._metadata(os.fstat, node.fd), self._timeout)
@@ -384,15 +387,13 @@ class Operations(pyfuse3.Operations):
     # -- files -------------------------------------------------------------------------------------
 
     async def _open_image(self, node: Node, *, write: bool) -> Image:
-        path = await self._metadata(self._tree.path_of, node.fd)
+        path = self._tree.path_of(node.fd)  # from memory: never asks the origin
         return await self._cache.open(node.identity, path, node.fd, write=write)
 
     def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
         number, self._next_handle = self._next_handle, self._next_handle + 1
         self.handles[number] = Handle(image, node, write, pid)
-        # What the kernel has cached is true unless the open just said otherwise, and then its
-        # pages were invalidated; of a detached image it must not keep any.
-        return FileInfo(fh=number, keep_cache=not image.detached)
+        return FileInfo(fh=number, keep_cache=image.kernel_true and not image.detached)
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -478,7 +479,7 @@ class Operations(pyfuse3.Operations):
         """A close(2): what others do after it must be seen as a change of its own (P3)."""
         handle = self.handles[fh]
         if handle.write:
-            await self._cache.images.settle_before_close(handle.image)
+            await self._cache.images.before_close(handle.image)
 
     @guarded
     async def release(self, fh: int) -> None:

@@ -109,6 +109,15 @@ class RegionColumns:
         return PackedRegion(image, region, *columns, region_crc(image, region, *columns))
 
 
+def check(row: PackedRegion) -> None:
+    """Raises ValueError if the row's checksum or length is wrong."""
+    sizes = (len(row.slots), len(row.valid), len(row.dirty))
+    if sizes != (4 * REGION_BLOCKS, 2 * REGION_BLOCKS, 2 * REGION_BLOCKS):
+        raise ValueError(f"region {row.region} of image {row.image} has the wrong length")
+    if row.crc != region_crc(*row[:5]):
+        raise ValueError(f"region {row.region} of image {row.image} has a wrong checksum")
+
+
 def unpack_regions(regions: Sequence[PackedRegion]) -> Rows:
     """All cached blocks of several regions.
 
@@ -116,11 +125,7 @@ def unpack_regions(regions: Sequence[PackedRegion]) -> Rows:
         ValueError: a row's checksum or length is wrong.
     """
     for row in regions:
-        sizes = (len(row.slots), len(row.valid), len(row.dirty))
-        if sizes != (4 * REGION_BLOCKS, 2 * REGION_BLOCKS, 2 * REGION_BLOCKS):
-            raise ValueError(f"region {row.region} of image {row.image} has the wrong length")
-        if row.crc != region_crc(*row[:5]):
-            raise ValueError(f"region {row.region} of image {row.image} has a wrong checksum")
+        check(row)
     slots = np.frombuffer(b"".join(row.slots for row in regions), "<u4")
     here = np.flatnonzero(slots != NO_SLOT)
     image = np.array([row.image for row in regions], np.uint32)

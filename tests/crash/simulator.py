@@ -1,0 +1,180 @@
+"""Lives: random work on the real engine, ended at any step by a kill or a power cut."""
+
+import random
+from functools import partial
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from fusecache.config import WriteMode
+from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.image import Image
+from fusecache.errors import DatabaseError, OriginError
+from tests.support.model import ImageModel
+from tests.support.stamps import STAMP, stamped
+from tests.support.world import Cut, World
+
+BLOCK = 4 * 4096
+SECTORS = 40 * BLOCK // STAMP
+IMAGES = (1, 2, 3)
+
+
+class Simulation:
+    """Several lives of one world, and a model that every one of them is held to."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self.chance = random.Random(seed)
+        # The order of tasks, too, follows from the seed, so that a failure can be run again.
+        scheduler = trio._core._run  # type: ignore[attr-defined]
+        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
+        scheduler._r.seed(seed)
+        mode = self.chance.choice([WriteMode.THROUGH, WriteMode.THROUGH, WriteMode.AROUND])
+        slots = self.chance.choice([16, 24, 64])
+        self.world = World(directory, seed, slots=slots, block_size=BLOCK, write_mode=mode)
+        self.models = {}
+        for number in IMAGES:
+            size = self.chance.choice([SECTORS, SECTORS, SECTORS // 2]) * STAMP
+            self.world.make_file(number, stamped(number, 0, size, 1))
+            self.models[number] = ImageModel(number, SECTORS, size, 1)
+
+    def run(self, lives: int) -> int:
+        """Runs that many lives; returns how many were cut in the middle."""
+        cuts = 0
+        for _ in range(lives):
+            self.world.cut_at = self.world.steps + self.chance.randrange(400)
+            cut = self._live(self._work)
+            cuts += cut
+            killed = self.chance.random() < 0.5
+            if killed:
+                self.world.kill()
+            else:
+                self.world.power_cut()
+            while self.chance.random() < 0.3:  # recovery, cut as well
+                self.world.cut_at = self.world.steps + self.chance.randrange(12)
+                self._live(self._nothing)
+                self.world.kill()
+            # A clean stop has synced everything: as good as a kill, whatever came after it.
+            self._live(partial(self._look, killed=killed or not cut))
+            self.world.kill()
+        return cuts
+
+    def _live(self, work: object) -> bool:
+        """One run of the engine; True if the switch fell in it."""
+
+        async def life() -> None:
+            async with self.world.open() as cache:
+                await work(cache)  # type: ignore[operator]
+                cache.core.check()
+            self._end = trio.current_time()
+
+        async def timed() -> None:
+            try:
+                await life()
+            finally:
+                self._end = trio.current_time()
+
+        try:
+            trio.run(timed, clock=trio.testing.MockClock(autojump_threshold=0))
+        except (Cut, BaseExceptionGroup) as exc:
+            if isinstance(exc, BaseExceptionGroup):
+                # Readers whose fetch was torn down see an error, as the guests of a dying host do.
+                cut, rest = exc.split((Cut, OriginError, DatabaseError))
+                if rest is not None or cut is None or cut.subgroup(Cut) is None:
+                    raise
+            return True
+        finally:
+            self.world.clock_base += self._end + self.chance.choice([0.001, 1.0, 30.0])
+        return False
+
+    async def _nothing(self, cache: BlockCache) -> None:
+        await trio.sleep(self.chance.random() * 3)
+
+    # -- work --------------------------------------------------------------------------------------
+
+    async def _work(self, cache: BlockCache) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in IMAGES:
+                nursery.start_soon(self._guest, cache, number)
+            nursery.start_soon(self._reader, cache, 1)
+            nursery.start_soon(self._operator, cache)
+
+    async def _guest(self, cache: BlockCache, number: int) -> None:
+        """Opens an image now and again and works on it."""
+        for _ in range(self.chance.randrange(1, 4)):
+            image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=True)
+            for _ in range(self.chance.randrange(4, 16)):
+                await self._one(cache, image, self.models[number])
+            await cache.close(image, write=True)
+            await trio.sleep(self.chance.choice([0, 0, 1.5, 4]))
+
+    async def _one(self, cache: BlockCache, image: Image, model: ImageModel) -> None:
+        chance = self.chance
+        kind = chance.random()
+        if kind < 0.4:
+            await self._read(cache, image, model)
+        elif kind < 0.8:
+            first = chance.randrange(SECTORS - 1)
+            count = min(chance.choice([1, 2, 8, 8, 16, 24, 64]), SECTORS - first)
+            if chance.random() < 0.6:
+                first -= first % 8
+            data = model.begin_write(first, count)
+            await cache.write(image, first * STAMP, data)
+            model.end_write(first, count)
+        elif kind < 0.9:
+            covered = model.begin_fsync()
+            await cache.fsync(image, metadata=chance.random() < 0.5)
+            model.end_fsync(covered)
+        elif kind < 0.93:
+            size = chance.randrange(SECTORS) * STAMP
+            if size < image.size:
+                model.begin_truncate(size)
+                await cache.truncate(image, size)
+                model.end_truncate(size)
+        else:
+            await trio.sleep(chance.choice([0.1, 0.6, 2.5, 5]))
+
+    async def _read(self, cache: BlockCache, image: Image, model: ImageModel) -> None:
+        first = self.chance.randrange(SECTORS)
+        count = self.chance.choice([1, 8, 32, 100])
+        oldest = model.begin_read()
+        data = await cache.read(image, first * STAMP, count * STAMP)
+        model.check_read(first, data, oldest)
+
+    async def _reader(self, cache: BlockCache, number: int) -> None:
+        """A second guest that only reads the image another one writes."""
+        image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
+        for _ in range(20):
+            await self._read(cache, image, self.models[number])
+            await trio.sleep(self.chance.choice([0, 0.2]))
+        await cache.close(image, write=False)
+
+    async def _operator(self, cache: BlockCache) -> None:
+        """Evicts and flushes."""
+        for _ in range(4):
+            await trio.sleep(self.chance.random() * 3)
+            image = cache.images.find(b"id%d" % self.chance.choice(IMAGES))
+            if image is None:
+                continue
+            if self.chance.random() < 0.5:
+                await cache.evict(image)
+                assert cache.core.usage(image.id).blocks == 0
+            else:
+                await cache.flush(image)
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    async def _look(self, cache: BlockCache, *, killed: bool) -> None:
+        """Reads everything twice: as recovered, and again when nothing is cached any more."""
+        for number, model in self.models.items():
+            image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
+            model.settle(await cache.read(image, 0, SECTORS * STAMP), killed=killed)
+            model.check_settled(await cache.read(image, 0, SECTORS * STAMP))
+            await cache.close(image, write=False)
+        if self.chance.random() < 0.5:
+            for image in cache.images.all():
+                await cache.evict(image)
+        for number, model in self.models.items():
+            image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
+            model.check_settled(await cache.read(image, 0, SECTORS * STAMP))
+            await cache.close(image, write=False)

@@ -1,0 +1,423 @@
+"""A world with a power switch: origin, cache device and database that can be cut at every step.
+
+The real engine and the real SQLite run over doubles of the two devices. A step is one call on a
+device or one transaction. When the switch falls, everything that runs is torn down; what is left
+is what a killed process leaves (all that was done), or what a power cut leaves: of every page
+written since the last sync the old or the new version, page by page; of the database the last
+stable commit or any light one after it.
+"""
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import trio
+
+from fusecache.config import Tuning, WriteMode
+from fusecache.engine.block_cache import BlockCache, open_cache
+from fusecache.engine.ports import Clock, Threads
+from fusecache.errors import CacheDeviceError, OriginError
+from fusecache.store.block_map import BlockMap
+from fusecache.store.cache_device import CacheDevice
+from fusecache.store.origin import Attributes, OriginImage
+from fusecache.store.superblock import Superblock
+
+PAGE = 4096
+TICK_NS = 4_000_000
+"""Timestamps of the origin: one value for everything within a tick (Debian 6.1)."""
+
+
+class Cut(BaseException):
+    """The switch fell."""
+
+
+@dataclass
+class Pages:
+    """Bytes on a medium with a volatile cache in front of it."""
+
+    data: bytearray = field(default_factory=bytearray)
+    unsynced: dict[int, list[bytes]] = field(default_factory=dict)
+    """By page: the versions since the last sync, the stable one first."""
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Writes; grows with zeros if need be."""
+        if not data:
+            return
+        end = offset + len(data)
+        if end > len(self.data):
+            self.data.extend(bytes(end - len(self.data)))
+        pages = range(offset // PAGE, (end - 1) // PAGE + 1)
+        for page in pages:
+            self.unsynced.setdefault(page, [self.page(page)])
+        self.data[offset:end] = data
+        for page in pages:
+            self.unsynced[page].append(self.page(page))
+
+    def page(self, page: int) -> bytes:
+        """One page as it is now."""
+        return bytes(self.data[page * PAGE : (page + 1) * PAGE])
+
+    def sync(self) -> None:
+        """All is stable."""
+        self.unsynced.clear()
+
+    def cut(self, chance: random.Random) -> None:
+        """Every unsynced page becomes any one of its versions."""
+        for page, versions in sorted(self.unsynced.items()):
+            chosen = chance.choice(versions).ljust(PAGE, b"\0")
+            end = min(len(self.data), (page + 1) * PAGE)
+            if end <= page * PAGE:
+                continue
+            self.data[page * PAGE : end] = chosen[: end - page * PAGE]
+        self.unsynced.clear()
+
+
+@dataclass
+class OriginFile:
+    """One file of the origin."""
+
+    pages: Pages
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    stable_size: int = 0
+    stable_times: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.pages.data)
+
+    def make_stable(self) -> None:
+        """Everything, times too, survives a power cut from now on."""
+        self.pages.sync()
+        self.stable_size = self.size
+        self.stable_times = (self.mtime_ns, self.ctime_ns)
+
+
+class Faults:
+    """Which calls fail. Kinds: ``origin.read``, ``device.write``, ``database`` and so on."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.fail: Callable[[str, int], bool] = lambda kind, number: False
+
+    def check(self, kind: str) -> bool:
+        """Counts a call; whether it fails."""
+        number = self.calls.get(kind, 0)
+        self.calls[kind] = number + 1
+        return self.fail(kind, number)
+
+
+class World:
+    """Everything outside the engine.
+
+    Args:
+        directory: for the database.
+        seed: of all chance.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        seed: int = 0,
+        *,
+        slots: int = 16,
+        block_size: int = 4 * PAGE,
+        write_mode: WriteMode = WriteMode.THROUGH,
+    ) -> None:
+        self.directory = directory
+        self.chance = random.Random(seed)
+        self.files: dict[int, OriginFile] = {}
+        self.superblock = Superblock(block_size, slots, UUID(int=7))
+        self.device = Pages(bytearray(slots * block_size))
+        self.faults = Faults()
+        self.steps = 0
+        self.cut_at: int | None = None
+        self.boots = 1
+        self.write_mode = write_mode
+        self.tuning = Tuning(staging_bytes=1 << 20, intent_removal=3.0, barrier_interval=2.0)
+        self.snapshots: list[bytes] = []
+        self.clock_base = 1_700_000_000.0
+        self._open_map: RecordedBlockMap | None = None
+        self._database = directory / "map.sqlite"
+        with BlockMapHere(BlockMap.create(self._database, self.superblock)) as made:
+            self.snapshots = [made.snapshot()]
+
+    # -- time and steps ----------------------------------------------------------------------------
+
+    def now_ns(self) -> int:
+        """By the origin's clock."""
+        return int((self.clock_base + trio.current_time()) * 1e9)
+
+    def tick_ns(self) -> int:
+        """The timestamp a change made now gets."""
+        return self.now_ns() // TICK_NS * TICK_NS
+
+    def step(self) -> None:
+        """One more step; the switch may fall here, and then nothing happens any more."""
+        if self.cut_at is not None and self.steps >= self.cut_at:
+            raise Cut
+        self.steps += 1
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def make_file(
+        self, number: int, data: bytes, *, ctime_ns: int = 1_600_000_000_000_000_000
+    ) -> None:
+        """A file on the origin, stable and old."""
+        self.files[number] = OriginFile(
+            Pages(bytearray(data)), ctime_ns, ctime_ns, len(data), (ctime_ns, ctime_ns)
+        )
+
+    def change_outside(self, number: int, offset: int, data: bytes) -> None:
+        """Somebody else writes to the origin, and syncs."""
+        file = self.files[number]
+        file.pages.write(offset, data)
+        file.mtime_ns = file.ctime_ns = self.tick_ns()
+        file.make_stable()
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def open(self) -> AbstractAsyncContextManager[BlockCache]:
+        """The engine over this world, recovering what is there."""
+        self._open_map = RecordedBlockMap.opened(self, self._database)
+        return open_cache(
+            DeviceDouble(self),
+            self._open_map,
+            pid=1,
+            mountpoint=b"/mnt",
+            origin=b"/srv",
+            write_mode=self.write_mode,
+            tuning=self.tuning,
+            clock=Clock(monotonic=trio.current_time, origin_ns=self.now_ns),
+            threads=Threads(self.tuning, run_inline),
+            new_origin=lambda: OriginDouble(self),
+            boot_id=f"boot-{self.boots}",
+        )
+
+    def kill(self) -> None:
+        """The process is gone; all it did is there."""
+        self.cut_at = None
+        self._close()
+
+    def _close(self) -> None:
+        if self._open_map is not None:
+            self._open_map.close()
+            self._open_map = None
+
+    def power_cut(self) -> None:
+        """The host is gone with all that was not synced; so is the origin's cache."""
+        self.cut_at = None
+        self._close()
+        self.boots += 1
+        self.device.cut(self.chance)
+        for _, file in sorted(self.files.items()):
+            grown = file.size - file.stable_size
+            if grown > 0 and self.chance.random() < 0.5:
+                del file.pages.data[file.stable_size :]
+            file.pages.cut(self.chance)
+            if self.chance.random() < 0.5:
+                # Data can be stable before the inode is: the times go back, the bytes do not.
+                file.mtime_ns, file.ctime_ns = file.stable_times
+            file.make_stable()
+        restored = self.chance.choice(self.snapshots)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self._database}{suffix}").unlink(missing_ok=True)
+        self._database.write_bytes(restored)
+        self.snapshots = [restored]
+
+
+async def run_inline(
+    fn: Callable[..., Any],
+    *args: Any,
+    limiter: trio.CapacityLimiter,
+    abandon_on_cancel: bool = False,
+) -> Any:
+    """Runs a blocking call in place of a thread, with the limiter's order and waits around it."""
+    async with limiter:
+        await trio.lowlevel.checkpoint()
+        result = fn(*args)
+        await trio.lowlevel.checkpoint()
+        return result
+
+
+class DeviceDouble(CacheDevice):
+    """A cache device in memory."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(Path("/dev/double"), -1, world.superblock)
+        self._world = world
+
+    def _call(self, kind: str) -> None:
+        self._world.step()
+        if self._world.faults.check(f"device.{kind}"):
+            raise CacheDeviceError(f"injected: device {kind}")
+
+    def try_read(self, position: int, buffer: memoryview) -> bool:
+        """Sometimes in memory, sometimes not."""
+        if self._world.chance.random() < 0.3:
+            return False
+        buffer[:] = self._world.device.data[position : position + len(buffer)]
+        return True
+
+    def read(self, position: int, length: int) -> bytes:
+        self._call("read")
+        return bytes(self._world.device.data[position : position + length])
+
+    def write(self, position: int, data: bytes | memoryview) -> None:
+        data = bytes(data)
+        for at in range(0, len(data), PAGE):
+            self._call("write")
+            self._world.device.write(position + at, data[at : at + PAGE])
+
+    def sync(self) -> None:
+        self._call("sync")
+        self._world.device.sync()
+
+    def set_fenced(self, fenced: bool) -> None:
+        self._call("fence")
+        self._world.superblock = Superblock(
+            self.superblock.block_size, self.superblock.slot_count, self.superblock.uuid, fenced
+        )
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class OriginDouble(OriginImage):
+    """The origin's side of an image, in memory; ``path_fd`` is the file's number."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+        self._file: OriginFile | None = None
+        self._reads = self._writes = False
+
+    def _call(self, kind: str) -> OriginFile:
+        self._world.step()
+        assert self._file is not None, "used while closed"
+        if self._world.faults.check(f"origin.{kind}"):
+            raise OriginError(5, f"injected: origin {kind}")
+        return self._file
+
+    def open(self, path_fd: int, *, write: bool) -> Attributes:
+        self._file = self._world.files[path_fd]
+        self._reads |= not write
+        self._writes |= write
+        return self.attributes()
+
+    def attributes(self) -> Attributes:
+        file = self._call("stat")
+        return Attributes(file.size, file.mtime_ns, file.ctime_ns)
+
+    @property
+    def readable(self) -> bool:
+        return self._reads
+
+    @property
+    def writable(self) -> bool:
+        return self._writes
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self._call("read").pages.data[offset : offset + length])
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        data = bytes(data)
+        for at in range(0, len(data), PAGE):
+            file = self._call("write")
+            file.pages.write(offset + at, data[at : at + PAGE])
+            file.mtime_ns = file.ctime_ns = self._world.tick_ns()
+
+    def truncate(self, size: int) -> None:
+        file = self._call("truncate")
+        pages = file.pages
+        if size < file.size:
+            del pages.data[size:]
+            for page in [page for page in pages.unsynced if page * PAGE >= size]:
+                del pages.unsynced[page]
+            if size % PAGE:
+                pages.unsynced.pop(size // PAGE, None)
+        else:
+            pages.data.extend(bytes(size - file.size))
+        file.mtime_ns = file.ctime_ns = self._world.tick_ns()
+        file.stable_size = min(file.stable_size, size)
+
+    def sync(self, *, metadata: bool = True) -> None:
+        self._call("sync").make_stable()
+
+    def close(self) -> None:
+        self._reads = self._writes = False
+
+
+class RecordedBlockMap(BlockMap):
+    """The real block map; every commit leaves a snapshot of what a power cut may leave."""
+
+    world: World
+
+    @classmethod
+    def opened(cls, world: World, path: Path) -> "RecordedBlockMap":
+        """Opens it for the world's engine."""
+        block_map = cls.open(path, world.superblock)
+        assert isinstance(block_map, RecordedBlockMap)
+        block_map.world = world
+        return block_map
+
+    def _transaction(self, *, stable: bool) -> Any:
+        return _recorded(self, super()._transaction(stable=stable), stable)
+
+    def snapshot(self) -> bytes:
+        """The whole database as it is now."""
+        return _serialized(self)
+
+    def checkpoint(self, *, truncate: bool = False) -> None:
+        """Harmless to what a cut may leave."""
+        super().checkpoint(truncate=truncate)
+
+
+class _recorded:
+    def __init__(self, block_map: RecordedBlockMap, inner: Any, stable: bool) -> None:
+        self._map, self._inner, self._stable = block_map, inner, stable
+
+    def __enter__(self) -> None:
+        world = self._map.world
+        world.step()
+        if world.faults.check("database"):
+            raise ValueError("injected: database")
+        self._inner.__enter__()
+
+    def __exit__(self, *exc: Any) -> Any:
+        result = self._inner.__exit__(*exc)
+        if exc[0] is None:
+            world = self._map.world
+            snapshot = self._map.snapshot()
+            if self._stable:
+                world.snapshots = [snapshot]
+            else:
+                world.snapshots.append(snapshot)
+        return result
+
+
+class BlockMapHere:
+    """A block map that is closed at the end of a block."""
+
+    def __init__(self, block_map: BlockMap) -> None:
+        self._map = block_map
+
+    def __enter__(self) -> "BlockMapHere":
+        return self
+
+    def snapshot(self) -> bytes:
+        """See ``RecordedBlockMap``."""
+        return _serialized(self._map)
+
+    def __exit__(self, *exc: object) -> None:
+        self._map.close()
+
+
+def _serialized(block_map: BlockMap) -> bytes:
+    """With journal mode WAL in its header and no log beside it: as after a checkpoint."""
+    return bytes(block_map._conn.serialize())
