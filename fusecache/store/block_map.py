@@ -125,9 +125,9 @@ class BlockMap:
     @classmethod
     def create(cls, path: Path, superblock: Superblock) -> "BlockMap":
         """A new, empty database for a freshly formatted cache; an old one there is replaced."""
-        for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
-            name.unlink(missing_ok=True)
         try:
+            for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+                name.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as exc:
