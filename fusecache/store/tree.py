@@ -94,6 +94,8 @@ class Tree:
         Raises:
             OSError: there is none; EXDEV: its filesystem cannot be told from another's.
         """
+        if name == b".." or b"/" in name:  # the kernel sends .. when an NFS server asks it to
+            raise FileNotFoundError(2, "the name leaves its directory")
         return self._found(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent))
 
     def _found(self, fd: int) -> Found:
@@ -181,12 +183,16 @@ class Tree:
 
     def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Found:
         """A new, empty regular file with its owner and mode. EEXIST if the name is taken."""
-        fd = os.open(
+        made = os.open(
             name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
             dir_fd=parent,
         )  # fmt: skip
-        os.close(fd)
-        return self._new(parent, name, mode, uid, gid)
+        try:
+            # By descriptor: the name may be another file's by now, which must not be chowned.
+            fd = os.open(f"/proc/self/fd/{made}", os.O_PATH | os.O_CLOEXEC)
+        finally:
+            os.close(made)
+        return self._given(fd, parent, mode, uid, gid)
 
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Found:
         """A new directory."""
@@ -206,8 +212,11 @@ class Tree:
         return self._new(parent, name, None, uid, gid)
 
     def _new(self, parent: int, name: bytes, mode: int | None, uid: int, gid: int) -> Found:
-        """Gives what was just made its owner and mode, as if the caller had made it."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        return self._given(fd, parent, mode, uid, gid)
+
+    def _given(self, fd: int, parent: int, mode: int | None, uid: int, gid: int) -> Found:
+        """Gives what was just made its owner and mode, as if the caller had made it."""
         try:
             st, directory = os.fstat(fd), os.fstat(parent)
             if directory.st_mode & stat.S_ISGID:

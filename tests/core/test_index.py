@@ -444,3 +444,18 @@ def test_slots_are_released_in_an_order_that_fills_side_by_side() -> None:
     assert index.free == 0
     index.release(index.take_leaving())
     assert [index.begin_store(2, block) for block in range(SLOTS)] == list(range(SLOTS))
+
+
+def test_a_store_that_failed_is_a_use_so_that_the_order_stays_exact() -> None:
+    index = CacheIndex(GEOMETRY, 3)
+    for block in range(3):
+        slot = index.begin_store(1, block)
+        assert slot is not None
+        index.stored(slot, 15)
+    pinned = index.begin_store(1, 0)
+    assert pinned is not None
+    assert index.reclaim(1) == 1
+    assert index.valid_pages(1, 1) == 0, "the oldest is pinned, the next one leaves"
+    index.not_stored(pinned, 0)
+    assert index.reclaim(1) == 1
+    assert (index.valid_pages(1, 0), index.valid_pages(1, 2)) == (15, 0)
