@@ -32,6 +32,7 @@ class Simulation:
         mode = self.chance.choice([WriteMode.THROUGH, WriteMode.THROUGH, WriteMode.AROUND])
         slots = self.chance.choice([16, 24, 64])
         self.world = World(directory, seed, slots=slots, block_size=BLOCK, write_mode=mode)
+        self.world.slow = self.chance.choice([0.0, 0.02, 0.1])
         self.models = {}
         for number in IMAGES:
             size = self.chance.choice([SECTORS, SECTORS, SECTORS // 2]) * STAMP
@@ -157,7 +158,10 @@ class Simulation:
             if image is None:
                 continue
             if self.chance.random() < 0.5:
-                await cache.evict(image)
+                number = int(image.row.identity[2:])
+                covered = self.models[number].begin_fsync()
+                await cache.evict(image, number)
+                self.models[number].end_fsync(covered)
                 assert cache.core.usage(image.id).blocks == 0
             else:
                 await cache.flush(image)
@@ -173,7 +177,10 @@ class Simulation:
             await cache.close(image, write=False)
         if self.chance.random() < 0.5:
             for image in cache.images.all():
-                await cache.evict(image)
+                number = int(image.row.identity[2:])
+                covered = self.models[number].begin_fsync()
+                await cache.evict(image, number)
+                self.models[number].end_fsync(covered)
         for number, model in self.models.items():
             image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
             model.check_settled(await cache.read(image, 0, SECTORS * STAMP))

@@ -94,16 +94,22 @@ class ImageModel:
         return version
 
     def settle(self, data: bytes, *, killed: bool) -> None:
-        """The whole image as read after a stop: allowed, and from now on all there is."""
+        """The whole image as read after a stop: allowed, and from now on all there is.
+
+        After a kill the origin may not have everything on stable storage yet: a power cut later
+        may still undo what was never synced.
+        """
         padded = data.ljust(len(self.sectors) * STAMP, b"\0")
         oldest = [s.acknowledged if killed else s.stable for s in self.sectors]
         self.check_read(0, padded, oldest)
         for number, sector in enumerate(self.sectors):
             version = self._version(number, padded[number * STAMP : (number + 1) * STAMP])
-            sector.versions = [version]
-            sector.acknowledged = sector.stable = 0
+            older = sector.versions[sector.stable :] if killed else []
+            sector.versions = [*older[: older.index(version) if version in older else 0], version]
+            sector.acknowledged = len(sector.versions) - 1
+            sector.stable = 0
 
     def check_settled(self, data: bytes) -> None:
         """Read again: exactly what ``settle`` saw."""
         padded = data.ljust(len(self.sectors) * STAMP, b"\0")
-        self.check_read(0, padded, [0] * len(self.sectors))
+        self.check_read(0, padded, self.begin_read())

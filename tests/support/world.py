@@ -139,6 +139,8 @@ class World:
         self.cut_at: int | None = None
         self.boots = 1
         self.write_mode = write_mode
+        self.slow = 0.0
+        """Which share of the calls takes up to four seconds."""
         self.tuning = Tuning(staging_bytes=1 << 20, intent_removal=3.0, barrier_interval=2.0)
         self.snapshots: list[bytes] = []
         self.clock_base = 1_700_000_000.0
@@ -194,10 +196,30 @@ class World:
             write_mode=self.write_mode,
             tuning=self.tuning,
             clock=Clock(monotonic=trio.current_time, origin_ns=self.now_ns),
-            threads=Threads(self.tuning, run_inline),
+            threads=Threads(self.tuning, self._run_inline),
             new_origin=lambda: OriginDouble(self),
             boot_id=f"boot-{self.boots}",
         )
+
+    async def _run_inline(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        limiter: trio.CapacityLimiter,
+        abandon_on_cancel: bool = False,
+    ) -> Any:
+        """Runs a blocking call in place of a thread: in the limiter's order, and some take long."""
+        async with limiter:
+            await self._wait()
+            result = fn(*args)
+            await self._wait()
+            return result
+
+    async def _wait(self) -> None:
+        if self.slow and self.chance.random() < self.slow:
+            await trio.sleep(self.chance.random() * 2)
+        else:
+            await trio.lowlevel.checkpoint()
 
     def kill(self) -> None:
         """The process is gone; all it did is there."""
@@ -214,35 +236,24 @@ class World:
         self.cut_at = None
         self._close()
         self.boots += 1
+        # The likeliest way to wrong bytes: all data on the origin, no time, no light commit.
+        worst = self.chance.random() < 0.5
         self.device.cut(self.chance)
         for _, file in sorted(self.files.items()):
             grown = file.size - file.stable_size
-            if grown > 0 and self.chance.random() < 0.5:
+            if grown > 0 and not worst and self.chance.random() < 0.5:
                 del file.pages.data[file.stable_size :]
-            file.pages.cut(self.chance)
-            if self.chance.random() < 0.5:
+            if not worst:
+                file.pages.cut(self.chance)
+            if worst or self.chance.random() < 0.5:
                 # Data can be stable before the inode is: the times go back, the bytes do not.
                 file.mtime_ns, file.ctime_ns = file.stable_times
             file.make_stable()
-        restored = self.chance.choice(self.snapshots)
+        restored = self.snapshots[0] if worst else self.chance.choice(self.snapshots)
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self._database}{suffix}").unlink(missing_ok=True)
         self._database.write_bytes(restored)
         self.snapshots = [restored]
-
-
-async def run_inline(
-    fn: Callable[..., Any],
-    *args: Any,
-    limiter: trio.CapacityLimiter,
-    abandon_on_cancel: bool = False,
-) -> Any:
-    """Runs a blocking call in place of a thread, with the limiter's order and waits around it."""
-    async with limiter:
-        await trio.lowlevel.checkpoint()
-        result = fn(*args)
-        await trio.lowlevel.checkpoint()
-        return result
 
 
 class DeviceDouble(CacheDevice):
