@@ -17,8 +17,8 @@ from fusecache.errors import IllegalStep
 GEOMETRY = Geometry.of(16384)
 SLOTS = 7
 Tag = tuple[int, int]
-IMAGES = st.integers(1, 3)
-BLOCKS = st.one_of(st.integers(0, 4), st.sampled_from([63, 64, 0xFFFFFFFF]))
+IMAGES = st.integers(1, 2)
+BLOCKS = st.one_of(st.integers(0, 2), st.sampled_from([64, 0xFFFFFFFF]))
 TAGS = st.tuples(IMAGES, BLOCKS)
 MASKS = st.integers(1, 15)
 
@@ -124,6 +124,19 @@ class IndexAgainstADict(RuleBasedStateMachine):
         assert slot is not None
         self.open[tag] = (slot, pieces)
 
+    @rule(image=IMAGES, blocks=st.integers(1, 3))
+    def fill(self, image: int, blocks: int) -> None:
+        for tag in [(image, block) for block in range(blocks)]:
+            if tag not in self.open:
+                self.begin_store(tag, 1)
+            if tag in self.open:
+                slot, pieces = self.open.pop(tag)
+                for _ in range(pieces):
+                    self.index.stored(slot, 15)
+                if self.slot_of.get(tag) == slot:
+                    self.valid[tag] = 15
+                    self.used(tag)
+
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def stored(self, data: st.DataObject) -> None:
@@ -146,7 +159,7 @@ class IndexAgainstADict(RuleBasedStateMachine):
             self.index.clear(*tag, pages)
             self.cleared(tag, pages)
         for _ in range(pieces):
-            spoiled = data.draw(st.integers(0, 15))
+            spoiled = data.draw(st.sampled_from([0, 0, 1, 8, 15]))
             self.index.not_stored(slot, spoiled)
             if tag in self.valid:
                 self.used(tag)
@@ -248,14 +261,20 @@ class IndexAgainstADict(RuleBasedStateMachine):
 
     # -- looking ----------------------------------------------------------------------------------
 
+    @rule(image=IMAGES)
+    def hit_three_blocks(self, image: int) -> None:
+        self.look(image, 4095, 2 * GEOMETRY.block_size)
+
     @rule(
         image=IMAGES,
-        page=st.integers(0, 19),
+        page=st.integers(0, 11),
         start=st.sampled_from([0, 0, 1, 4095]),
         length=st.one_of(st.integers(1, 5), st.sampled_from([4096, 4097, 16384, 40_000])),
     )
     def hit(self, image: int, page: int, start: int, length: int) -> None:
-        offset = page * GEOMETRY.page_size + start
+        self.look(image, page * GEOMETRY.page_size + start, length)
+
+    def look(self, image: int, offset: int, length: int) -> None:
         runs = self.index.hit(image, offset, length)
         places = expected_bytes(self.valid, self.slot_of, image, offset, length)
         if runs is None or places is None:
@@ -289,7 +308,7 @@ class IndexAgainstADict(RuleBasedStateMachine):
     def index_and_dict_are_the_same(self) -> None:
         index = self.index
         index.check()
-        for tag in itertools.product((1, 2, 3), (0, 1, 2, 3, 4, 63, 64, 0xFFFFFFFF)):
+        for tag in itertools.product((1, 2, 3), (0, 1, 2, 3, 64, 0xFFFFFFFF)):
             assert index.valid_pages(*tag) == self.valid.get(tag, 0)
         assert index.used == len(self.slot_of)
         assert index.retired == len(self.retired)
@@ -331,7 +350,7 @@ class IndexAgainstADict(RuleBasedStateMachine):
 
 
 TestIndexAgainstADict = IndexAgainstADict.TestCase
-TestIndexAgainstADict.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestIndexAgainstADict.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -454,8 +473,7 @@ def test_a_store_that_failed_is_a_use_so_that_the_order_stays_exact() -> None:
         index.stored(slot, 15)
     pinned = index.begin_store(1, 0)
     assert pinned is not None
-    assert index.reclaim(1) == 1
-    assert index.valid_pages(1, 1) == 0, "the oldest is pinned, the next one leaves"
     index.not_stored(pinned, 0)
-    assert index.reclaim(1) == 1
-    assert (index.valid_pages(1, 0), index.valid_pages(1, 2)) == (15, 0)
+    for block in (1, 2, 0):
+        assert index.reclaim(1) == 1
+        assert index.valid_pages(1, block) == 0
