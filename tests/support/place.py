@@ -30,7 +30,5 @@ class Place:
 
     def evict(self, name: str) -> None:
         """Evicts an image in this directory."""
-        done = self.mount.run(
-            "evict", f"{self.name}/{name}", "-m", self.mount.mountpoint, cwd=self.mount.base
-        )
+        done = self.mount.run("evict", f"{self.name}/{name}", "-m", self.mount.mountpoint)
         assert done.returncode == 0, done.stderr
