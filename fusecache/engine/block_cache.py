@@ -33,6 +33,9 @@ from fusecache.store.origin import OriginImage
 
 log = logging.getLogger(__name__)
 
+_DRAINING = 10.0
+"""Seconds a clean stop waits for fetches under way."""
+
 
 class BlockCache:
     """See the module. Built by ``open_cache`` alone."""
@@ -224,7 +227,11 @@ class BlockCache:
         """
         self._background.cancel()
         await self._background_ended.wait()
-        await self._fills.drained()
+        with trio.move_on_after(_DRAINING) as draining:
+            await self._fills.drained()
+        if draining.cancelled_caught:
+            log.error("reads still wait for the origin: the cache is left as after a kill")
+            return
         for image in self.images.all():
             await self.images.end(image)
             await self._sync_at_end(image)

@@ -18,6 +18,7 @@ from fusecache.store.block_map import Batch
 log = logging.getLogger(__name__)
 
 _PART = 1 << 16
+_FORGOTTEN_AT_ONCE = 16
 _HEARTBEAT = 1.0
 _OURS = 2.0
 _SLACK = 0.5
@@ -99,9 +100,13 @@ class Housekeeping:
             self._busy.discard(image.id)
 
     async def _forget_unused(self, images: list[Image]) -> None:
-        """Files that were opened once and have nothing cached do not stay for ever."""
-        for image in images:
-            if self._images.unused(image) and image.opening.locked() is False:
+        """Files that were opened once and have nothing cached do not stay for ever.
+
+        A few at a time: each one costs a stable commit.
+        """
+        unused = [image for image in images if self._images.unused(image)]
+        for image in unused[:_FORGOTTEN_AT_ONCE]:
+            if not image.opening.locked():
                 async with image.opening:
                     if self._images.unused(image):
                         await self._images.forget(image)

@@ -97,17 +97,6 @@ def r4_rows_are_removed_without_an_origin_sync() -> Any:
 
 
 @mutation
-def r4_rows_are_removed_without_a_barrier() -> Any:
-    original = WriteIntents.remove_old
-
-    async def remove(self: WriteIntents, image: Any, **kwargs: Any) -> None:
-        with mock.patch.object(self._committer, "barrier", _nothing):
-            await original(self, image, **kwargs)
-
-    return patch(WriteIntents, "remove_old", remove)
-
-
-@mutation
 def r4_rows_are_removed_although_a_write_began() -> Any:
     def removed(self: WriteIntents, image: Any, begun: dict[int, int]) -> Batch:
         batch = Batch()
