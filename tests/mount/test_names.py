@@ -316,7 +316,7 @@ _LIBC.closedir.argtypes = [ctypes.c_void_p]
 
 def _rest(directory: int) -> list[tuple[int, bytes, int]]:
     """(place before it, name, type) of every entry from here on."""
-    entries = []
+    entries: list[tuple[int, bytes, int]] = []
     while True:
         at = _LIBC.telldir(directory)
         entry = _LIBC.readdir(directory)
