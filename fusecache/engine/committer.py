@@ -31,6 +31,11 @@ class _Barrier:
         self.done = trio.Event()
         self.error: FusecacheError | None = None
 
+    def fail(self, error: FusecacheError) -> None:
+        """It did not happen; everybody who waits is told."""
+        self.error = error
+        self.done.set()
+
 
 class _Activation:
     """Regions somebody wants to write to."""
@@ -209,20 +214,31 @@ class Committer:
 
     async def run(self) -> None:
         """Runs the barriers, one after another, until cancelled."""
-        while True:
-            await self._barrier_wanted.wait()
-            self._barrier_wanted = trio.Event()
-            current, self._barrier = self._barrier, _Barrier()
-            try:
-                await self._perform()
-            except (CacheDeviceError, DatabaseError) as exc:
-                current.error = exc
-                self._failed(exc)
-            except Exception as exc:
-                current.error = _unforeseen(exc)
-                self._failed(current.error)
-            finally:
-                current.done.set()
+        try:
+            while True:
+                await self._barrier_wanted.wait()
+                self._barrier_wanted = trio.Event()
+                current, self._barrier = self._barrier, _Barrier()
+                await self._run_one(current)
+        finally:
+            # Whoever waits, or asks from now on, is told at once.
+            self._barrier.fail(DatabaseError("no barrier: fusecache is stopping"))
+
+    async def _run_one(self, barrier: _Barrier) -> None:
+        try:
+            await self._perform()
+        except (CacheDeviceError, DatabaseError) as exc:
+            self._failed(exc)
+            barrier.fail(exc)
+        except Exception as exc:
+            error = _unforeseen(exc)
+            self._failed(error)
+            barrier.fail(error)
+        except BaseException:
+            barrier.fail(DatabaseError("no barrier: fusecache is stopping"))
+            raise
+        else:
+            barrier.done.set()
 
     async def _perform(self) -> None:
         changed = [image for image in self._images() if image.cached_changed]
