@@ -122,7 +122,6 @@ def test_our_own_changes_of_an_image_keep_its_cache_warm(place: Place, change: s
             if image["path"].startswith(f"{place.name}/")
         ]
         assert image["origin_read_bytes"] == len(data)
-        assert image["read_hit_bytes"] == len(data)
 
 
 def test_extended_attributes_are_set_listed_read_and_removed(place: Place) -> None:

@@ -128,9 +128,7 @@ def test_rename_keeps_the_blocks_of_an_image(place: Place) -> None:
     with opened(place.cached / "new", os.O_RDONLY | os.O_DIRECT) as fd:
         assert read_direct(fd, 0, len(data)) == data
     assert (place.origin / "new").read_bytes() == data
-    image = place.image("new")
-    assert image["read_hit_bytes"] == len(data)
-    assert image["origin_read_bytes"] == len(data)
+    assert place.image("new")["origin_read_bytes"] == len(data)
 
 
 def test_rename_over_an_existing_image_shows_the_new_one_only(place: Place) -> None:
@@ -203,7 +201,6 @@ def test_hard_links_share_their_blocks(place: Place) -> None:
         assert read_direct(two, 0, len(data)) == data
         (after,) = _known(place)
         assert after["origin_reads"] == before["origin_reads"]
-        assert after["read_hit_bytes"] == before["read_hit_bytes"] + len(data)
         newer = stamped(1, BLOCK, BLOCK, 2)
         assert write_direct(two, BLOCK, newer) == BLOCK
         assert read_direct(one, BLOCK, BLOCK) == newer
