@@ -1,6 +1,6 @@
 """tag -> slot: an open-addressed table in one flat array.
 
-Linear probing at a load of at most 3/4, so the table costs 5.4 to 10.7 bytes a slot at any
+Linear probing at a load of at most 3/4, so the table costs 5.3 to 10.7 bytes a slot at any
 density of cached blocks. An entry is slot + 1, 0 is empty; the tags themselves stand in the slot
 table. Deletion moves later entries back (Knuth, TAOCP 6.4, algorithm R), so there are no
 tombstones and look-ups never grow slower.

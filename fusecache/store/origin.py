@@ -143,9 +143,13 @@ def attributes_of(fd: int) -> Attributes:
 
 
 def identity_of(fd: int, filesystem: int) -> bytes:
-    """Which image this is, over remounts and renames: filesystem, inode and file handle."""
+    """Which image this is, over remounts and renames: filesystem, inode and file handle.
+
+    Where the filesystem has no handles, the birth time tells a number used again.
+    """
     inode = os.fstat(fd).st_ino
-    return filesystem.to_bytes(8, "little") + inode.to_bytes(8, "little") + syscalls.file_handle(fd)
+    unique = syscalls.file_handle(fd) or syscalls.birth_time(fd)
+    return filesystem.to_bytes(8, "little") + inode.to_bytes(8, "little") + unique
 
 
 def _translated(exc: OSError, doing: str) -> OriginError:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -11,6 +12,8 @@ RENAME_EXCHANGE = 2
 MNT_DETACH = 2
 TMPFS_MAGIC = 0x01021994
 _MAX_HANDLE = 128
+_STATX_BTIME = 0x800
+_BTIME_OFFSET = 80
 
 
 class _FileHandle(ctypes.Structure):
@@ -36,6 +39,16 @@ def file_handle(fd: int) -> bytes:
         return b""
     kind = int(handle.handle_type).to_bytes(4, "little", signed=True)
     return kind + bytes(handle.f_handle[: handle.handle_bytes])
+
+
+def birth_time(fd: int) -> bytes:
+    """When the inode was made, see statx(2), as bytes; empty where the filesystem does not know."""
+    buffer = ctypes.create_string_buffer(256)
+    result = _libc.statx(fd, b"", AT_EMPTY_PATH, _STATX_BTIME, buffer)
+    mask, _ = struct.unpack_from("<II", buffer.raw)
+    if result != 0 or not mask & _STATX_BTIME:
+        return b""
+    return buffer.raw[_BTIME_OFFSET : _BTIME_OFFSET + 12]  # seconds (8 bytes), nanoseconds (4)
 
 
 def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusecache.errors import OriginError
+from fusecache.store import syscalls
 from fusecache.store.origin import Attributes, OriginImage, attributes_of, identity_of
 from tests.support.stamps import stamped
 
@@ -222,3 +223,19 @@ def test_the_origins_error_number_is_kept(tmp_path: Path, image: OriginImage) ->
     with pytest.raises(OriginError, match="truncating") as caught:
         image.truncate(1 << 62)
     assert caught.value.errno == 27
+
+
+def test_the_birth_time_tells_files_apart_where_there_are_no_handles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(syscalls, "file_handle", lambda fd: b"")
+    path = tmp_path / "image"
+    path.write_bytes(b"x")
+    fd = os.open(path, os.O_PATH)
+    try:
+        born = syscalls.birth_time(fd)
+        assert abs(int.from_bytes(born[:8], "little") - path.stat().st_mtime) < 60
+        assert identity_of(fd, 7) == identity_of(fd, 7)
+        assert identity_of(fd, 7).endswith(born)
+    finally:
+        os.close(fd)

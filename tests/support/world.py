@@ -141,6 +141,9 @@ class World:
         self.write_mode = write_mode
         self.slow = 0.0
         """Which share of the calls takes up to four seconds."""
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        """Seconds that calls of a function take before and after they do what they do."""
         self.tuning = Tuning(staging_bytes=1 << 20, intent_removal=3.0, barrier_interval=2.0)
         self.snapshots: list[bytes] = []
         self.clock_base = 1_700_000_000.0
@@ -210,13 +213,16 @@ class World:
     ) -> Any:
         """Runs a blocking call in place of a thread: in the limiter's order, and some take long."""
         async with limiter:
-            await self._wait()
+            name = getattr(fn, "__name__", "")
+            await self._wait(self.before.get(name))
             result = fn(*args)
-            await self._wait()
+            await self._wait(self.after.get(name))
             return result
 
-    async def _wait(self) -> None:
-        if self.slow and self.chance.random() < self.slow:
+    async def _wait(self, seconds: float | None) -> None:
+        if seconds is not None:
+            await trio.sleep(seconds)
+        elif self.slow and self.chance.random() < self.slow:
             await trio.sleep(self.chance.random() * 2)
         else:
             await trio.lowlevel.checkpoint()
@@ -231,13 +237,14 @@ class World:
             self._open_map.close()
             self._open_map = None
 
-    def power_cut(self) -> None:
+    def power_cut(self, *, worst: bool | None = None) -> None:
         """The host is gone with all that was not synced; so is the origin's cache."""
         self.cut_at = None
         self._close()
         self.boots += 1
         # The likeliest way to wrong bytes: all data on the origin, no time, no light commit.
-        worst = self.chance.random() < 0.5
+        if worst is None:
+            worst = self.chance.random() < 0.5
         self.device.cut(self.chance)
         for _, file in sorted(self.files.items()):
             grown = file.size - file.stable_size

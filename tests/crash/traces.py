@@ -1,0 +1,124 @@
+"""Directed traces: short stories for rules that random walks seldom put to the test."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from fusecache.engine.block_cache import BlockCache
+from tests.support.stamps import check_stamps, stamped
+from tests.support.world import Cut, World
+
+BLOCK = 4 * 4096
+BLOCKS = 40
+
+Story = Callable[[World, BlockCache], Awaitable[None]]
+
+
+def _end(world: World, story: Story) -> None:
+    """Runs a story in one life, which the switch ends."""
+
+    async def life() -> None:
+        async with world.open() as cache:
+            await story(world, cache)
+            raise Cut
+
+    try:
+        trio.run(life, clock=trio.testing.MockClock(autojump_threshold=0))
+    except (Cut, BaseExceptionGroup) as exc:
+        if isinstance(exc, BaseExceptionGroup) and exc.split(Cut)[0] is None:
+            raise
+    world.faults.fail = lambda kind, number: False
+    world.before = {}
+    world.after = {}
+    world.clock_base += 100
+
+
+async def _look(world: World) -> None:
+    """What is read after the recovery is what the origin has, and nothing is foreign."""
+    async with world.open() as cache:
+        image = await cache.open(b"id1", b"a", 1, write=False)
+        first = await cache.read(image, 0, BLOCKS * BLOCK)
+        await cache.close(image, write=False)
+        await cache.evict(image, 1)
+        image = await cache.open(b"id1", b"a", 1, write=False)
+        second = await cache.read(image, 0, BLOCKS * BLOCK)
+        await cache.close(image, write=False)
+    assert set(check_stamps(first, 1, 0)) <= {1, 2}
+    assert first == second, "the old data came back"
+
+
+def _world(directory: Path, seed: int) -> World:
+    directory = directory / str(seed)
+    directory.mkdir()
+    world = World(directory, seed, slots=64, block_size=BLOCK)
+    world.make_file(1, stamped(1, 0, BLOCKS * BLOCK, 1))
+    return world
+
+
+async def _write_to_a_quiet_region(world: World, cache: BlockCache) -> None:
+    image = await cache.open(b"id1", b"a", 1, write=True)
+    await cache.read(image, 0, BLOCK)
+    await trio.sleep(20)  # row and record stable, no intent left
+    await cache.write(image, 0, stamped(1, 0, 4096, 2))
+
+
+async def _write_that_takes_long(world: World, cache: BlockCache) -> None:
+    image = await cache.open(b"id1", b"a", 1, write=True)
+    await cache.read(image, 0, BLOCK)
+    await trio.sleep(20)
+    world.before = {"_write_both": 4.0}
+
+    def fail(kind: str, number: int) -> bool:
+        if kind == "device.write":
+            raise Cut
+        return False
+
+    world.faults.fail = fail
+    await cache.write(image, 0, stamped(1, 0, 4096, 2))
+
+
+async def _fill_during_a_barrier(world: World, cache: BlockCache) -> None:
+    image = await cache.open(b"id1", b"a", 1, write=True)
+    await cache.read(image, 0, BLOCK)
+    await trio.sleep(0.2)
+    world.after = {"sync": 3.0}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.committer.barrier)
+        await trio.sleep(0.5)
+        await cache.read(image, 5 * BLOCK, BLOCK)
+
+
+def a_first_write_is_cut_off(directory: Path) -> None:
+    """R4: the intent is stable before the origin may have the data."""
+    for seed in range(6):
+        world = _world(directory, seed)
+        _end(world, _write_to_a_quiet_region)
+        world.power_cut(worst=True)
+        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
+        world.kill()
+
+
+def a_long_write_is_killed(directory: Path) -> None:
+    """R4: a region stays active while a write is in flight, however long that takes."""
+    for seed in range(6):
+        world = _world(directory, seed)
+        _end(world, _write_that_takes_long)
+        world.kill()
+        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
+        world.kill()
+
+
+def a_fill_ends_during_a_barrier(directory: Path) -> None:
+    """R1: rows that came during the device's sync wait for the next barrier."""
+    for seed in range(20):
+        world = _world(directory, seed)
+        _end(world, _fill_during_a_barrier)
+        world.power_cut(worst=True)
+        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
+        world.kill()
+
+
+TRACES = (a_first_write_is_cut_off, a_long_write_is_killed, a_fill_ends_during_a_barrier)
