@@ -13,6 +13,8 @@ from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError, DatabaseError
 
 _SHARE = 64
+_FEW = 128
+"""Enough for eight reads of 1 MiB at 64 KiB while a barrier runs; a quarter of a tiny cache."""
 _MOST = 4096
 _PART = 256
 _PAUSE = 0.5
@@ -25,7 +27,8 @@ class Reclaimer:
         self._core = core
         self._committer = committer
         self._state = state
-        self.low = max(1, min(_MOST, core.slot_count // _SHARE))
+        few = min(_FEW, core.slot_count // 4)
+        self.low = max(1, few, min(_MOST, core.slot_count // _SHARE))
         self.high = 2 * self.low
         self._needed = trio.Event()
 

@@ -97,19 +97,6 @@ def r4_rows_are_removed_without_an_origin_sync() -> Any:
 
 
 @mutation
-def r4_rows_are_removed_although_a_write_began() -> Any:
-    def removed(self: WriteIntents, image: Any, quiet: dict[int, int], begun: int) -> Batch:
-        batch = Batch()
-        for region in quiet:
-            if region in image.intents:
-                image.intents[region].active = image.intents[region].stable = False
-                batch.settled.append((image.id, region))
-        return batch
-
-    return patch(WriteIntents, "_take_removed", removed)
-
-
-@mutation
 def r6_a_truncate_leaves_the_rows() -> Any:
     original = Images.drop
 

@@ -8,6 +8,7 @@ import trio
 import trio.testing
 
 from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.image import Image
 from tests.support.stamps import check_stamps, stamped
 from tests.support.world import Cut, World
 
@@ -50,10 +51,10 @@ async def _look(world: World) -> None:
     assert first == second, "the old data came back"
 
 
-def _world(directory: Path, seed: int) -> World:
+def _world(directory: Path, seed: int, slots: int = 64) -> World:
     directory = directory / str(seed)
     directory.mkdir()
-    world = World(directory, seed, slots=64, block_size=BLOCK)
+    world = World(directory, seed, slots=slots, block_size=BLOCK)
     world.make_file(1, stamped(1, 0, BLOCKS * BLOCK, 1))
     return world
 
@@ -121,4 +122,89 @@ def a_fill_ends_during_a_barrier(directory: Path) -> None:
         world.kill()
 
 
-TRACES = (a_first_write_is_cut_off, a_long_write_is_killed, a_fill_ends_during_a_barrier)
+async def _write_while_rows_are_removed(seconds: float, world: World, cache: BlockCache) -> None:
+    image = await cache.open(b"id1", b"a", 1, write=True)
+    await cache.read(image, 0, BLOCK)
+    await trio.sleep(20)
+    await cache.write(image, BLOCK, stamped(1, BLOCK, 4096, 2))
+    world.after = {"sync": 4.0}  # the barrier between the origin's sync and the removal
+    await trio.sleep(5)
+    await cache.write(image, 0, stamped(1, 0, 4096, 2))
+    await trio.sleep(seconds)
+
+
+def a_write_begins_while_its_row_is_removed(directory: Path) -> None:
+    """R4: a row goes only if no write began in its region since."""
+    for seed in range(24):
+        world = _world(directory, seed)
+        _end(world, partial(_write_while_rows_are_removed, seed / 4))
+        world.power_cut(worst=True, newest=True)
+        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
+        world.kill()
+
+
+async def _alive(world: World, story: Story) -> None:
+    async with world.open() as cache:
+        await story(world, cache)
+
+
+async def _others_change(world: World, cache: BlockCache) -> None:
+    for version in (1, 2):
+        image = await cache.open(b"id1", b"a", 1, write=False)
+        data = await cache.read(image, 0, BLOCK)
+        assert set(check_stamps(data, 1, 0)) == {version}
+        await cache.close(image, write=False)
+        await trio.sleep(3)
+        world.change_outside(1, 0, stamped(1, 0, BLOCK, 2))
+
+
+async def _slot_changes_hands(world: World, cache: BlockCache) -> None:
+    image = await cache.open(b"id1", b"a", 1, write=True)
+    await cache.read(image, 0, BLOCK)
+    await trio.sleep(1)
+    world.cold = True
+    world.before = {"_read_slots": 30.0}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_checked, cache, image, 0)
+        await trio.sleep(1)
+        for block in range(1, BLOCKS):
+            nursery.start_soon(_checked, cache, image, block)
+            await trio.sleep(0.5)
+
+
+async def _checked(cache: BlockCache, image: Image, block: int) -> None:
+    data = await cache.read(image, block * BLOCK, BLOCK)
+    assert set(check_stamps(data, 1, block * BLOCK)) <= {1, 2}
+
+
+async def _slot_is_being_written(world: World, cache: BlockCache) -> None:
+    image = await cache.open(b"id1", b"a", 1, write=True)
+    await cache.read(image, 0, BLOCK)
+    await trio.sleep(1)
+    world.before = {"_write_both": 30.0}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.write, image, 0, stamped(1, 0, BLOCK, 2))
+        await trio.sleep(1)
+        for block in range(1, BLOCKS):
+            await _checked(cache, image, block)
+            await trio.sleep(0.5)
+    for block in reversed(range(BLOCKS)):
+        await _checked(cache, image, block)
+
+
+def while_it_lives(directory: Path) -> None:
+    """P3, generations and pins: what a running cache must not serve."""
+    for seed, story in enumerate((_others_change, _slot_changes_hands, _slot_is_being_written)):
+        world = _world(directory, seed, slots=16)
+        alive = partial(_alive, world, story)
+        trio.run(alive, clock=trio.testing.MockClock(autojump_threshold=0))
+        world.kill()
+
+
+TRACES = (
+    a_first_write_is_cut_off,
+    a_long_write_is_killed,
+    a_fill_ends_during_a_barrier,
+    a_write_begins_while_its_row_is_removed,
+    while_it_lives,
+)

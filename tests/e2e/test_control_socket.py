@@ -129,7 +129,7 @@ def test_an_interrupted_evict_leaves_things_fine(mount: Mount) -> None:
         with process(
             *COMMAND, "evict", "--all", env=environment(mount), stderr=subprocess.PIPE
         ) as evict:
-            threading.Event().wait(0.12 + 0.05 * round_trip)
+            threading.Event().wait(0.3 + 0.05 * round_trip)
             evict.send_signal(signal.SIGINT)
             _, said = evict.communicate(timeout=30)
             assert evict.returncode in (0, 1, -signal.SIGINT)

@@ -141,6 +141,8 @@ class World:
         self.write_mode = write_mode
         self.slow = 0.0
         """Which share of the calls takes up to four seconds."""
+        self.cold = False
+        """Nothing of the cache device is in memory."""
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         """Seconds that calls of a function take before and after they do what they do."""
@@ -237,7 +239,7 @@ class World:
             self._open_map.close()
             self._open_map = None
 
-    def power_cut(self, *, worst: bool | None = None) -> None:
+    def power_cut(self, *, worst: bool | None = None, newest: bool = False) -> None:
         """The host is gone with all that was not synced; so is the origin's cache."""
         self.cut_at = None
         self._close()
@@ -257,6 +259,8 @@ class World:
                 file.mtime_ns, file.ctime_ns = file.stable_times
             file.make_stable()
         restored = self.snapshots[0] if worst else self.chance.choice(self.snapshots)
+        if newest:
+            restored = self.snapshots[-1]
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self._database}{suffix}").unlink(missing_ok=True)
         self._database.write_bytes(restored)
@@ -277,7 +281,7 @@ class DeviceDouble(CacheDevice):
 
     def try_read(self, position: int, buffer: memoryview) -> bool:
         """Sometimes in memory, sometimes not."""
-        if self._world.chance.random() < 0.3:
+        if self._world.cold or self._world.chance.random() < 0.3:
             return False
         buffer[:] = self._world.device.data[position : position + len(buffer)]
         return True
