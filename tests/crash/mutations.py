@@ -202,19 +202,6 @@ def recovery_from_a_kill_keeps_active_regions() -> Any:
 
 
 @mutation
-def recovery_from_a_kill_forgets_what_was_pending() -> Any:
-    original = BlockMap._merge
-
-    def merge(self: BlockMap, mark: int) -> None:
-        if mark == 1 << 62:
-            self._conn.execute("DELETE FROM pending")
-        else:
-            original(self, mark)
-
-    return patch(BlockMap, "_merge", merge)
-
-
-@mutation
 def recovery_from_a_cut_believes_what_was_pending() -> Any:
     original = BlockMap._recover_cut
 
