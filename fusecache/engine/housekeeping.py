@@ -1,6 +1,7 @@
 """What is done by the clock: heartbeat, commits, barriers, write intents, records, LRU order."""
 
 import logging
+from functools import partial
 
 import trio
 
@@ -120,8 +121,7 @@ class Housekeeping:
     async def save_order(self) -> None:
         """The LRU order as it is now goes to the database, in parts."""
         for part in self._core.order(_PART):
-            batch = Batch(order=[part])
-            await self._committer.commit(lambda batch=batch: batch)  # type: ignore[misc]
+            await self._committer.commit(partial(Batch, order=[part]))
 
     async def settle_all(self) -> None:
         """Waits, at a stop, until the records of our own writes can be trusted: at most 2 s.
