@@ -20,10 +20,14 @@ _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class WriteMode(enum.StrEnum):
-    """Where a guest's write goes. Write-back is accepted by the database format, not yet built."""
+    """Where a guest's write goes before it is acknowledged."""
 
     THROUGH = "through"
+    """To the origin, then to the cache."""
     AROUND = "around"
+    """To the origin; what the cache had of it is forgotten."""
+    BACK = "back"
+    """To the cache; the cleaner brings it to the origin later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,20 @@ class Tuning:
     """A change time younger than this, when recorded, is not trusted (P3)."""
     tick: float = 0.02
     """Longest timestamp granularity of an origin: two ticks of a 100 Hz server."""
+    dirty_age: float = 30.0
+    """Dirty data is written back once it is this old."""
+    dirty_low: float = 0.25
+    """Share of the slots that may be dirty before younger data is written back, too."""
+    dirty_limit: float = 0.5
+    """Share of the slots that may be dirty; beyond it new writes go through."""
+    clean_rate: int = 0
+    """Most bytes a second the cleaner writes to the origin by itself; 0 means no limit."""
+    clean_writes: int = 4
+    """Writebacks of one image to the origin at a time."""
+    clean_pause: float = 1.0
+    """After a failed writeback the image is left alone for this long, then twice as long ..."""
+    clean_pause_most: float = 60.0
+    """... and at most this long."""
     attribute_timeout: float = 1.0
     """How long the kernel may keep names and attributes."""
 

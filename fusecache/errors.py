@@ -48,6 +48,18 @@ class OriginError(FusecacheError):
         self.errno = number
 
 
+class LockedElsewhereError(OriginError):
+    """Another host holds the lock of an image (P8)."""
+
+
+class LocksUnsupportedError(OriginError):
+    """The origin has no locks."""
+
+
+class LostDataError(FusecacheError):
+    """The cache device lost what a guest had written and the origin does not have (EIO)."""
+
+
 class MountError(FusecacheError):
     """The filesystem cannot be mounted or unmounted."""
 

@@ -1,6 +1,7 @@
 """Recovery: from what a stop left behind to an index that may be served from."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from fusecache.core.geometry import Geometry
@@ -8,6 +9,7 @@ from fusecache.core.index import CacheIndex
 from fusecache.errors import CacheDeviceError, DatabaseError
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
+from fusecache.store.superblock import Fence
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +48,22 @@ def _recover(
 ) -> CacheIndex:
     superblock = device.superblock
     meta = block_map.meta()
-    fresh = False
-    if device.fenced:
-        # The last daemon wrote past a broken database: nothing in it can be believed.
+    fresh = device.fence is Fence.ALL
+    if fresh:
+        # The last daemon went on past a broken database: nothing in it can be believed.
         log.warning("the cache was left in trouble and starts empty")
         block_map.wipe()
-        device.set_fenced(False)
-        fresh = True
+        device.set_fence(Fence.NONE)
     if not meta.clean and not fresh:
         device.sync()  # data before rows: merging what a killed daemon left is a barrier (R1)
         same = meta.boot_id == boot_id
         log.info("recovering after %s", "a killed daemon" if same else "a power cut or a move")
     index = CacheIndex(Geometry.of(superblock.block_size), superblock.slot_count)
-    block_map.attach(boot_id, pid, mountpoint, origin)
+    only_dirty = device.fence is Fence.CLEAN
+    block_map.attach(boot_id, pid, mountpoint, origin, only_dirty=only_dirty)
+    if only_dirty:
+        log.warning("the cache was left in trouble: its dirty data is kept, the rest dropped")
+        device.set_fence(Fence.NONE)
     for rows in block_map.load():
         index.load(rows)
     index.finish_load(block_map.load_order())
@@ -80,20 +85,20 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def fence(device: CacheDevice, block_map: BlockMap) -> bool:
+def fence(device: CacheDevice, block_map: BlockMap, *, dirty: bool) -> bool:
     """Keeps the next start from trusting a map that could not be kept up to date.
 
-    Empties the map, or else marks the superblock, which needs no space. True if either worked.
+    Marks the superblock, which needs no space and no database, or else empties the map. Dirty
+    data (``dirty``: there is some) stays, clean pages alone go. True if either worked.
     """
-    try:
-        block_map.wipe()
-    except DatabaseError as exc:
-        log.warning("the block map cannot be emptied (%s), marking the superblock instead", exc)
-    else:
-        return True
-    try:
-        device.set_fenced(True)
-    except CacheDeviceError as exc:
-        log.error("the superblock cannot be marked either: %s", exc)
-        return False
-    return True
+    wipe = block_map.wipe_clean if dirty else block_map.wipe
+    mark = partial(device.set_fence, Fence.CLEAN if dirty else Fence.ALL)
+    for attempt in (mark, wipe):
+        try:
+            attempt()
+        except (CacheDeviceError, DatabaseError) as exc:
+            log.warning("fencing the cache: %s", exc)
+        else:
+            return True
+    log.error("the cache cannot be fenced: do not mount it again before it was repaired")
+    return False

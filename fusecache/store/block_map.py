@@ -55,6 +55,7 @@ class ImageRow:
     trusted: int = 0
     writing: int = 0
     ours_until_ns: int = 0
+    write_mode: str = ""
 
     def copy(self) -> "ImageRow":
         """The row as it is now, for a commit in another thread."""
@@ -305,8 +306,12 @@ class BlockMap:
 
         The caller has synced the cache device since the mark was taken.
         """
-        with _translated(f"Writing {self.path}"), self._transaction(stable=True):
-            self._merge(mark)
+        with _translated(f"Writing {self.path}"):
+            sql = "SELECT 1 FROM pending WHERE seq <= ? LIMIT 1"
+            if self._conn.execute(sql, (mark,)).fetchone() is None:
+                return  # overwritten dirty pages alone: no row changed, and nothing to sync
+            with self._transaction(stable=True):
+                self._merge(mark)
 
     def _merge(self, mark: int) -> None:
         rows = self._pending(mark)
@@ -374,10 +379,21 @@ class BlockMap:
 
     # -- starting and stopping ---------------------------------------------------------------------
 
-    def attach(self, boot_id: str, pid: int, mountpoint: bytes, origin: bytes) -> None:
+    def attach(
+        self,
+        boot_id: str,
+        pid: int,
+        mountpoint: bytes,
+        origin: bytes,
+        *,
+        only_dirty: bool = False,
+    ) -> None:
         """Recovery in one stable transaction (DESIGN, section 6); can be cut and run again.
 
         The caller has synced the cache device, so that merging ``pending`` is a barrier.
+
+        Args:
+            only_dirty: clean pages are not to be believed (``Fence.CLEAN``).
         """
         meta = self.meta()
         with _translated(f"Recovering {self.path}"), self._transaction(stable=True):
@@ -389,6 +405,9 @@ class BlockMap:
             else:
                 self._conn.execute("DELETE FROM pending")
                 self._conn.execute("UPDATE image SET writing = 0, ours_until_ns = 0")
+            if only_dirty:
+                for image in self.images():
+                    self._drop_clean(image.id, WHOLE_IMAGE)
             self._conn.execute(
                 "UPDATE meta SET clean = 0, boot_id = ?, pid = ?, mountpoint = ?, origin = ?",
                 (boot_id, pid, mountpoint, origin),
@@ -443,6 +462,13 @@ class BlockMap:
         with _translated(f"The database {self.path} is damaged"):
             for first, ticks in self._conn.execute("SELECT first_slot, ticks FROM lru"):
                 yield int(first), np.frombuffer(ticks, "<u8")
+
+    def wipe_clean(self) -> None:
+        """Forgets every clean page, stably."""
+        with _translated(f"Writing {self.path}"), self._transaction(stable=True):
+            self._merge(1 << 62)
+            for image in self.images():
+                self._drop_clean(image.id, WHOLE_IMAGE)
 
     def wipe(self) -> None:
         """Forgets every block, stably."""

@@ -22,7 +22,7 @@ from fusecache.errors import (
     NotACacheError,
     SuperblockError,
 )
-from fusecache.store.superblock import DATA_OFFSET, Superblock
+from fusecache.store.superblock import DATA_OFFSET, Fence, Superblock
 
 MIN_SLOTS = 16
 _EDGE = 1 << 20
@@ -86,13 +86,13 @@ class CacheDevice:
             raise CacheDeviceError(f"syncing {self.path}: {exc.strerror}") from exc
 
     @property
-    def fenced(self) -> bool:
-        """Whether the superblock says that the database must not be believed."""
-        return self.superblock.fenced
+    def fence(self) -> Fence:
+        """What of the database must not be believed."""
+        return self.superblock.fence
 
-    def set_fenced(self, fenced: bool) -> None:
-        """Writes the superblock anew, in place: this needs no space and no database."""
-        superblock = replace(self.superblock, fenced=fenced)
+    def set_fence(self, fence: Fence) -> None:
+        """Writes the superblock anew, stably, in place: this needs no space and no database."""
+        superblock = replace(self.superblock, fence=fence)
         write_superblock(self._fd, self.path, superblock)
         self.superblock = superblock
 

@@ -4,12 +4,20 @@ A descriptor comes from an O_PATH descriptor that a lookup pinned, so renames an
 symbolic links cannot lead to another file, and FIFOs and devices are never opened.
 """
 
+import errno
+import fcntl
 import os
 import stat
+import struct
 from dataclasses import dataclass
 
-from fusecache.errors import OriginError
+from fusecache.errors import LockedElsewhereError, LocksUnsupportedError, OriginError
 from fusecache.store import syscalls
+
+LOCKED_BYTE = 1 << 30
+"""Where the lock of one host lies (P8): QEMU uses bytes 100 to 203."""
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence, start, len, pid
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,7 @@ class OriginImage:
     def __init__(self) -> None:
         self._read_fd = -1
         self._write_fd = -1
+        self._lock_fd = -1
 
     def open(self, path_fd: int, *, write: bool) -> Attributes:
         """Opens anew from a pinned descriptor and returns the attributes as of that open.
@@ -129,8 +138,51 @@ class OriginImage:
         except OSError as exc:
             raise _translated(exc, "syncing") from exc
 
+    @property
+    def locked(self) -> bool:
+        """Whether the lock is held here."""
+        return self._lock_fd >= 0
+
+    def lock(self, path_fd: int) -> None:
+        """Takes the lock that keeps other hosts from writing the image (P8); twice does nothing.
+
+        It belongs to a descriptor of its own (an open file description lock), so nothing that
+        this process opens and closes can lose it, and the kernel gives it up with the process.
+
+        Raises:
+            LockedElsewhereError: another host, or another fusecache of this one, holds it.
+            LocksUnsupportedError: the origin has no locks.
+            OriginError: the origin refused to open the file.
+        """
+        if self._lock_fd >= 0:
+            return
+        try:
+            fd = os.open(f"/proc/self/fd/{path_fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as exc:
+            raise _translated(exc, "opening the image to lock it") from exc
+        try:
+            wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, LOCKED_BYTE, 1, 0)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+        except OSError as exc:
+            os.close(fd)
+            if exc.errno in (errno.EAGAIN, errno.EACCES):
+                raise LockedElsewhereError(
+                    errno.EBUSY, "another host has the image open for writing, or dirty"
+                ) from exc
+            if exc.errno in _NO_LOCKS:
+                raise LocksUnsupportedError(exc.errno, f"locking: {exc.strerror}") from exc
+            raise _translated(exc, "locking the image") from exc
+        self._lock_fd = fd
+
+    def unlock(self) -> None:
+        """Gives the lock up; twice does nothing."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
     def close(self) -> None:
-        """Closes both descriptors; twice does nothing."""
+        """Closes both descriptors and gives up the lock; twice does nothing."""
+        self.unlock()
         for fd in (self._read_fd, self._write_fd):
             if fd >= 0:
                 os.close(fd)

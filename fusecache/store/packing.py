@@ -88,9 +88,9 @@ class RegionColumns:
         self.dirty[at] = rows.dirty
 
     def drop_clean(self) -> None:
-        """Only dirty pages stay valid, and only blocks that have some stay."""
+        """Only dirty pages stay, lost ones too, and only blocks that have some stay."""
         self.valid &= self.dirty
-        self.slots[self.valid == 0] = NO_SLOT
+        self.slots[(self.valid | self.dirty) == 0] = NO_SLOT
 
     def drop_from(self, place: int) -> None:
         """The entries from ``place`` on are gone."""

@@ -7,7 +7,7 @@ columns are little endian; slot 0xFFFFFFFF means that the block is not cached.
 
 from sqlite_utils import Database, Migrations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 migrations = Migrations("fusecache")
 
@@ -89,6 +89,18 @@ def m001_create(db: Database) -> None:
     # The LRU order as of its last saving: a hint, by slot number.
     db.table("lru").create({"first_slot": int, "ticks": bytes}, pk="first_slot")
     db.create_view("blocks", _BLOCKS_VIEW)
+
+
+@migrations()
+def m002_write_modes(db: Database) -> None:
+    """Version 2: an image's own write mode, and dirty pages that are lost.
+
+    A page whose dirty bit is set and whose valid bit is not is lost: the cache device lost what a
+    guest had written to it, and what the origin has is older.
+    """
+    # "through", "around", "back"; "": the mount's.
+    db.table("image").add_column("write_mode", str, not_null_default="")
+    db.execute("UPDATE meta SET schema_version = 2")
 
 
 def _integer(column: str, width: int, at: str) -> str:

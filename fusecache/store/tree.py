@@ -157,6 +157,21 @@ class Tree:
             fd = below
         return self._found(fd)
 
+    def pin(self, path: bytes, identity: bytes) -> int | None:
+        """A descriptor of the image at ``path``; None if it is not, or no longer, there.
+
+        Raises:
+            OSError: the origin failed.
+        """
+        try:
+            found = self.resolve(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if found.identity == identity and stat.S_ISREG(found.st.st_mode):
+            return found.fd
+        os.close(found.fd)
+        return None
+
     def path_of(self, fd: int) -> bytes:
         """Where the inode is now, relative to the origin, for people."""
         path = os.readlink(f"/proc/self/fd/{fd}".encode())

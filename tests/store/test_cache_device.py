@@ -18,7 +18,7 @@ from fusecache.errors import (
 )
 from fusecache.store import cache_device
 from fusecache.store.cache_device import CacheDevice
-from fusecache.store.superblock import DATA_OFFSET, MAGIC, Superblock
+from fusecache.store.superblock import DATA_OFFSET, MAGIC, Fence, Superblock
 from tests.support.stamps import stamped
 
 MIB = 1 << 20
@@ -100,10 +100,10 @@ def test_the_fence_is_written_and_survives(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     device = make(path)
     device.write(0, b"data")
-    for fenced in (True, False):
-        device.set_fenced(fenced)
-        assert device.fenced is fenced
-        assert Superblock.unpack(path.read_bytes()[:4096]).fenced is fenced
+    for fence in (Fence.ALL, Fence.CLEAN, Fence.NONE):
+        device.set_fence(fence)
+        assert device.fence is fence
+        assert Superblock.unpack(path.read_bytes()[:4096]).fence is fence
     assert device.read(0, 4) == b"data"
     device.close()
     assert superblock_of(path).uuid == device.superblock.uuid

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecache.errors import NotACacheError, SuperblockError
-from fusecache.store.superblock import MAGIC, SUPERBLOCK_SIZE, VERSION, Superblock
+from fusecache.store.superblock import MAGIC, SUPERBLOCK_SIZE, VERSION, Fence, Superblock
 
 SUPERBLOCKS = st.builds(
     Superblock,
     st.sampled_from([4096 << shift for shift in range(9)]),
     st.integers(0, (1 << 64) - 1),
     st.uuids(),
-    st.booleans(),
+    st.sampled_from(Fence),
 )
-ONE = Superblock(65536, 1600, uuid.UUID(int=0x1234), fenced=False)
+ONE = Superblock(65536, 1600, uuid.UUID(int=0x1234), fence=Fence.NONE)
 
 
 @given(SUPERBLOCKS)

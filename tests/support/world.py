@@ -10,7 +10,7 @@ stable commit or any light one after it.
 import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,7 +24,7 @@ from fusecache.errors import CacheDeviceError, OriginError
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.origin import Attributes, OriginImage
-from fusecache.store.superblock import Superblock
+from fusecache.store.superblock import Fence, Superblock
 
 PAGE = 4096
 TICK_NS = 4_000_000
@@ -300,11 +300,9 @@ class DeviceDouble(CacheDevice):
         self._call("sync")
         self._world.device.sync()
 
-    def set_fenced(self, fenced: bool) -> None:
+    def set_fence(self, fence: Fence) -> None:
         self._call("fence")
-        self._world.superblock = Superblock(
-            self.superblock.block_size, self.superblock.slot_count, self.superblock.uuid, fenced
-        )
+        self.superblock = self._world.superblock = replace(self.superblock, fence=fence)
 
     def close(self) -> None:
         """Nothing to close."""
