@@ -5,47 +5,30 @@ half-way or looks at a clock; a change either happens whole or raises and leaves
 
 Invariants (checked by ``check``, which the tests call after every step):
 
-- every RESERVED or VALID slot has a tag and is found under it, and no other slot is;
-- a VALID slot has a valid page, a RESERVED or INVALID one has none;
+- every slot that is not INVALID has a tag and is found under it, and no other slot is;
+- a VALID slot has a valid page and no dirty one, a DIRTY one has a dirty page, a RESERVED or
+  INVALID one has neither;
 - a slot is free, leaving, retired, or has a tag: exactly one of them.
 """
 
 from array import array
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fusecache.core.dirty import DirtyPages
 from fusecache.core.geometry import Geometry, Run
 from fusecache.core.replacement import Lru
-from fusecache.core.slots import NO_SLOT, SlotTable
+from fusecache.core.rows import U16, U32, U64, OwedRows, Rows
+from fusecache.core.slots import SlotTable
 from fusecache.core.states import Event, State, step
 from fusecache.core.tags import TagIndex
-
-U16 = npt.NDArray[np.uint16]
-U32 = npt.NDArray[np.uint32]
-U64 = npt.NDArray[np.uint64]
 
 _LAST_BLOCK = 0xFFFFFFFF
 """Block numbers have 32 bits: 16 TiB of an image with 4 KiB blocks; the rest is not cached."""
 _LAST_TICK = 1 << 62
-
-
-class Rows(NamedTuple):
-    """Block map rows as equally long columns. ``slot`` is NO_SLOT where the block is gone."""
-
-    image: U32
-    block: U32
-    slot: U32
-    valid: U16
-    dirty: U16
-
-    def where(self, keep: npt.NDArray[Any] | slice) -> "Rows":
-        """The rows that an index, a mask or a slice picks."""
-        return Rows(
-            self.image[keep], self.block[keep], self.slot[keep], self.valid[keep], self.dirty[keep]
-        )
 
 
 class Located(NamedTuple):
@@ -86,9 +69,20 @@ class CacheIndex:
         self._free_count = slot_count
         self._leaving = array("I")
         self._retired: set[int] = set()
-        self._owed = array("I")
-        self._gone_image = array("I")
-        self._gone_block = array("I")
+        self._owed = OwedRows(self._slots)
+        self.dirty = DirtyPages(
+            geometry,
+            self._slots,
+            self._tags.find,
+            self._owed.changed,
+            self._touch,
+            self._invalidate,
+        )
+        """What the origin has not, see ``DirtyPages``."""
+
+    def _touch(self, slot: int) -> None:
+        self._slots.last_used[slot] = self._tick
+        self._tick += 1
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -194,91 +188,131 @@ class CacheIndex:
             return
         slots.state[slot] = step(slots.state[slot], Event.STORE)
         slots.pins[slot] -= 1
-        before = slots.valid[slot]
-        slots.valid[slot] = before | pages
-        image = slots.image[slot]
-        added = (pages & ~before).bit_count()
-        self._pages_of[image] = self._pages_of.get(image, 0) + added
-        slots.last_used[slot] = self._tick
-        self._tick += 1
-        if added:
-            self._owe(slot)
+        self._touch(slot)
+        self._validate(slot, pages)
 
-    def not_stored(self, slot: int, spoiled: int) -> None:
-        """The write failed; ``spoiled`` pages (a mask) may hold anything now and are invalid."""
+    def _validate(self, slot: int, pages: int) -> None:
+        slots = self._slots
+        before = slots.valid[slot]
+        added = pages & ~before
+        if added:
+            slots.valid[slot] = before | added
+            image = slots.image[slot]
+            self._pages_of[image] = self._pages_of.get(image, 0) + added.bit_count()
+            self._owed.changed(slot)
+
+    def stored_dirty(self, slot: int, pages: int) -> None:
+        """The pages (a mask, not 0) are on the device and the origin has them not: they are
+        valid and dirty, and a row is owed unless they were. The slot stays pinned."""
+        self.dirty.soil(slot, pages)
+        self._validate(slot, pages)
+        self._touch(slot)
+
+    def unpin(self, slot: int) -> None:
+        """Ends a ``begin_store`` whose pages are settled one by one; a slot without any is free."""
         slots = self._slots
         if slots.state[slot] == State.RESERVED:
-            image = slots.image[slot]
+            self.not_stored(slot, 0)
+        else:
             slots.pins[slot] -= 1
+
+    def not_stored(self, slot: int, spoiled: int) -> None:
+        """The write failed; ``spoiled`` pages (a mask) may hold anything now and are invalid.
+
+        Held pages are none of these: what is dirty never goes this way.
+        """
+        slots = self._slots
+        slots.pins[slot] -= 1
+        if slots.state[slot] == State.RESERVED:
+            if slots.pins[slot]:
+                return  # another one still stores there
+            image = slots.image[slot]
             self._tags.remove(slot)
             slots.state[slot] = step(slots.state[slot], Event.ABORT)
             self._untag(slot, image)
             self._free[self._free_count] = slot
             self._free_count += 1
             return
-        slots.pins[slot] -= 1
-        slots.last_used[slot] = self._tick  # a pin ends with a use, or the LRU would not be exact
-        self._tick += 1
+        self._touch(slot)  # a pin ends with a use, or the LRU would not be exact
         self._clear(slot, spoiled)
 
     def clear(self, image: int, block: int, pages: int) -> None:
-        """The pages (a mask) of the block are no longer valid; a row is owed if any was."""
+        """The clean ones of the pages (a mask) of the block are no longer valid; a row is owed if
+        any was."""
         slot = self._tags.find(image, block)
         if slot is not None:
+            self._clear(slot, pages)
+
+    def supersede(self, image: int, block: int, pages: int) -> None:
+        """The pages (a mask) go, dirty or not: the origin has newer data, synced."""
+        slot = self._tags.find(image, block)
+        if slot is not None:
+            self.dirty.discard(slot, pages)
             self._clear(slot, pages)
 
     def _clear(self, slot: int, pages: int) -> None:
         slots = self._slots
         before = slots.valid[slot]
-        lost = before & pages
-        if not lost:
-            return
-        if lost == before:
-            self._drop(slot)
-            return
-        slots.valid[slot] = before & ~pages
-        self._pages_of[slots.image[slot]] -= lost.bit_count()
-        self._owe(slot)
+        held = slots.dirty[slot] | slots.cleaning[slot]
+        lost = before & pages & ~held
+        if lost == before and not held and slots.state[slot] == State.VALID:
+            self._drop(slot, Event.DROP)
+        elif lost:
+            self._invalidate(slot, lost)
+
+    def _invalidate(self, slot: int, pages: int) -> None:
+        """Valid pages (a mask) are so no longer."""
+        self._slots.valid[slot] &= ~pages & 0xFFFF
+        self._pages_of[self._slots.image[slot]] -= pages.bit_count()
+        self._owed.changed(slot)
 
     # -- leaving ------------------------------------------------------------------------------
 
     def reclaim(self, count: int) -> int:
-        """Drops up to ``count`` blocks, least recently used first; returns how many."""
+        """Drops up to ``count`` clean blocks, least recently used first; returns how many."""
         victims = self._policy.victims(count)
         for slot in victims:
-            self._drop(slot)
+            self._drop(slot, Event.DROP)
         return len(victims)
 
     def slots_of(self, image: int, from_block: int = 0) -> U32:
         """The slots that hold blocks of an image at or after ``from_block``, for ``drop``."""
         slots = self._slots
-        mine = (slots.image_of == image) & (slots.state_of == State.VALID)
+        mine = (slots.image_of == image) & (slots.state_of >= State.VALID)
         if from_block:
             mine &= slots.block_of >= from_block
         return np.flatnonzero(mine).astype(np.uint32)
 
-    def drop(self, image: int, slots: U32) -> None:
+    def drop(self, image: int, slots: U32, *, dirty: bool) -> None:
         """Drops the blocks in these slots, but for those that left the image meanwhile.
 
         About 2 us each (measured): the caller hands over a large image in parts.
+
+        Args:
+            dirty: whole blocks go (R6); else held pages stay.
         """
         table = self._slots
         for slot in slots.tolist():
-            if table.image[slot] == image and table.state[slot] == State.VALID:
-                self._drop(slot)
+            if table.image[slot] != image or table.state[slot] < State.VALID:
+                continue
+            if not dirty:
+                self._clear(slot, self.geometry.full_mask)
+            else:
+                self.dirty.forget(slot)
+                self._drop(slot, Event.DISCARD)
 
     def retire(self, slot: int) -> None:
-        """The slot cannot be read: its block goes and the slot is never used again."""
-        if self._slots.state[slot] == State.VALID:
-            self._drop(slot)
+        """The slot cannot be read: what is clean in it goes, and once all has gone the slot is
+        never used again."""
         self._retired.add(slot)
+        if self._slots.state[slot] >= State.VALID:
+            self._clear(slot, self.geometry.full_mask)
 
-    def _drop(self, slot: int) -> None:
+    def _drop(self, slot: int, event: Event) -> None:
         slots = self._slots
-        state = step(slots.state[slot], Event.DROP)
+        state = step(slots.state[slot], event)
         image = slots.image[slot]
-        self._gone_image.append(image)
-        self._gone_block.append(slots.block[slot])
+        self._owed.gone(image, slots.block[slot])
         self._tags.remove(slot)
         slots.state[slot] = state
         self._pages_of[image] -= slots.valid[slot].bit_count()
@@ -294,45 +328,18 @@ class CacheIndex:
 
     # -- rows owed to the database ---------------------------------------------------------------
 
-    def _owe(self, slot: int) -> None:
-        if not self._slots.owed[slot]:
-            self._slots.owed[slot] = 1
-            self._owed.append(slot)
-
     @property
     def owes(self) -> bool:
         """Whether any row differs from what was last taken."""
-        return bool(self._owed or self._gone_image)
+        return bool(self._owed)
 
     def take_owed(self) -> Rows:
-        """The rows that changed since the last call, deletions first, then what is there now.
-
-        A block that went and came back is in both parts; the later one counts.
-        """
-        slots = self._slots
-        changed = np.array(self._owed, np.uint32)
-        slots.owed_of[changed] = 0
-        here = changed[slots.state_of[changed] == State.VALID]
-        gone = len(self._gone_image)
-        rows = Rows(
-            image=np.concatenate([np.array(self._gone_image, np.uint32), slots.image_of[here]]),
-            block=np.concatenate([np.array(self._gone_block, np.uint32), slots.block_of[here]]),
-            slot=np.concatenate([np.full(gone, NO_SLOT, np.uint32), here]),
-            valid=np.concatenate([np.zeros(gone, np.uint16), slots.valid_of[here]]),
-            dirty=np.concatenate([np.zeros(gone, np.uint16), slots.dirty_of[here]]),
-        )
-        self._owed = array("I")
-        self._gone_image = array("I")
-        self._gone_block = array("I")
-        return rows
+        """See ``OwedRows.take``."""
+        return self._owed.take()
 
     def give_back_owed(self, rows: Rows) -> None:
-        """Rows that could not be committed are owed again, before whatever came since."""
-        gone = rows.slot == NO_SLOT
-        self._gone_image = array("I", rows.image[gone].tolist()) + self._gone_image
-        self._gone_block = array("I", rows.block[gone].tolist()) + self._gone_block
-        for slot in rows.slot[~gone].tolist():
-            self._owe(slot)
+        """See ``OwedRows.give_back``."""
+        self._owed.give_back(rows)
 
     def take_leaving(self) -> list[int]:
         """The slots dropped since the last call; give them to ``release`` once their rows' deletion
@@ -358,7 +365,7 @@ class CacheIndex:
         """Adds rows of distinct tags and slots to an index that nothing else was done to yet.
 
         Raises:
-            ValueError: a slot out of range or named twice, or a row without a valid page.
+            ValueError: a slot out of range or named twice, or a row without a page.
         """
         slots = self._slots
         if rows.slot.size == 0:
@@ -367,9 +374,9 @@ class CacheIndex:
             raise ValueError("a row names a slot beyond the end of the cache device")
         if bool(slots.state_of[rows.slot].any()) or np.unique(rows.slot).size != rows.slot.size:
             raise ValueError("two rows name the same slot")
-        outside = rows.valid & np.uint16(~self.geometry.full_mask & 0xFFFF)
-        if not rows.valid.all() or outside.any():
-            raise ValueError("a row has no valid page or pages beyond its block")
+        pages = rows.valid | rows.dirty
+        if not pages.all() or (pages & np.uint16(~self.geometry.full_mask & 0xFFFF)).any():
+            raise ValueError("a row has no page or pages beyond its block")
         slots.state_of[rows.slot] = State.VALID
         slots.image_of[rows.slot] = rows.image
         slots.block_of[rows.slot] = rows.block
@@ -379,14 +386,21 @@ class CacheIndex:
         self._count(rows)
 
     def _count(self, rows: Rows) -> None:
-        pages = np.zeros(rows.valid.size, np.uint8)
-        for bit in range(self.geometry.pages_per_block):
-            pages += (rows.valid >> np.uint16(bit) & np.uint16(1)).astype(np.uint8)
+        valid, dirty = self._pages(rows.valid), self._pages(rows.dirty)
         for image in np.unique(rows.image).tolist():
             mine = rows.image == image
             blocks = int(np.count_nonzero(mine))
             self._blocks_of[image] = self._blocks_of.get(image, 0) + blocks
-            self._pages_of[image] = self._pages_of.get(image, 0) + int(pages[mine].sum())
+            self._pages_of[image] = self._pages_of.get(image, 0) + int(valid[mine].sum())
+            soiled = mine & (rows.dirty != 0)
+            if soiled.any():
+                self.dirty.load(image, rows.slot[soiled], int(dirty[soiled].sum()))
+
+    def _pages(self, masks: U16) -> npt.NDArray[np.uint8]:
+        pages = np.zeros(masks.size, np.uint8)
+        for bit in range(self.geometry.pages_per_block):
+            pages += (masks >> np.uint16(bit) & np.uint16(1)).astype(np.uint8)
+        return pages
 
     def finish_load(self, order: Iterator[tuple[int, U64]]) -> None:
         """Ends loading: ``order`` gives saved ``last_used`` ticks as (first slot, ticks)."""
@@ -439,14 +453,19 @@ class CacheIndex:
         for slot in tagged:
             found = self._tags.find(slots.image[slot], slots.block[slot])
             assert found == slot, f"slot {slot} is not found under its tag"
-            assert (slots.valid[slot] != 0) == (slots.state[slot] != State.RESERVED)
+            state, valid, dirty = slots.state[slot], slots.valid[slot], slots.dirty[slot]
+            assert (valid | dirty != 0) == (state != State.RESERVED)
+            assert (dirty != 0) == (state == State.DIRTY) or state == State.WRITEBACK
+            assert not slots.cleaning[slot] or state == State.WRITEBACK
         entries = int(np.count_nonzero(self._tags.table_of))
         assert entries == len(tagged) == self.used
         free = self._free_of[: self._free_count].tolist()
         assert not set(free) & self._retired
-        assert not set(tagged) & self._retired
         once = [*free, *tagged, *self._leaving]
         assert len(once) == len(set(once)), "a slot is in two places"
         for image, pages in self._pages_of.items():
             mine = slots.image_of == image
             assert pages == sum(int(v).bit_count() for v in slots.valid_of[mine].tolist())
+            soiled = sum(int(d).bit_count() for d in slots.dirty_of[mine].tolist())
+            assert self.dirty.pages(image) == soiled
+        assert self.dirty.blocks == int(np.count_nonzero(slots.dirty_of))

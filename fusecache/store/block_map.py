@@ -20,7 +20,7 @@ import numpy as np
 from sqlite_utils import Database
 
 from fusecache.core.geometry import REGION_BLOCKS
-from fusecache.core.index import U64, Rows
+from fusecache.core.rows import U64, Rows
 from fusecache.core.slots import NO_SLOT
 from fusecache.errors import DatabaseError
 from fusecache.store import packing

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fusecache.core.geometry import REGION_BLOCKS
-from fusecache.core.index import Rows
+from fusecache.core.rows import Rows
 from fusecache.core.slots import NO_SLOT
 
 _BATCH = np.dtype(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fusecache.core.geometry import Geometry
-from fusecache.core.index import CacheIndex, Located, Rows
+from fusecache.core.index import CacheIndex, Located
+from fusecache.core.rows import Rows
 from fusecache.core.slots import NO_SLOT
 from fusecache.errors import IllegalStep
 
@@ -199,7 +200,7 @@ class IndexAgainstADict(RuleBasedStateMachine):
         if any(tag[0] == image for tag in self.open):
             return  # the caller excludes other work on the image
         self.picked = None
-        self.index.drop(image, np.array(slots, np.uint32))
+        self.index.drop(image, np.array(slots, np.uint32), dirty=True)
         for tag in [tag for tag in self.valid if tag[0] == image and self.slot_of[tag] in slots]:
             self.gone(tag)
 
@@ -375,7 +376,7 @@ def test_a_loaded_index_knows_its_blocks_and_fills_the_lowest_free_slots_first()
         ([(1, 1, 2, 1), (1, 2, 2, 1)], "same slot"),
         ([(1, 1, SLOTS, 1)], "beyond the end"),
         ([(1, 1, NO_SLOT, 1)], "beyond the end"),
-        ([(1, 1, 2, 0)], "no valid page"),
+        ([(1, 1, 2, 0)], "no page"),
         ([(1, 1, 2, 0b10000)], "beyond its block"),
     ],
 )
@@ -459,7 +460,7 @@ def test_slots_are_released_in_an_order_that_fills_side_by_side() -> None:
         slot = index.begin_store(1, block)
         assert slot is not None
         index.stored(slot, 15)
-    index.drop(1, index.slots_of(1))
+    index.drop(1, index.slots_of(1), dirty=True)
     assert index.free == 0
     index.release(index.take_leaving())
     assert [index.begin_store(2, block) for block in range(SLOTS)] == list(range(SLOTS))

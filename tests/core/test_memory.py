@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fusecache.core.geometry import Geometry
-from fusecache.core.index import CacheIndex, Rows
+from fusecache.core.index import CacheIndex
+from fusecache.core.rows import Rows
 
 GEOMETRY = Geometry.of(65536)
 

@@ -38,7 +38,7 @@ def test_an_illegal_step_raises_and_changes_nothing() -> None:
     slot = index.begin_store(1, 0)
     assert slot is not None
     index.stored(slot, 0b0011)
-    index.drop(1, index.slots_of(1))
+    index.drop(1, index.slots_of(1), dirty=True)
     before = _everything(index)
     for idle in range(4):
         with pytest.raises(IllegalStep):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusecache.core.index import Rows
+from fusecache.core.rows import Rows
 from fusecache.core.slots import NO_SLOT
 from fusecache.errors import DatabaseError
 from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap, ImageRow
