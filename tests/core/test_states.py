@@ -15,6 +15,19 @@ LEGAL = {
     ("RESERVED", "ABORT"): "INVALID",
     ("VALID", "STORE"): "VALID",
     ("VALID", "DROP"): "INVALID",
+    ("RESERVED", "SOIL"): "DIRTY",
+    ("VALID", "SOIL"): "DIRTY",
+    ("VALID", "DISCARD"): "INVALID",
+    ("DIRTY", "STORE"): "DIRTY",
+    ("DIRTY", "SOIL"): "DIRTY",
+    ("DIRTY", "WRITE_BACK"): "WRITEBACK",
+    ("DIRTY", "SETTLE"): "VALID",
+    ("DIRTY", "DISCARD"): "INVALID",
+    ("WRITEBACK", "STORE"): "WRITEBACK",
+    ("WRITEBACK", "SOIL"): "WRITEBACK",
+    ("WRITEBACK", "SETTLE"): "VALID",
+    ("WRITEBACK", "KEEP"): "DIRTY",
+    ("WRITEBACK", "DISCARD"): "INVALID",
 }
 
 
