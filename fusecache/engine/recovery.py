@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fusecache.core.geometry import Geometry
 from fusecache.core.index import CacheIndex
-from fusecache.errors import CacheDeviceError, DatabaseError
+from fusecache.errors import CacheDeviceError, DatabaseError, SuperblockError
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
-from fusecache.store.superblock import Fence
+from fusecache.store.superblock import Fence, remedy
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def recover(
     """
     try:
         return _recover(device, block_map, boot_id, pid, mountpoint, origin)
-    except (ValueError, DatabaseError) as exc:
+    except (ValueError, DatabaseError, SuperblockError) as exc:
         what = str(exc).rstrip(".")
         if isinstance(exc, ValueError):
             what = f"The database {block_map.path} is damaged: {what}"
@@ -49,6 +49,7 @@ def _recover(
     superblock = device.superblock
     meta = block_map.meta()
     fresh = device.fence is Fence.ALL
+    block_map.watch(device, boot_id, believed=not fresh)
     if fresh:
         # The last daemon went on past a broken database: nothing in it can be believed.
         log.warning("the cache was left in trouble and starts empty")
@@ -74,10 +75,7 @@ def _remedy(exc: Exception, device: CacheDevice, block_map: BlockMap) -> str:
     """What to do about a database that cannot be recovered."""
     if "disk is full" in str(exc):
         return f"Make room on the filesystem of {block_map.path}, then mount again."
-    return (
-        "To start with an empty cache (the origin keeps all data written through): "
-        f"fusecache format {device.path} --force"
-    )
+    return remedy(device.path)
 
 
 def boot_id() -> str:

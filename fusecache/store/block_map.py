@@ -10,10 +10,9 @@ import itertools
 import os
 import sqlite3
 import struct
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -22,84 +21,27 @@ from sqlite_utils import Database
 from fusecache.core.geometry import REGION_BLOCKS
 from fusecache.core.rows import U64, Rows
 from fusecache.core.slots import NO_SLOT
-from fusecache.errors import DatabaseError
-from fusecache.store import packing
+from fusecache.errors import CacheDeviceError, DatabaseError
 from fusecache.store.packing import PackedRegion, RegionColumns
+from fusecache.store.records import WHOLE_IMAGE, Batch, ImageRow, Meta
 from fusecache.store.schema import SCHEMA_VERSION, migrations
-from fusecache.store.superblock import Superblock
+from fusecache.store.superblock import Fence, Superblock, Witness, remedy
+from fusecache.store.tables import EVERYTHING, Tables, latest
 
-WHOLE_IMAGE = -1
-"""As a region number: the row stands for every region of the image."""
+__all__ = ["WHOLE_IMAGE", "Batch", "BlockMap", "ImageRow", "Meta", "WitnessKeeper"]
 
-_CHUNK = 512
-"""Regions loaded at a time; with 4096 freed temporary memory kept 10 bytes a slot (measured)."""
 _OWN_CHANGE_SLACK_NS = 2_000_000_000
-
-_REGION_SQL = "SELECT image, region, slots, valid, dirty, crc FROM block "
-_PUT_REGION = "INSERT OR REPLACE INTO block VALUES (?, ?, ?, ?, ?, ?)"
-_PUT_INTENT = "INSERT OR REPLACE INTO region VALUES (?, ?, ?)"
-_PUT_PENDING = "INSERT INTO pending (seq, rows, crc) VALUES (?, ?, ?)"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-@dataclass(slots=True)
-class ImageRow:
-    """What the database remembers of an image; see ``schema`` for the columns."""
+class WitnessKeeper(Protocol):
+    """What keeps the witness: the cache device."""
 
-    id: int
-    identity: bytes
-    path: bytes
-    size: int = 0
-    mtime_ns: int = 0
-    ctime_ns: int = 0
-    recorded_ns: int = 0
-    trusted: int = 0
-    writing: int = 0
-    ours_until_ns: int = 0
-    write_mode: str = ""
+    def read_witness(self) -> Witness:
+        """As it stands there now."""
 
-    def copy(self) -> "ImageRow":
-        """The row as it is now, for a commit in another thread."""
-        return ImageRow(*(getattr(self, name) for name in _IMAGE_COLUMNS))
-
-
-_IMAGE_COLUMNS = tuple(ImageRow.__dataclass_fields__)
-_PUT_IMAGE = (
-    f"INSERT OR REPLACE INTO image ({', '.join(_IMAGE_COLUMNS)}) "
-    f"VALUES ({', '.join('?' * len(_IMAGE_COLUMNS))})"
-)
-
-
-@dataclass(slots=True)
-class Meta:
-    """The row of ``meta``."""
-
-    schema_version: int
-    uuid: str
-    block_size: int
-    slot_count: int
-    boot_id: str
-    clean: int
-    heartbeat_ns: int
-    pid: int
-    mountpoint: bytes
-    origin: bytes
-
-
-@dataclass(slots=True)
-class Batch:
-    """What goes into one transaction, in this order."""
-
-    rows: Rows | None = None
-    drops: list[tuple[int, int]] = field(default_factory=list)
-    """(image, first block): these blocks and all after them leave the database too (R6)."""
-    images: list[ImageRow] = field(default_factory=list)
-    forgotten: list[int] = field(default_factory=list)
-    intents: list[tuple[int, int, int]] = field(default_factory=list)
-    """(image, region, active)"""
-    settled: list[tuple[int, int]] = field(default_factory=list)
-    """(image, region): rows to remove"""
-    order: list[tuple[int, U64]] = field(default_factory=list)
-    heartbeat_ns: int | None = None
+    def write_witness(self, witness: Witness, *, stable: bool = False) -> None:
+        """Unsynced, unless ``stable``."""
 
 
 @contextlib.contextmanager
@@ -118,8 +60,10 @@ class BlockMap:
         self.path = path
         self._conn = connection
         self._db = Database(connection)
+        self._tables = Tables(connection)
         self._stable: bool | None = None
-        self._seq = 0
+        self._keeper: WitnessKeeper | None = None
+        self._witness = Witness()
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -137,21 +81,8 @@ class BlockMap:
             block_map = cls(path, _connect(path))
             block_map._prepare()
             migrations.apply(block_map._db)
-            block_map._db.table("meta").insert(
-                {
-                    "id": 1,
-                    "schema_version": SCHEMA_VERSION,
-                    "uuid": str(superblock.uuid),
-                    "block_size": superblock.block_size,
-                    "slot_count": superblock.slot_count,
-                    "boot_id": "",
-                    "clean": 1,
-                    "heartbeat_ns": 0,
-                    "pid": 0,
-                    "mountpoint": b"",
-                    "origin": b"",
-                }
-            )
+            sizes = (superblock.block_size, superblock.slot_count)
+            block_map._tables.new_meta(Meta(SCHEMA_VERSION, str(superblock.uuid), *sizes))
             block_map.checkpoint(truncate=True)
         return block_map
 
@@ -160,42 +91,102 @@ class BlockMap:
         """The database of this very cache.
 
         Raises:
-            DatabaseError: missing, damaged, of another cache or of a newer version.
+            DatabaseError: missing, damaged, rolled back, of another cache or of a newer version.
         """
-        anew = (
-            "To start with an empty cache (the origin keeps all data written through), "
-            "use fusecache format with --force."
-        )
         if not path.exists():
-            raise DatabaseError(f"The cache's database {path} is missing. {anew}")
+            raise DatabaseError(
+                f"The cache's database {path} is missing. {remedy(superblock.path)}"
+            )
         block_map: BlockMap | None = None
         try:
             with _translated(f"The cache's database {path} is damaged"):
                 block_map = cls(path, _connect(path))
                 block_map._prepare()
-                version = block_map._version()
-                if version > SCHEMA_VERSION:
-                    raise DatabaseError(
-                        f"The cache's database {path} is of version {version}, this fusecache "
-                        f"knows version {SCHEMA_VERSION}: use the newer fusecache again."
-                    )
-                migrations.apply(block_map._db)
-                meta = block_map.meta()
+                block_map._migrate()
+                meta = block_map._tables.now = block_map._tables.meta()
+            if (meta.uuid, meta.block_size, meta.slot_count) != (
+                str(superblock.uuid),
+                superblock.block_size,
+                superblock.slot_count,
+            ):
+                raise DatabaseError(
+                    f"The database {path} belongs to another cache ({meta.uuid}, this one is "
+                    f"{superblock.uuid}): name the right one with --db"
+                )
+            if superblock.witness is not None and superblock.fence is not Fence.ALL:
+                block_map._believe(superblock.witness, same_boot=meta.boot_id == _this_boot())
         except DatabaseError as exc:
             if block_map is not None:
                 block_map.close()
-            raise DatabaseError(f"{str(exc).rstrip('.')}. {anew}") from exc
-        if (meta.uuid, meta.block_size, meta.slot_count) != (
-            str(superblock.uuid),
-            superblock.block_size,
-            superblock.slot_count,
-        ):
-            block_map.close()
-            raise DatabaseError(
-                f"The database {path} belongs to another cache ({meta.uuid}, this one is "
-                f"{superblock.uuid}): name the right one with --db. {anew}"
-            )
+            raise DatabaseError(f"{str(exc).rstrip('.')}. {remedy(superblock.path)}") from exc
         return block_map
+
+    def _migrate(self) -> None:
+        version = self._version()
+        if version > SCHEMA_VERSION:
+            raise DatabaseError(
+                f"The cache's database {self.path} is of version {version}, this fusecache "
+                f"knows version {SCHEMA_VERSION}: use the newer fusecache again."
+            )
+        with self._db.atomic():
+            migrations.apply(self._db)
+            if version < 2:
+                sql = "SELECT schema_version, uuid, block_size, slot_count, boot_id, clean, "
+                sql += "heartbeat_ns, pid, mountpoint, origin FROM meta"
+                self._tables.now = Meta(*self._conn.execute(sql).fetchone())
+                self._tables.seal()
+                self._tables.put_meta()
+
+    def _believe(self, witness: Witness, *, same_boot: bool) -> None:
+        """Raises DatabaseError if database and device are not of the same time."""
+        meta = self._tables.now
+        if witness.blank:
+            if meta.boot_id:
+                raise DatabaseError(
+                    f"The cache device has lost its record of the commits of {self.path}"
+                )
+            return
+        wrong = witness.contradiction(meta.commits, meta.synced, same_boot=same_boot)
+        if wrong is None:
+            return
+        log = Path(f"{self.path}-wal")
+        missing = "" if log.exists() else f"; there is no write-ahead log {log.name} beside it"
+        raise DatabaseError(
+            f"The database {self.path} {wrong} (commit {meta.commits}, the device knows of "
+            f"{witness.commits}){missing}: its rows may name slots that hold other data by now"
+        )
+
+    def watch(self, keeper: WitnessKeeper, boot_id: str, *, believed: bool = True) -> None:
+        """From here on every commit is told to the cache device.
+
+        Args:
+            believed: False if nothing in the database counts (``Fence.ALL``).
+
+        Raises:
+            DatabaseError: database and device are not of the same time.
+            SuperblockError, CacheDeviceError: what the device keeps is damaged, or it fails.
+        """
+        witness = keeper.read_witness()
+        meta = self._tables.now
+        if believed:
+            self._believe(witness, same_boot=meta.boot_id == boot_id)
+        if witness.blank:
+            # Stable before the first commit says that there is one.
+            witness = Witness(meta.commits, meta.commits)
+            keeper.write_witness(witness, stable=True)
+        # A power cut may have taken back commits that the device knows of.
+        meta.commits = max(meta.commits, witness.commits)
+        self._witness = witness
+        self._keeper = keeper
+
+    def _note(self, *, stable: bool) -> None:
+        """Tells the device of a commit. If it fails, ``synced`` stays behind (see ``_merge``)."""
+        commits = self._tables.now.commits
+        if self._keeper is not None:
+            witness = Witness(commits, commits if stable else self._witness.stable)
+            with contextlib.suppress(CacheDeviceError):
+                self._keeper.write_witness(witness)
+                self._witness = witness
 
     @staticmethod
     def is_block_map(path: Path) -> bool:
@@ -215,7 +206,6 @@ class BlockMap:
         self._conn.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._conn.execute("PRAGMA journal_mode = WAL")
         self._conn.execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint()
-        self._seq = 0
 
     def _version(self) -> int:
         if "meta" not in self._db.table_names():
@@ -234,31 +224,28 @@ class BlockMap:
     def meta(self) -> Meta:
         """The cache's row of ``meta``."""
         with _translated(f"Reading {self.path}"):
-            row = dict(self._db.table("meta").get(1))
-            return Meta(**{name: row[name] for name in Meta.__dataclass_fields__})
+            return self._tables.meta()
 
     def images(self) -> list[ImageRow]:
         """Every image the database knows."""
         with _translated(f"Reading {self.path}"):
-            sql = f"SELECT {', '.join(_IMAGE_COLUMNS)} FROM image"
-            return [ImageRow(*row) for row in self._conn.execute(sql)]
+            return self._tables.images()
 
     def cached(self, image: int) -> tuple[int, bool]:
         """How many blocks of an image are cached, and whether any is dirty. Slow: for when no
         daemon runs."""
         with _translated(f"The database {self.path} is damaged"):
-            cursor = self._conn.execute(_REGION_SQL + "WHERE image = ?", (image,))
-            parts = [packing.unpack_regions([PackedRegion(*row) for row in cursor])]
-            if (pending := self._pending(1 << 62)) is not None:
-                parts.append(pending.where(pending.image == image))
-            latest = packing.last_of_each(Rows(*map(np.concatenate, zip(*parts, strict=True))))
-            return int((latest.slot != NO_SLOT).sum()), bool(latest.dirty.any())
+            merged = [(0, self._tables.blocks_of(image))]
+            changes = [(n, r.where(r.image == image)) for n, r in self._tables.pending()]
+            rows = latest(merged + changes)
+            if rows is None:
+                return 0, False
+            return int((rows.slot != NO_SLOT).sum()), bool(rows.dirty.any())
 
     def intents(self) -> list[tuple[int, int, int]]:
         """(image, region, active) of every row of ``region``."""
         with _translated(f"Reading {self.path}"):
-            sql = "SELECT image, region, active FROM region"
-            return [(int(i), int(r), int(a)) for i, r, a in self._conn.execute(sql)]
+            return self._tables.intents()
 
     # -- transactions ------------------------------------------------------------------------------
 
@@ -267,8 +254,16 @@ class BlockMap:
         if stable != self._stable:
             self._conn.execute(f"PRAGMA synchronous = {'FULL' if stable else 'NORMAL'}")
             self._stable = stable
-        with self._db.atomic():
-            yield
+        before = self._tables.now.copy()
+        try:
+            with self._db.atomic():
+                self._tables.now.commits += 1
+                yield
+                self._tables.put_meta()
+        except BaseException:
+            self._tables.now = before
+            raise
+        self._note(stable=stable)
 
     def commit(self, batch: Batch, *, stable: bool) -> int:
         """One transaction with all of ``batch``.
@@ -276,30 +271,27 @@ class BlockMap:
         Returns:
             The mark: ``merge`` with it takes in everything committed up to now.
         """
+        tables = self._tables
         with _translated(f"Writing {self.path}"), self._transaction(stable=stable):
             if batch.rows is not None and batch.rows.slot.size:
-                blob = packing.pack_batch(batch.rows)
-                self._conn.execute(_PUT_PENDING, (self._seq + 1, blob, zlib.crc32(blob)))
-                self._seq += 1
+                tables.add_pending(tables.now.commits, batch.rows)
             for image, first_block in batch.drops:
                 self._drop(image, first_block)
-            self._conn.executemany(
-                _PUT_IMAGE, [[getattr(row, n) for n in _IMAGE_COLUMNS] for row in batch.images]
-            )
+            for row in batch.images:
+                tables.put_image(row)
             for image in batch.forgotten:
-                self._conn.execute("DELETE FROM region WHERE image = ?", (image,))
-                self._conn.execute("DELETE FROM image WHERE id = ?", (image,))
-            self._conn.executemany(_PUT_INTENT, batch.intents)
-            self._conn.executemany(
-                "DELETE FROM region WHERE image = ? AND region = ?", batch.settled
-            )
+                tables.delete_image(image)
+            for intent in batch.intents:
+                tables.put_intent(*intent)
+            for image, region in batch.settled:
+                tables.delete_intent(image, region)
             self._conn.executemany(
                 "INSERT OR REPLACE INTO lru (first_slot, ticks) VALUES (?, ?)",
                 [(first, ticks.astype("<u8").tobytes()) for first, ticks in batch.order],
             )
             if batch.heartbeat_ns is not None:
-                self._conn.execute("UPDATE meta SET heartbeat_ns = ?", (batch.heartbeat_ns,))
-        return self._seq
+                tables.now.heartbeat_ns = batch.heartbeat_ns
+        return tables.now.commits
 
     def merge(self, mark: int) -> None:
         """Step 3 of a barrier (R1): ``pending`` up to ``mark`` becomes part of ``block``, stably.
@@ -307,66 +299,46 @@ class BlockMap:
         The caller has synced the cache device since the mark was taken.
         """
         with _translated(f"Writing {self.path}"):
-            sql = "SELECT 1 FROM pending WHERE seq <= ? LIMIT 1"
-            if self._conn.execute(sql, (mark,)).fetchone() is None:
+            if not self._tables.has_pending(mark):
                 return  # overwritten dirty pages alone: no row changed, and nothing to sync
+            noted = self._witness.commits
             with self._transaction(stable=True):
                 self._merge(mark)
+                # The device was synced after the mark was noted there.
+                self._tables.now.synced = min(mark, noted)
 
     def _merge(self, mark: int) -> None:
-        rows = self._pending(mark)
-        if rows is not None and rows.slot.size:
-            latest = packing.last_of_each(rows)
-            regions = latest.block // np.uint32(REGION_BLOCKS)
-            changes = np.flatnonzero(np.diff(regions) | np.diff(latest.image)) + 1
-            edges = [0, *changes.tolist(), latest.slot.size]
+        rows = latest(self._tables.pending(mark))
+        if rows is not None:
+            regions = rows.block // np.uint32(REGION_BLOCKS)
+            changes = np.flatnonzero(np.diff(regions) | np.diff(rows.image)) + 1
+            edges = [0, *changes.tolist(), rows.slot.size]
             for start, stop in itertools.pairwise(edges):
-                part = latest.where(slice(start, stop))
+                part = rows.where(slice(start, stop))
                 image, region = int(part.image[0]), int(regions[start])
-                columns = RegionColumns(self._region(image, region))
+                columns = self._tables.columns(image, region)
                 columns.put(part)
                 self._put_region(image, region, columns)
-        self._conn.execute("DELETE FROM pending WHERE seq <= ?", (mark,))
-
-    def _pending(self, mark: int) -> Rows | None:
-        sql = "SELECT rows, crc FROM pending WHERE seq <= ? ORDER BY seq"
-        blobs = [_checked(*row) for row in self._conn.execute(sql, (mark,))]
-        return packing.unpack_batches(blobs) if blobs else None
-
-    def _region(self, image: int, region: int) -> PackedRegion | None:
-        sql = _REGION_SQL + "WHERE image = ? AND region = ?"
-        row = self._conn.execute(sql, (image, region)).fetchone()
-        if row is None:
-            return None
-        packed = PackedRegion(*row)
-        packing.check(packed)  # else a change to a damaged row would give it a right checksum
-        return packed
+        self._tables.delete_pending(mark)
 
     def _put_region(self, image: int, region: int, columns: RegionColumns) -> None:
-        if columns.empty:
-            sql = "DELETE FROM block WHERE image = ? AND region = ?"
-            self._conn.execute(sql, (image, region))
-        else:
-            self._conn.execute(_PUT_REGION, columns.pack(image, region))
+        self._tables.put_columns(image, region, columns)
 
     def _drop(self, image: int, first_block: int) -> None:
         """Takes the image's blocks from ``first_block`` on out of ``block`` and ``pending``."""
         region, place = divmod(first_block, REGION_BLOCKS)
         if place:
-            columns = RegionColumns(self._region(image, region))
+            columns = self._tables.columns(image, region)
             columns.drop_from(place)
             self._put_region(image, region, columns)
             region += 1
-        self._conn.execute("DELETE FROM block WHERE image = ? AND region >= ?", (image, region))
-        for seq, blob, crc in self._conn.execute("SELECT seq, rows, crc FROM pending").fetchall():
-            rows = packing.unpack_batches([_checked(blob, crc)])
-            stays = (rows.image != image) | (rows.block < first_block)
-            if not stays.any():
-                self._conn.execute("DELETE FROM pending WHERE seq = ?", (seq,))
-            elif not stays.all():
-                kept = packing.pack_batch(rows.where(stays))
-                sql = "UPDATE pending SET rows = ?, crc = ? WHERE seq = ?"
-                self._conn.execute(sql, (kept, zlib.crc32(kept), seq))
+        self._tables.delete_regions(image, region)
+        self._tables.drop_pending(image, first_block)
+
+    def add_regions(self, rows: Iterable[PackedRegion]) -> None:
+        """Regions for a map that has none of them yet, stably."""
+        with _translated(f"Writing {self.path}"), self._transaction(stable=True):
+            self._tables.add_packed(rows)
 
     def checkpoint(self, *, truncate: bool = False) -> None:
         """Moves the write-ahead log into the database.
@@ -396,53 +368,73 @@ class BlockMap:
             only_dirty: clean pages are not to be believed (``Fence.CLEAN``).
         """
         meta = self.meta()
+        tables = self._tables
         with _translated(f"Recovering {self.path}"), self._transaction(stable=True):
+            tables.verify_small()
             if not meta.clean:
                 if meta.boot_id == boot_id:
                     self._recover_killed(meta.heartbeat_ns)
                 else:
                     self._recover_cut()
             else:
-                self._conn.execute("DELETE FROM pending")
-                self._conn.execute("UPDATE image SET writing = 0, ours_until_ns = 0")
+                tables.delete_pending()
+                self._mark_images(None)
+            self._drop_orphans()
             if only_dirty:
                 for image in self.images():
                     self._drop_clean(image.id, WHOLE_IMAGE)
-            self._conn.execute(
-                "UPDATE meta SET clean = 0, boot_id = ?, pid = ?, mountpoint = ?, origin = ?",
-                (boot_id, pid, mountpoint, origin),
-            )
-        self._seq = int(self._conn.execute("SELECT ifnull(max(seq), 0) FROM pending").fetchone()[0])
+            tables.now.clean, tables.now.pid = 0, pid
+            tables.now.boot_id = boot_id
+            tables.now.mountpoint, tables.now.origin = mountpoint, origin
 
     def _recover_killed(self, heartbeat_ns: int) -> None:
         """What reached the kernel is there: every row counts, but in active regions (R4)."""
-        self._merge(1 << 62)
-        for image, region, active in self.intents():
-            if active and region != WHOLE_IMAGE:
-                self._drop_clean(image, region)
-        self._conn.execute("UPDATE region SET active = 0")
-        self._conn.execute(
-            "UPDATE image SET ours_until_ns = ?, writing = 0 WHERE writing = 1",
-            (heartbeat_ns + _OWN_CHANGE_SLACK_NS,),
-        )
+        self._merge(EVERYTHING)
+        for image, region, active in self._tables.intents():
+            if active:
+                if region != WHOLE_IMAGE:
+                    self._drop_clean(image, region)
+                self._tables.put_intent(image, region, 0)
+        self._mark_images(heartbeat_ns + _OWN_CHANGE_SLACK_NS)
 
     def _recover_cut(self) -> None:
         """Only what a barrier made stable counts, and no region that was ever written to (R4)."""
-        self._conn.execute("DELETE FROM pending")
-        for image, region, _ in self.intents():
+        self._tables.delete_pending()
+        for image, region, _ in self._tables.intents():
             self._drop_clean(image, region)
-        self._conn.execute("DELETE FROM region")
-        self._conn.execute("UPDATE image SET writing = 0, ours_until_ns = 0")
+            self._tables.delete_intent(image, region)
+        self._mark_images(None)
+
+    def _drop_orphans(self) -> None:
+        """A fill that ended while its image was forgotten leaves blocks of an image without a
+        row. Its number may be given again, so they go; ``image`` itself was seen to be whole."""
+        known = {image.id for image in self._tables.images()}
+        for image in self._tables.owners():
+            if image in known:
+                continue
+            if self._tables.blocks_of(image).dirty.any():
+                raise ValueError(f"image {image} has dirty data and no row in its table image")
+            self._tables.delete_regions(image, 0)
+
+    def _mark_images(self, ours_until_ns: int | None) -> None:
+        """Nobody has an image open for writing now; who had, may have changed it until then."""
+        for image in self._tables.images():
+            writing, image.writing = image.writing, 0
+            if ours_until_ns is None:
+                if not writing and not image.ours_until_ns:
+                    continue
+                image.ours_until_ns = 0
+            elif writing:
+                image.ours_until_ns = ours_until_ns
+            else:
+                continue
+            self._tables.put_image(image)
 
     def _drop_clean(self, image: int, region: int) -> None:
-        regions = [region]
-        if region == WHOLE_IMAGE:
-            sql = "SELECT region FROM block WHERE image = ?"
-            regions = [int(row[0]) for row in self._conn.execute(sql, (image,)).fetchall()]
+        regions = [region] if region != WHOLE_IMAGE else self._tables.regions_of(image)
         for number in regions:
-            row = self._region(image, number)
-            if row is not None:
-                columns = RegionColumns(row)
+            columns = self._tables.columns(image, number)
+            if columns.was is not None:
                 columns.drop_clean()
                 self._put_region(image, number, columns)
 
@@ -450,46 +442,42 @@ class BlockMap:
         """Every cached block as of ``attach``, some regions at a time.
 
         Raises:
-            DatabaseError: a row is damaged.
+            DatabaseError: a row is damaged, or rows are missing; perhaps only at the end.
         """
         with _translated(f"The database {self.path} is damaged"):
-            cursor = self._conn.execute(_REGION_SQL)
-            while rows := cursor.fetchmany(_CHUNK):
-                yield packing.unpack_regions([PackedRegion(*row) for row in rows])
+            yield from self._tables.all_blocks()
 
     def load_order(self) -> Iterator[tuple[int, U64]]:
-        """The saved LRU order as (first slot, ticks)."""
+        """The saved LRU order as (first slot, ticks): a hint, so damaged rows are left out."""
         with _translated(f"The database {self.path} is damaged"):
             for first, ticks in self._conn.execute("SELECT first_slot, ticks FROM lru"):
-                yield int(first), np.frombuffer(ticks, "<u8")
+                if isinstance(first, int) and isinstance(ticks, bytes) and first >= 0:
+                    yield first, np.frombuffer(ticks[: len(ticks) // 8 * 8], "<u8")
 
     def wipe_clean(self) -> None:
         """Forgets every clean page, stably."""
         with _translated(f"Writing {self.path}"), self._transaction(stable=True):
-            self._merge(1 << 62)
+            self._merge(EVERYTHING)
             for image in self.images():
                 self._drop_clean(image.id, WHOLE_IMAGE)
 
     def wipe(self) -> None:
         """Forgets every block, stably."""
         with _translated(f"Writing {self.path}"), self._transaction(stable=True):
-            for table in ("pending", "block", "region", "lru", "image"):
-                self._conn.execute(f"DELETE FROM {table}")
+            self._tables.clear()
 
     def detach(self) -> None:
         """The clean stop: everything before it is stable, and the next start may trust it."""
         with _translated(f"Writing {self.path}"):
             with self._transaction(stable=True):
-                if self._conn.execute("SELECT 1 FROM pending LIMIT 1").fetchone():
+                if self._tables.has_pending():
                     raise ValueError("rows came after the last barrier")
-                self._conn.execute("UPDATE meta SET clean = 1, pid = 0")
+                self._tables.now.clean, self._tables.now.pid = 1, 0
             self.checkpoint(truncate=True)
 
 
-def _checked(blob: bytes, crc: int) -> bytes:
-    if zlib.crc32(blob) != crc:
-        raise ValueError("a row of the table pending has a wrong checksum")
-    return blob
+def _this_boot() -> str:
+    return _BOOT_ID.read_text().strip()
 
 
 def _connect(path: Path) -> sqlite3.Connection:

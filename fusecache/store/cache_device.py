@@ -22,7 +22,15 @@ from fusecache.errors import (
     NotACacheError,
     SuperblockError,
 )
-from fusecache.store.superblock import DATA_OFFSET, Fence, Superblock
+from fusecache.store.superblock import (
+    DATA_OFFSET,
+    WITNESS_OFFSET,
+    WITNESS_SIZE,
+    Fence,
+    Superblock,
+    Witness,
+    remedy,
+)
 
 MIN_SLOTS = 16
 _EDGE = 1 << 20
@@ -95,6 +103,19 @@ class CacheDevice:
         superblock = replace(self.superblock, fence=fence)
         write_superblock(self._fd, self.path, superblock)
         self.superblock = superblock
+
+    def read_witness(self) -> Witness:
+        """What the database has told this device. Raises SuperblockError if it is damaged."""
+        return Witness.unpack(os.pread(self._fd, WITNESS_SIZE, WITNESS_OFFSET))
+
+    def write_witness(self, witness: Witness, *, stable: bool = False) -> None:
+        """Notes how far the database has come; unless ``stable`` with the next sync."""
+        try:
+            os.pwrite(self._fd, witness.pack(), WITNESS_OFFSET)
+        except OSError as exc:
+            raise CacheDeviceError(f"writing {self.path}: {exc.strerror}") from exc
+        if stable:
+            CacheDevice.sync(self)
 
     def close(self) -> None:
         """Closes and unlocks; twice does nothing."""
@@ -170,23 +191,21 @@ def read_superblock(fd: int, path: Path) -> Superblock:
         raise EmptyCacheError(f"{path} is empty.")
     try:
         superblock = Superblock.unpack(first)
+        witness = Witness.unpack(first[WITNESS_OFFSET : WITNESS_OFFSET + WITNESS_SIZE])
     except NotACacheError:
         raise NotACacheError(
             f"{path} holds something that is not a fusecache cache (a filesystem, a partition "
             f"table, other data). If nothing on it is needed: fusecache format {path} --force"
         ) from None
     except SuperblockError as exc:
-        raise SuperblockError(
-            f"{path} cannot be used: {exc}. To start with an empty cache (the origin keeps all "
-            f"data written through): fusecache format {path} --force"
-        ) from None
+        raise SuperblockError(f"{path} cannot be used: {exc}. {remedy(path)}") from None
     needed = DATA_OFFSET + superblock.slot_count * superblock.block_size
     if size < needed:
         raise SuperblockError(
             f"{path} has {format_size(size)} but was formatted with {format_size(needed)}: "
-            f"it was cut short. To start with an empty cache: fusecache format {path} --force"
+            f"it was cut short. {remedy(path)}"
         )
-    return superblock
+    return replace(superblock, witness=witness, path=path)
 
 
 def plan(fd: int, path: Path, block_size: int, size: int | None) -> Superblock:

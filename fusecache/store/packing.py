@@ -19,6 +19,7 @@ _BATCH = np.dtype(
     [("image", "<u4"), ("block", "<u4"), ("slot", "<u4"), ("valid", "<u2"), ("dirty", "<u2")]
 )
 _KEY = struct.Struct("<II")
+_SEQ = struct.Struct("<Q")
 
 
 class PackedRegion(NamedTuple):
@@ -38,6 +39,11 @@ def pack_batch(rows: Rows) -> bytes:
     for name, column in rows._asdict().items():
         packed[name] = column
     return packed.tobytes()
+
+
+def batch_crc(seq: int, blob: bytes) -> int:
+    """The checksum of a row of ``pending``."""
+    return zlib.crc32(blob, zlib.crc32(_SEQ.pack(seq)))
 
 
 def unpack_batches(blobs: Sequence[bytes]) -> Rows:
@@ -71,6 +77,7 @@ class RegionColumns:
     """The three columns of one region, to be changed in place."""
 
     def __init__(self, row: PackedRegion | None) -> None:
+        self.was = row
         if row is None:
             self.slots = np.full(REGION_BLOCKS, NO_SLOT, np.uint32)
             self.valid = np.zeros(REGION_BLOCKS, np.uint16)

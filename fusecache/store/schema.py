@@ -100,6 +100,18 @@ def m002_write_modes(db: Database) -> None:
     """
     # "through", "around", "back"; "": the mount's.
     db.table("image").add_column("write_mode", str, not_null_default="")
+    # Of all other columns, in the order of records.IMAGE_COLUMNS.
+    db.table("image").add_column("crc", int, not_null_default=0)
+    # Transactions since the cache was made; the cache device is told each (superblock.Witness).
+    db.table("meta").add_column("commits", int, not_null_default=0)
+    # Up to which of them the cache device is known to have been synced.
+    db.table("meta").add_column("synced", int, not_null_default=0)
+    # How many rows each table has, and the sum of their hashes (tallies.py).
+    for table in ("block", "pending", "region", "image"):
+        db.table("meta").add_column(f"{table}_rows", int, not_null_default=0)
+        db.table("meta").add_column(f"{table}_sum", int, not_null_default=0)
+    # Of all other columns but id, in the order of records.META_COLUMNS.
+    db.table("meta").add_column("crc", int, not_null_default=0)
     db.execute("UPDATE meta SET schema_version = 2")
 
 

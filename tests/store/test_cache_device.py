@@ -204,7 +204,7 @@ def test_a_damaged_superblock_is_refused_and_not_taken_for_empty(tmp_path: Path)
     with path.open("r+b") as file:
         file.seek(20)
         file.write(b"\xff")
-    with pytest.raises(SuperblockError, match=r"checksum.*--force"):
+    with pytest.raises(SuperblockError, match=r"checksum.*fusecache repair"):
         superblock_of(path)
 
 

@@ -24,7 +24,7 @@ from fusecache.errors import CacheDeviceError, OriginError
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.origin import Attributes, OriginImage
-from fusecache.store.superblock import Fence, Superblock
+from fusecache.store.superblock import Fence, Superblock, Witness
 
 PAGE = 4096
 TICK_NS = 4_000_000
@@ -134,6 +134,7 @@ class World:
         self.files: dict[int, OriginFile] = {}
         self.superblock = Superblock(block_size, slots, UUID(int=7))
         self.device = Pages(bytearray(slots * block_size))
+        self.witness = Pages(bytearray(PAGE))
         self.faults = Faults()
         self.steps = 0
         self.cut_at: int | None = None
@@ -248,6 +249,7 @@ class World:
         if worst is None:
             worst = self.chance.random() < 0.5
         self.device.cut(self.chance)
+        self.witness.cut(self.chance)
         for _, file in sorted(self.files.items()):
             grown = file.size - file.stable_size
             if grown > 0 and not worst and self.chance.random() < 0.5:
@@ -299,6 +301,16 @@ class DeviceDouble(CacheDevice):
     def sync(self) -> None:
         self._call("sync")
         self._world.device.sync()
+        self._world.witness.sync()
+
+    def read_witness(self) -> Witness:
+        return Witness.unpack(bytes(self._world.witness.data))
+
+    def write_witness(self, witness: Witness, *, stable: bool = False) -> None:
+        """No step: a kill right before it is as good as one right before the commit."""
+        self._world.witness.write(0, witness.pack())
+        if stable:
+            self._world.witness.sync()
 
     def set_fence(self, fence: Fence) -> None:
         self._call("fence")
