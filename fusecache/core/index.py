@@ -446,6 +446,14 @@ class CacheIndex:
         """Blocks and valid pages of one image."""
         return Usage(self._blocks_of.get(image, 0), self._pages_of.get(image, 0))
 
+    def dirty_bytes(self, image: int) -> int:
+        """What the origin has not of an image."""
+        return self.dirty.pages(image) << self.geometry.page_shift
+
+    def lost_ranges(self, image: int) -> list[tuple[int, int]]:
+        """See ``DirtyPages.lost_ranges``."""
+        return self.dirty.lost_ranges(image)
+
     def check(self) -> None:
         """Asserts the invariants above. Slow; for tests."""
         slots = self._slots

@@ -16,7 +16,7 @@ from fusecache.core.slots import SlotTable
 from fusecache.core.states import State
 
 _SAMPLE = 1 << 16
-_SHARE = 32
+_SHARE = 64
 _MINIMUM = 256
 
 

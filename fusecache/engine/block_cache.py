@@ -13,7 +13,10 @@ import trio
 from fusecache.config import Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
+from fusecache.engine.cleaner import Cleaner, Progress
 from fusecache.engine.committer import Committer
+from fusecache.engine.degraded import Degraded
+from fusecache.engine.dirty_writes import DirtyWrites
 from fusecache.engine.discards import Discards
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
@@ -21,13 +24,15 @@ from fusecache.engine.housekeeping import Housekeeping
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
-from fusecache.engine.ports import Clock, Invalidate, Threads, no_pages
+from fusecache.engine.origin_writes import OriginWrites
+from fusecache.engine.ports import Clock, Invalidate, Pin, Threads, no_image, no_pages
 from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
+from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
 from fusecache.engine.writes import Writes
-from fusecache.errors import FusecacheError, OriginError
-from fusecache.store.block_map import BlockMap
+from fusecache.errors import CacheDeviceError, FusecacheError, OriginError
+from fusecache.store.block_map import Batch, BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.origin import OriginImage
 
@@ -53,6 +58,7 @@ class BlockCache:
         threads: Threads,
         new_origin: Callable[[], OriginImage],
         invalidate: Invalidate,
+        pin: Pin,
     ) -> None:
         self.core = core
         self.device = device
@@ -63,9 +69,10 @@ class BlockCache:
         self.state = CacheState(device, tuning, clock.monotonic)
         self._nursery = nursery
         self._background = trio.CancelScope()
+        self._rescuing = trio.CancelScope()
         self._background_ended = trio.Event()
         self.images = Images(
-            core, self.state, threads, clock, tuning, write_mode, new_origin, invalidate
+            core, self.state, threads, clock, tuning, write_mode, new_origin, invalidate, pin
         )
         self.committer = Committer(
             core,
@@ -88,16 +95,43 @@ class BlockCache:
         )
         self._reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self._reclaimer.wake)
-        self._reads = Reads(core, self.state, self._fills, threads)
+        slots = SlotIO(device, threads, clock.monotonic)
+        origin = OriginWrites(core, self.state, threads, clock.monotonic)
+        dirty = DirtyWrites(core, self.state, self.committer, self._intents, threads, slots)
+        self._degraded = Degraded(
+            core, self.state, self.committer, self._intents, origin, threads, self.images.adopted
+        )
+        self._reads = Reads(core, self.state, self._fills, self._degraded, threads)
         self._writes = Writes(
-            core, self.state, self._intents, threads, clock.monotonic, self._reclaimer.wake
+            core,
+            self.state,
+            self._intents,
+            origin,
+            dirty,
+            self._degraded,
+            self._reclaimer.wake,
+        )
+        self.cleaner = Cleaner(
+            core, self.state, self.images, self.committer, self._intents, threads, clock, tuning
         )
         self.housekeeping = Housekeeping(
             core, self.state, self.images, self.committer, self._intents, clock, tuning
         )
-        self._discards = Discards(core, self.state, self.images, self._intents, threads, invalidate)
-        self.try_read = HitPath(core, self.state).try_read
+        self._discards = Discards(
+            core,
+            self.state,
+            self.images,
+            self._intents,
+            self.cleaner,
+            self._degraded,
+            threads,
+            invalidate,
+        )
+        hits = HitPath(core, self.state, slots)
+        self.try_read = hits.try_read
         """See ``HitPath.try_read``."""
+        self.try_write = hits.try_write
+        """See ``HitPath.try_write``."""
 
     # -- handles and data --------------------------------------------------------------------------
 
@@ -124,44 +158,134 @@ class BlockCache:
 
     async def write(self, image: Image, offset: int, data: bytes) -> int:
         """See ``Writes.write``."""
+        if self.try_write(image, offset, data):
+            return len(data)
+        return await self._writes.write(image, offset, data)
+
+    async def write_slowly(self, image: Image, offset: int, data: bytes) -> int:
+        """As ``write``, for a caller whose ``try_write`` just said no."""
         return await self._writes.write(image, offset, data)
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:
         """What was written and acknowledged is on stable storage (P2).
 
-        The origin's sync and the barrier run side by side; write-through data needs only the
-        first, but what changed in the cache is made stable with it (R1).
+        The origin's sync and the barrier run side by side: the one for what went to the origin,
+        the other for what changed in the cache (R1).
 
         Raises:
             OriginError: the origin's sync failed.
+            CacheDeviceError, DatabaseError, LostDataError: what the cache alone has is not stable.
         """
-        error: FusecacheError | None = None
+        errors: list[FusecacheError] = []
         async with trio.open_nursery() as nursery:
-            if image.cached_changed and self.state.usable:
-                nursery.start_soon(self._barrier_for_guest)
-            if metadata or image.synced < image.written:
+            nursery.start_soon(self._make_stable, image, errors)
+            if image.synced < image.written:
                 try:
                     await self._intents.sync_origin(image, metadata=metadata)
                 except OriginError as exc:
-                    error = exc
-        if error is not None:
-            raise error
+                    errors.append(exc)
+        if errors:
+            raise errors[0]
 
-    async def flush(self, image: Image, path_fd: int | None = None) -> None:
+    async def _make_stable(self, image: Image, errors: list[FusecacheError]) -> None:
+        try:
+            if self.state.usable and not image.detached:
+                await self.committer.make_stable(image)
+        except FusecacheError as exc:
+            # Clean data alone: the origin has it all, the guest's fsync stands.
+            log.debug("no barrier: %s", exc)
+        try:
+            if not self.state.usable:
+                await self._stable_without_map(image)
+        except FusecacheError as exc:
+            errors.append(exc)
+
+    async def _stable_without_map(self, image: Image) -> None:
+        """The cache is broken: what is dirty is brought to the origin, and the slots are synced,
+        since the next start may believe them."""
+        await self.state.passable()
+        if self._degraded.holds(image) and self.core.dirty.slots(image.id).size:
+            await self._degraded.rescue(image)
+            if self._degraded.holds(image):
+                await self.threads.device(self.device.sync)
+
+    async def flush(
+        self, image: Image, path_fd: int | None = None, *, progress: Progress | None = None
+    ) -> None:
         """Everything acknowledged for the image is on the origin, synced; rows are stable.
 
         Raises:
-            OriginError, DatabaseError, CacheDeviceError: not so.
+            OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.
         """
+        if not self.state.usable:
+            await self._stable_without_map(image)
+            await self._discards.sync(image, path_fd)
+            return
+        if self.core.dirty.pages(image.id):
+            flush = self._discards.drain if self.state.draining else self.cleaner.flush
+            await flush(image, progress)
         await self._discards.sync(image, path_fd)
         await self.committer.barrier()
 
-    async def flush_all(self) -> None:
-        """``flush`` of every image, side by side: one that stalls holds up no other (P6)."""
+    async def flush_all(
+        self, *, progress: Progress | None = None
+    ) -> list[tuple[Image, FusecacheError]]:
+        """``flush`` of every image, side by side: one that stalls holds up no other (P6).
+
+        Returns what failed.
+        """
+        failed: list[tuple[Image, FusecacheError]] = []
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
-                nursery.start_soon(self._sync_at_end, image)
+                nursery.start_soon(self._flush_one, image, progress, failed)
         await self._barrier_for_guest()
+        return failed
+
+    async def _flush_one(
+        self,
+        image: Image,
+        progress: Progress | None,
+        failed: list[tuple[Image, FusecacheError]],
+    ) -> None:
+        try:
+            await self.flush(image, progress=progress)
+        except FusecacheError as exc:
+            if self.core.dirty.slots(image.id).size:
+                self.cleaner.failed(image, exc)
+            else:
+                log.error("%s could not be synced: %s", image.name, exc)
+            failed.append((image, exc))
+
+    def drain(self) -> None:
+        """The mount is about to end: no page becomes dirty that was not, in any image."""
+        self.state.draining = True
+
+    def undrain(self) -> None:
+        """It is not."""
+        self.state.draining = False
+
+    @property
+    def dirty_bytes(self) -> int:
+        """What the origin has not, of all images."""
+        return self.core.dirty.all_pages << self.core.geometry.page_shift
+
+    async def set_write_mode(self, image: Image, mode: WriteMode | None) -> None:
+        """From now on the image is written in this mode; None means the mount's own.
+
+        Leaving write-back flushes first; what fails of that stays dirty and is tried again.
+
+        Raises:
+            OriginError, LostDataError, DatabaseError, CacheDeviceError: not all is on the origin,
+                or the mode is not stable in the database.
+        """
+        async with image.cleaning, image.lock.everything():
+            leaving = image.write_mode is WriteMode.BACK
+            image.write_mode = mode or self.write_mode
+            image.row.write_mode = "" if mode is None else mode.value
+            image.row_owed = True
+        await self.committer.commit(Batch, stable=True)
+        if leaving and image.write_mode is not WriteMode.BACK:
+            await self.flush(image)
 
     async def _sync_at_end(self, image: Image) -> None:
         try:
@@ -172,8 +296,8 @@ class BlockCache:
     async def _distrust(self, image: Image) -> None:
         """After a failed origin sync the kernel may have dropped what was written: the cache
         would be newer than the origin, and go back in time when a block leaves it."""
-        async with image.opening:
-            await self.images.discard(image, 0)
+        async with image.opening, image.lock.everything():
+            await self.images.drop(image, 0, dirty=False)
 
     async def _barrier_for_guest(self) -> None:
         try:
@@ -188,9 +312,18 @@ class BlockCache:
         """See ``Discards.truncate``."""
         await self._discards.truncate(image, size)
 
-    async def evict(self, image: Image, path_fd: int | None = None) -> int:
+    async def evict(
+        self,
+        image: Image,
+        path_fd: int | None = None,
+        *,
+        discard_dirty: bool = False,
+        progress: Progress | None = None,
+    ) -> int:
         """See ``Discards.evict``."""
-        return await self._discards.evict(image, path_fd)
+        return await self._discards.evict(
+            image, path_fd, discard_dirty=discard_dirty, progress=progress
+        )
 
     def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
         """See ``Discards.removing``."""
@@ -209,16 +342,53 @@ class BlockCache:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reclaimer.run)
                 nursery.start_soon(self.housekeeping.run)
+                nursery.start_soon(self.cleaner.run)
         self._background_ended.set()
 
     async def _fence_when_broken(self) -> None:
-        """Once the cache is unusable: no write may pass it before the next start is warned."""
+        """Once the cache is unusable: no write may pass it before the next start is warned.
+
+        Then what is dirty is rescued; when all of it is on the origin, nothing in the slots
+        counts any more.
+        """
         await self.state.broken.wait()
-        worked = await self.committer.fence(partial(recovery.fence, self.device, self.block_map))
+        held = self.core.dirty.any_held
+        # After a failed sync of the device all that was not synced before is lost already.
+        synced = isinstance(self.committer.broken, CacheDeviceError)
+        rows = self.core.take_owed()
+        worked = await self.committer.fence(
+            partial(recovery.fence, self.device, self.block_map, rows, synced=synced, dirty=held)
+        )
         if not worked:
             # P3 takes changes for ours up to 2 s after the last heartbeat, and none after.
             await trio.sleep(self.housekeeping.until_not_ours())
         self.state.fenced.set()
+        if held:
+            self._nursery.start_soon(self._rescue_all)
+
+    async def _rescue_all(self) -> None:
+        """Image by image, again and again with growing pauses, until the origin has everything."""
+        pause = self.tuning.clean_pause
+        with self._rescuing:
+            while True:
+                left = [i for i in self.images.all() if not await self._rescued(i)]
+                if not left:
+                    break
+                await trio.sleep(pause)
+                pause = min(self.tuning.clean_pause_most, pause * 2)
+            empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
+            self.state.emptied = await self.committer.fence(empty)
+            if self.state.emptied:
+                log.warning("everything that was dirty is on the origin")
+
+    async def _rescued(self, image: Image) -> bool:
+        if image.rescued or not self.core.dirty.slots(image.id).size:
+            return True
+        try:
+            await self._degraded.rescue(image)
+        except FusecacheError as exc:
+            self.cleaner.failed(image, exc)
+        return image.rescued
 
     async def aclose(self) -> None:
         """The clean stop; nobody uses the cache any more. Never raises for a cache in trouble.
@@ -226,6 +396,7 @@ class BlockCache:
         First everything that makes rows ends, so that the last barrier takes in all of them.
         """
         self._background.cancel()
+        self._rescuing.cancel()
         await self._background_ended.wait()
         with trio.move_on_after(_DRAINING) as draining:
             await self._fills.drained()
@@ -261,6 +432,7 @@ async def open_cache(
     threads: Threads | None = None,
     new_origin: Callable[[], OriginImage] = OriginImage,
     invalidate: Invalidate = no_pages,
+    pin: Pin = no_image,
     boot_id: str | None = None,
 ) -> AsyncIterator[BlockCache]:
     """Recovers and opens a cache; closes it cleanly at the end unless the body raised.
@@ -293,6 +465,7 @@ async def open_cache(
             threads=threads,
             new_origin=new_origin,
             invalidate=invalidate,
+            pin=pin,
         )
         cache.images.load(
             await threads.database(block_map.images), await threads.database(block_map.intents)

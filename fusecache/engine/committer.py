@@ -5,7 +5,7 @@ cut (R1). Everything the database learns goes through here, one transaction at a
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
@@ -40,9 +40,10 @@ class _Barrier:
 class _Activation:
     """Regions somebody wants to write to."""
 
-    def __init__(self, image: Image, regions: list[int]) -> None:
+    def __init__(self, image: Image, regions: list[int], *, active: bool) -> None:
         self.image = image
         self.regions = regions
+        self.active = active
         self.committed = False
 
     @property
@@ -56,8 +57,14 @@ class _Activation:
         self.committed = True
         for region in self.regions:
             intent = self.image.intents[region]
-            intent.active = True
+            intent.active = intent.active or self.active
             intent.stable = intent.stable or stable
+
+
+class _Owner:
+    """Somebody who waits for a commit of the rows that are owed now."""
+
+    committed = False
 
 
 class Committer:
@@ -88,24 +95,27 @@ class Committer:
         self._clock = clock
         self._whole_image_after = whole_image_after
         self._report = failed
-        self._broken: FusecacheError | None = None
+        self.broken: FusecacheError | None = None
+        """The error after which nothing is committed any more."""
         self._lock = trio.Lock()
         self._wanted: list[_Activation] = []
+        self._owners: list[_Owner] = []
         self._barrier = _Barrier()
         self._barrier_wanted = trio.Event()
+        self._running: _Barrier | None = None
         self.anything_since_barrier = False
         self.last_heartbeat = clock.monotonic()
 
     def _failed(self, error: FusecacheError) -> None:
         """From here on nothing is committed any more but the fence: what the database holds
         must not grow again from rows that belong to no state of the cache."""
-        if self._broken is None:
-            self._broken = error
+        if self.broken is None:
+            self.broken = error
         self._report(error)
 
     def _check(self) -> None:
-        if self._broken is not None:
-            raise DatabaseError(f"the cache is out of use: {self._broken}")
+        if self.broken is not None:
+            raise DatabaseError(f"the cache is out of use: {self.broken}")
 
     # -- transactions ------------------------------------------------------------------------------
 
@@ -115,6 +125,7 @@ class Committer:
         What is owed is taken without an await before the call: the rows are those of one moment.
         """
         self._check()
+        owners, self._owners = self._owners, []
         rows = batch.rows = self._core.take_owed()
         owing = [image for image in self._images() if image.row_owed]
         for image in owing:
@@ -133,6 +144,8 @@ class Committer:
             error = exc if isinstance(exc, DatabaseError) else _unforeseen(exc)
             self._failed(error)
             raise error from exc
+        for owner in owners:
+            owner.committed = True
         if stable:
             self._counters.stable_commits += 1
         else:
@@ -143,6 +156,23 @@ class Committer:
         """Commits all that is owed, and what ``batch`` gives at the very moment it is taken."""
         async with self._lock:
             await self._commit(batch(), stable=stable)
+
+    def rows_owed(self) -> Callable[[], Awaitable[None]]:
+        """Rows were just owed: what this gives returns once they are in a commit (R2), whoever
+        made it. Callers share commits."""
+        mine = _Owner()
+        self._owners.append(mine)
+
+        async def committed() -> None:
+            async with self._lock:
+                if not mine.committed:
+                    await self._commit(Batch(), stable=False)
+
+        return committed
+
+    async def commit_rows(self) -> None:
+        """Returns once the rows that are owed now are in a commit."""
+        await self.rows_owed()()
 
     async def commit_owed(self) -> None:
         """A light commit, if anything is owed."""
@@ -156,12 +186,12 @@ class Committer:
         await self.commit(lambda: beat)
         self.last_heartbeat = at
 
-    async def activate(self, image: Image, regions: list[int]) -> None:
-        """The regions' rows are active, and stable unless a whole-image row is (R4).
+    async def activate(self, image: Image, regions: list[int], *, active: bool) -> None:
+        """The regions' rows are there, and stable unless a whole-image row is (R4).
 
         Callers that wait at the same time share a transaction.
         """
-        mine = _Activation(image, regions)
+        mine = _Activation(image, regions, active=active)
         self._wanted.append(mine)
         async with self._lock:
             if mine.committed:
@@ -172,7 +202,11 @@ class Committer:
             # Decided under the lock: the whole-image row may have gone while we waited.
             escalated = [item.image for item in wanted if self._escalates(item.image)]
             stable = bool(escalated) or any(item.needs_stable for item in wanted)
-            intents = [(item.image.id, region, 1) for item in wanted for region in item.regions]
+            intents = [
+                (item.image.id, region, int(item.active or item.image.intents[region].active))
+                for item in wanted
+                for region in item.regions
+            ]
             intents += [(grown.id, WHOLE_IMAGE, 1) for grown in escalated]
             await self._commit(Batch(intents=intents), stable=stable)
             for item in wanted:
@@ -212,6 +246,24 @@ class Committer:
         if joined.error is not None:
             raise joined.error
 
+    async def make_stable(self, image: Image) -> None:
+        """Returns once all that was acknowledged for the image in the cache is stable (R1).
+
+        Waits for the barrier that runs if that covers it, and not for the next.
+
+        Raises:
+            CacheDeviceError, DatabaseError: it cannot be made stable any more.
+        """
+        if image.stable >= image.changes:
+            return
+        running = self._running
+        if running is not None and image.covered >= image.changes:
+            await running.done.wait()
+            if running.error is not None:
+                raise running.error
+        else:
+            await self.barrier()
+
     async def run(self) -> None:
         """Runs the barriers, one after another, until cancelled."""
         try:
@@ -225,6 +277,7 @@ class Committer:
             self._barrier.fail(DatabaseError("no barrier: fusecache is stopping"))
 
     async def _run_one(self, barrier: _Barrier) -> None:
+        self._running = barrier
         try:
             await self._perform()
         except (CacheDeviceError, DatabaseError) as exc:
@@ -239,14 +292,16 @@ class Committer:
             raise
         else:
             barrier.done.set()
+        finally:
+            self._running = None
 
     async def _perform(self) -> None:
-        changed = [image for image in self._images() if image.cached_changed]
         async with self._lock:
             self._check()
             leaving = self._core.take_leaving()
+            changed = [image for image in self._images() if image.stable < image.changes]
             for image in changed:
-                image.cached_changed = False
+                image.covered = image.changes
             self.anything_since_barrier = False
             try:
                 mark = await self._commit(Batch(), stable=False)  # 1. rows owed, and the mark
@@ -254,17 +309,28 @@ class Committer:
                 self._core.give_back_leaving(leaving)
                 raise
         try:
-            await self._threads.device(self._device.sync)  # 2. data
+            await self._sync_device()  # 2. data
             async with self._lock:
                 await self._threads.database(self._block_map.merge, mark)  # 3. rows, stably
         except Exception:
             self._core.give_back_leaving(leaving)
             for image in changed:
-                image.cached_changed = True
+                image.covered = image.stable
             self.anything_since_barrier = True
             raise
+        for image in changed:
+            image.stable = image.covered
         self._core.release(leaving)  # 4. nothing stable names these slots any more (R3)
         self._counters.barriers += 1
+
+    async def _sync_device(self) -> None:
+        began = self._core.dirty.sync_begins()
+        try:
+            await self._threads.device(self._device.sync)
+        except BaseException:
+            if lost := self._core.dirty.sync_failed(began):
+                log.error("the cache device lost %d pages that the origin has not", lost)
+            raise
 
     async def checkpoint(self) -> None:
         """Moves the write-ahead log into the database, so that it does not grow for ever."""

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 
 from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
+from fusecache.engine.cleaner import Cleaner, Progress
+from fusecache.engine.degraded import Degraded
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
@@ -26,6 +28,8 @@ class Discards:
         state: CacheState,
         images: Images,
         intents: WriteIntents,
+        cleaner: Cleaner,
+        degraded: Degraded,
         threads: Threads,
         invalidate: Invalidate,
     ) -> None:
@@ -33,6 +37,8 @@ class Discards:
         self._state = state
         self._images = images
         self._intents = intents
+        self._cleaner = cleaner
+        self._degraded = degraded
         self._threads = threads
         self._invalidate = invalidate
 
@@ -43,32 +49,56 @@ class Discards:
 
         Raises:
             OriginError: the origin failed; the blocks beyond ``size`` are gone all the same.
+            LostDataError, CacheDeviceError: the block of the new end is dirty and cannot be
+                written back; nothing happened.
         """
-        async with image.lock.everything():
+        async with image.cleaning, image.lock.everything():
             image.wrote = True
             if size >= image.size or not self._state.serves(image):
                 await self._state.passable()
+                self._refuse_held(image, size)
                 await self._truncate_origin(image, size)
                 return
-            region = region_of(size >> self._core.geometry.block_shift)
+            geometry = self._core.geometry
+            region = region_of(size >> geometry.block_shift)
             try:
+                if size % geometry.block_size:
+                    await self._cleaner.finish_block(image, size >> geometry.block_shift)
                 # The region of the new end is active, should we die between origin and rows.
                 async with self._intents.writing(image, range(region, region + 1)):
                     await self._truncate_cached(image, size)
             except DatabaseError:
                 await self._state.passable()
+                self._refuse_held(image, size)
                 await self._truncate_origin(image, size)
+
+    def _refuse_held(self, image: Image, size: int) -> None:
+        """A broken cache cannot forget dirty pages, and they would come back in a longer file."""
+        if size < image.size and self._degraded.holds(image) and self._core.dirty.pages(image.id):
+            raise OriginError(5, "the cache is degraded and holds data past the new end")
 
     async def _truncate_cached(self, image: Image, size: int) -> None:
         geometry = self._core.geometry
         block, tail = divmod(size, geometry.block_size)
+        before = image.size
         try:
             await self._truncate_origin(image, size)
+        except OriginError:
+            await self._learn_size(image)  # it may have cut the file before it failed
+            raise
         finally:
-            # Whatever the origin said: it may have cut the file before it failed.
             if tail:
                 self._core.clear(image.id, block, geometry.touched(tail, geometry.block_size))
-            await self._images.drop(image, block + (1 if tail else 0))
+            cut = image.size < before
+            await self._images.drop(image, block + (1 if tail else 0), dirty=cut)
+
+    async def _learn_size(self, image: Image) -> None:
+        try:
+            seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+        except OriginError as exc:
+            image.counters.failed(exc)
+        else:
+            image.size = min(image.size, seen.size)
 
     async def _truncate_origin(self, image: Image, size: int) -> None:
         try:
@@ -92,43 +122,92 @@ class Discards:
         if image is None:
             yield False
             return
-        async with image.opening, image.lock.everything():
+        async with image.opening, image.cleaning, image.lock.everything():
+            if image.handles and self._core.dirty.pages(image.id):
+                # Whoever has it open goes on with it: its data must be where they will read it.
+                await self._cleaner.finish(image)
             yield True
             image.detached = True
-            await self._images.drop(image, 0)
+            await self._images.drop(image, 0, dirty=True)
+            await self._images.unlock(image)
             if not image.handles:
-                await self._images.forget(image)
+                await self._images.forget(image, gone=True)
 
-    async def evict(self, image: Image, path_fd: int | None = None) -> int:
+    async def evict(
+        self,
+        image: Image,
+        path_fd: int | None = None,
+        *,
+        discard_dirty: bool = False,
+        progress: Progress | None = None,
+    ) -> int:
         """Flushes an image and drops its blocks alone; returns how many were dropped.
 
         If it is open it is detached: uncached and written through until its last handle closes.
-        Its blocks go before the first write can pass them. Then invalidation pushes out pages
-        that guests changed in mappings; they arrive as writes, straight to the origin, before the
+        Its blocks go before the first write can pass them. Invalidation pushes out pages that
+        guests changed in mappings; they arrive as writes, straight to the origin, before the
         origin sync. ``opening`` is free meanwhile, since the kernel may hold such pages back
         while it waits for an open or a truncate of the same image.
 
         Args:
             path_fd: a descriptor to open the image by for its sync, if nobody has it open.
+            discard_dirty: what the origin has not is dropped as well.
 
         Raises:
-            OriginError: the origin's sync failed; the image is detached but not evicted.
+            OriginError, LostDataError, CacheDeviceError: it is not all on the origin; the image
+                stays as it was, or is detached if only its last sync failed.
             DatabaseError: the rows could not be dropped.
         """
-        async with image.opening, image.lock.everything():
-            blocks = self._core.usage(image.id).blocks
-            image.detached = True
-            await self._images.drop(image, 0)
+        self._refuse_broken()
+        image.draining += 1
+        try:
+            if self._core.dirty.pages(image.id) and not discard_dirty:
+                await self._threads.kernel(self._invalidate, image.row.identity)
+                await self._cleaner.clean(image, progress)
+            async with image.opening, image.cleaning, image.lock.everything():
+                if not discard_dirty and self._core.dirty.pages(image.id):
+                    await self._cleaner.finish(image, progress)
+                blocks = self._core.usage(image.id).blocks
+                image.detached = True
+                await self._images.drop(image, 0, dirty=True)
+                image.unreadable.clear()
+        finally:
+            image.draining -= 1
+            if image.own_pending:
+                await self._images.cleaned(image)
         await self._threads.kernel(self._invalidate, image.row.identity)
         async with image.opening:
             if self._images.find(image.row.identity) is image:
                 async with image.lock.everything():
                     await self.sync(image, path_fd)
+                await self._images.unlock(image)
                 if not image.handles:
                     await self._images.forget(image)
-        if not self._state.usable:
-            raise DatabaseError(f"the cache is degraded: {self._state.trouble}")
+        self._refuse_broken()
         return blocks
+
+    def _refuse_broken(self) -> None:
+        if not self._state.usable:
+            raise DatabaseError(
+                f"the cache is degraded ({self._state.trouble}): nothing can be evicted from it. "
+                "Unmount it; what is dirty is brought to the origin by that"
+            )
+
+    async def drain(self, image: Image, progress: Progress | None = None) -> None:
+        """Everything dirty goes to the origin, synced, and nothing of the image is dirty then.
+
+        Raises:
+            OriginError, LostDataError, DatabaseError, CacheDeviceError: some of it stays dirty.
+        """
+        image.draining += 1
+        try:
+            await self._cleaner.clean(image, progress)
+            if self._core.dirty.pages(image.id):
+                async with image.cleaning, image.lock.everything():
+                    await self._cleaner.finish(image, progress)
+        finally:
+            image.draining -= 1
+        await self._images.cleaned(image)
 
     async def sync(self, image: Image, path_fd: int | None = None) -> None:
         """Origin sync if anything was written since the last; see ``evict`` for ``path_fd``.

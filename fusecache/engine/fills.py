@@ -126,7 +126,8 @@ class Fills:
         for block in fetch.blocks:
             in_block = min(geometry.block_size, image.size - (block << geometry.block_shift))
             pages = geometry.touched(0, in_block)
-            lacking = pages & ~self._core.valid_pages(image.id, block)
+            have = self._core.valid_pages(image.id, block) | self._core.dirty.held(image.id, block)
+            lacking = pages & ~have
             if lacking:
                 missing[block] = lacking
         for run in merged(list(missing)):

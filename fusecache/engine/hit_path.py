@@ -1,24 +1,28 @@
-"""The hit path: no await between look-up and read, no thread, no allocation but two small ones."""
+"""The hit path: no await between look-up and device, no thread, two small allocations."""
 
 from fusecache.core.index import CacheIndex
 from fusecache.engine.image import Image
+from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
+from fusecache.errors import CacheDeviceError
 
 _BUFFER_SIZE = 1 << 20
 """The largest read the kernel sends."""
 
 
 class HitPath:
-    """Reads that are simply a hit: every page valid and in the page cache."""
+    """Reads and writes that are simply a hit."""
 
-    def __init__(self, core: CacheIndex, state: CacheState) -> None:
+    def __init__(self, core: CacheIndex, state: CacheState, slots: SlotIO) -> None:
         self._hit = core.hit
+        self._overwrite = core.dirty.overwrite
         self._state = state
         self._device = state.device
+        self._slots = slots
         self._buffer = memoryview(bytearray(_BUFFER_SIZE))
 
     def try_read(self, image: Image, offset: int, length: int) -> memoryview | None:
-        """The bytes, or None for "not simply a hit".
+        """The bytes if every page is valid and in the page cache; None for "not simply a hit".
 
         The result lies in a buffer that the next call overwrites: use it before any await.
         Measured at 1 MiB: 35 us against 55 us with a new buffer each time.
@@ -46,3 +50,29 @@ class HitPath:
             return None  # the slow path meets the error again and deals with it
         image.counters.read_hit_bytes += length
         return view
+
+    def try_write(self, image: Image, offset: int, data: bytes) -> bool:
+        """Writes data whose pages are all dirty already, in whatever mode (R5): no row changes,
+        so nothing has to be waited for. False, and nothing is written, for anything else."""
+        length = len(data)
+        if (
+            not length
+            or offset + length > image.size
+            or not self._state.serves(image)
+            or image.lock.exclusive
+            or not self._slots.in_place(length)
+        ):
+            return False
+        runs = self._overwrite(image.row.id, offset, length)
+        if runs is None:
+            return False
+        view, done = memoryview(data), 0
+        try:
+            for position, size in runs:
+                self._slots.write_now(position, view[done : done + size])
+                done += size
+        except CacheDeviceError:
+            return False  # the slow path meets the error again and deals with it
+        image.changes += 1
+        image.counters.write_bytes += length
+        return True

@@ -51,7 +51,11 @@ class Image:
     size: int = 0
     lock: SpanLock = field(default_factory=SpanLock)
     opening: trio.Lock = field(default_factory=trio.Lock)
-    """Held while the image is opened, closed, checked or evicted."""
+    """Held while the image is opened, closed, checked or evicted. Taken before ``cleaning``."""
+    cleaning: trio.Lock = field(default_factory=trio.Lock)
+    """Held while dirty pages are on their way to the origin. Taken before ``lock``."""
+    extending: trio.Lock = field(default_factory=trio.Lock)
+    """Held while the origin's file is made longer ahead of a write."""
     fetches: dict[int, Fetch] = field(default_factory=dict)
     """By block: fetches under way or being stored."""
     counters: ImageCounters = field(default_factory=ImageCounters)
@@ -60,6 +64,24 @@ class Image:
     waiting: int = 0
     detached: bool = False
     """Evicted or unlinked while open: uncached until the last handle closes."""
+    draining: int = 0
+    """Somebody wants it clean: no page becomes dirty that was not."""
+    adopted: bool = True
+    """Dirty data of an earlier life was fitted to the origin as it is now."""
+    own_pending: bool = False
+    """The cleaner changed the origin and the record does not say so yet (P3)."""
+    rescued: bool = False
+    """The cache is broken, and the origin has all that is dirty here."""
+    unreadable: dict[int, int] = field(default_factory=dict)
+    """By block: dirty pages the cache device failed to read when last asked."""
+    clean_error: str = ""
+    """Why the last writeback failed; empty if it did not."""
+    clean_failures: int = 0
+    """Writebacks failed in a row."""
+    clean_after: float = float("-inf")
+    """Nothing is written back by the clock before then."""
+    failed_syncs: int = 0
+    """Origin syncs failed, ever: what was written before one may be gone (R5)."""
     row_owed: bool = False
     settles: bool = False
     """The recorded change time is of our own making and may be trusted once it is old enough."""
@@ -69,8 +91,16 @@ class Image:
     removing_intents: bool = False
     begun: int = 0
     """Writes with an intent begun, ever."""
-    cached_changed: bool = False
-    """The cache of this image was written to since the last barrier."""
+    in_flight: int = 0
+    """Writes under way that only the whole-image row stands for."""
+    last_intent: float = float("-inf")
+    """When the last write with an intent ended."""
+    changes: int = 0
+    """Writes that changed the cache of this image and were acknowledged, ever."""
+    covered: int = 0
+    """``changes`` as of when the barrier that runs, or ran last, began."""
+    stable: int = 0
+    """``changes`` that a completed barrier has made stable."""
     written: int = 1
     """Origin writes ended, ever, and one for what an earlier life may have left unsynced."""
     synced: int = 0
@@ -87,6 +117,11 @@ class Image:
     def id(self) -> int:
         """The number in tags and rows."""
         return self.row.id
+
+    @property
+    def name(self) -> str:
+        """Where it was last seen, for logs."""
+        return self.row.path.decode("utf-8", "backslashreplace")
 
     @property
     def handles(self) -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,9 +14,15 @@ from fusecache.config import Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine.committer import Committer
 from fusecache.engine.image import Image, Intent
-from fusecache.engine.ports import Clock, Invalidate, Threads
+from fusecache.engine.ports import Clock, Invalidate, Pin, Threads
 from fusecache.engine.state import CacheState
-from fusecache.errors import DatabaseError, OriginError
+from fusecache.errors import (
+    CacheDeviceError,
+    DatabaseError,
+    LockedElsewhereError,
+    LocksUnsupportedError,
+    OriginError,
+)
 from fusecache.store.block_map import WHOLE_IMAGE, ImageRow
 from fusecache.store.origin import Attributes, OriginImage, attributes_of
 
@@ -41,6 +48,7 @@ class Images:
         write_mode: WriteMode,
         new_origin: Callable[[], OriginImage],
         invalidate: Invalidate,
+        pin: Pin,
     ) -> None:
         self._core = core
         self._state = state
@@ -50,6 +58,8 @@ class Images:
         self._write_mode = write_mode
         self._new_origin = new_origin
         self._invalidate = invalidate
+        self._pin = pin
+        self._warned_of_locks = False
         self._by_identity: dict[bytes, Image] = {}
         self._next_id = 1
         self.committer: Committer
@@ -71,9 +81,10 @@ class Images:
             row=row,
             origin=self._new_origin(),
             limiter=self._threads.new_image_limiter(),
-            write_mode=self._write_mode,
+            write_mode=WriteMode(row.write_mode or self._write_mode),
             max_waiting=self._tuning.max_waiting_per_image,
             size=row.size,
+            adopted=not self._core.dirty.pages(row.id),
         )
         self._by_identity[row.identity] = image
         self._next_id = max(self._next_id, row.id + 1)
@@ -97,15 +108,22 @@ class Images:
             image.row_owed = image.row_owed or image.row.recorded_ns != 0
         return image
 
-    async def forget(self, image: Image) -> None:
+    async def forget(self, image: Image, *, gone: bool = False) -> None:
         """The image is no longer known, here or in the database, and its descriptors closed.
 
         For a caller that holds ``image.opening`` and has dropped the blocks.
+
+        Args:
+            gone: the image itself is removed, so that its setting goes as well.
         """
         image.origin.close()
         image.row_owed = False
         if self._by_identity.get(image.row.identity) is image:
             del self._by_identity[image.row.identity]
+            if (mode := image.row.write_mode) and not gone:
+                # What the operator has set stays, for when the image is used again.
+                row = ImageRow(self._next_id, image.row.identity, image.row.path, write_mode=mode)
+                self._add(row).row_owed = True
         try:
             if self._state.usable:
                 await self.committer.forget(image)
@@ -120,6 +138,7 @@ class Images:
             or image.intents
             or image.whole_intent
             or image.settles
+            or image.row.write_mode
             or self._core.usage(image.id).blocks
             or not image.lock.idle
         )
@@ -145,6 +164,8 @@ class Images:
 
     async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
         seen: Attributes | None = None
+        if write and not image.detached:
+            await self._lock(image, path_fd)
         if image.writers == 0 or not image.origin.readable:
             try:
                 seen = await self.open_side(image, path_fd, write=False)
@@ -154,8 +175,10 @@ class Images:
         if write and not image.origin.writable:
             seen = await self.open_side(image, path_fd, write=True)
         image.kernel_true = True
-        if seen is not None and image.writers == 0:
+        # While the cleaner's changes are not recorded yet, its handle is one open for writing.
+        if seen is not None and image.writers == 0 and not image.own_pending:
             image.kernel_true = await self.check(image, seen)
+        await self._adopt(image)
         if write:
             if image.writers == 0:
                 image.wrote = False
@@ -172,6 +195,110 @@ class Images:
         except OriginError as exc:
             image.counters.failed(exc)
             raise
+
+    async def _lock(self, image: Image, path_fd: int) -> None:
+        """No other host may write the image as long as we do, or have dirty data of it (P8).
+
+        Raises:
+            LockedElsewhereError: one does.
+        """
+        try:
+            await self._threads.harmless(image.limiter, image.origin.lock, path_fd)
+        except LockedElsewhereError as exc:
+            log.error("%s cannot be opened for writing: %s", image.name, exc)
+            image.counters.failed(exc)
+            raise
+        except LocksUnsupportedError as exc:
+            if not self._warned_of_locks:
+                self._warned_of_locks = True
+                log.warning(
+                    "the origin has no locks (%s): nothing keeps two hosts from one image", exc
+                )
+        except OriginError as exc:
+            if exc.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            log.debug("%s is not locked: %s", image.name, exc)
+
+    async def unlock(self, image: Image) -> None:
+        """Other hosts may write the image again."""
+        if image.origin.locked:
+            await self._threads.harmless(image.limiter, image.origin.unlock)
+
+    async def _adopt(self, image: Image) -> None:
+        """Fits an earlier life's dirty data to the origin: what lies past its end goes.
+
+        The origin is synced first: a truncate of that life may not have been.
+
+        Raises:
+            OriginError: the origin failed.
+        """
+        if image.adopted or not self._state.serves(image):
+            return
+        await self._threads.harmless(image.limiter, image.origin.sync)
+        seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+        async with image.cleaning, image.lock.everything():
+            await self.fit(image, seen.size)
+        image.size = seen.size
+        image.adopted = True
+
+    async def adopted(self, image: Image) -> None:
+        """The image's dirty data can be written back: the origin is open for writing, locked,
+        and has been compared with what is recorded.
+
+        Raises:
+            OriginError: not so, for now.
+        """
+        if image.adopted and image.origin.writable:
+            return
+        async with image.opening:
+            if image.adopted and image.origin.writable:
+                return
+            path_fd = await self._pinned(image)
+            try:
+                await self._lock(image, path_fd)
+                seen = await self.open_side(image, path_fd, write=False)
+                await self.open_side(image, path_fd, write=True)
+            finally:
+                os.close(path_fd)
+            if image.writers == 0 and not image.own_pending:
+                await self.check(image, seen)
+            await self._adopt(image)
+            await self._begin_writing(image)
+
+    async def _pinned(self, image: Image) -> int:
+        """A new descriptor of an image that nobody has open."""
+        try:
+            where = (image.row.path, image.row.identity)
+            path_fd = await self._threads.harmless(image.limiter, self._pin, *where)
+        except OSError as exc:
+            raise OriginError(exc.errno or 5, f"finding '{image.name}': {exc.strerror}") from exc
+        if path_fd is None:
+            raise OriginError(
+                errno.ENOENT,
+                f"'{image.name}' is not where it was on the origin. If it was moved, open it once "
+                "below the mount; if nobody needs its data: fusecache evict --discard-dirty",
+            )
+        return path_fd
+
+    async def cleaned(self, image: Image) -> None:
+        """The cleaner has done what it could for now: records what it made of the origin (P3),
+        and gives up the lock if nothing is dirty."""
+        async with image.opening:
+            if image.writers or self.find(image.row.identity) is not image:
+                image.own_pending = False  # recorded when the last writer closes
+                return
+            if image.own_pending:
+                try:
+                    seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+                except OriginError as exc:
+                    image.counters.failed(exc)
+                else:
+                    image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
+                image.own_pending = False
+            if not self._core.dirty.pages(image.id):
+                image.row.writing = 0
+                image.row_owed = True
+                await self.unlock(image)
 
     async def _begin_writing(self, image: Image) -> None:
         """From here on a killed daemon's successor may take young changes for ours (P3)."""
@@ -205,8 +332,10 @@ class Images:
             else:
                 image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
         image.closing = None
-        image.row.writing = 0
         image.row_owed = True
+        if not self._core.dirty.pages(image.id):
+            image.row.writing = 0
+            await self.unlock(image)
 
     async def _attributes_at_close(self, image: Image) -> Attributes:
         """As of the last close(2). The kernel tells us of the end of a handle only later, and
@@ -231,7 +360,7 @@ class Images:
                 await self._threads.harmless(image.limiter, image.origin.sync)
             except OriginError as exc:
                 image.counters.failed(exc)
-                log.warning("%s could not be synced at its last close: %s", _name(image), exc)
+                log.warning("%s could not be synced at its last close: %s", image.name, exc)
         await self.forget(image)
 
     async def before_close(self, image: Image) -> None:
@@ -273,11 +402,15 @@ class Images:
         ours = row.ours_until_ns > 0 and seen.ctime_ns <= row.ours_until_ns
         if ours:
             # A killed daemon's own changes. Blocks beyond a truncate of its last moment go.
-            shift = self._core.geometry.block_shift
-            await self.discard(image, seen.size >> shift)
+            async with image.cleaning, image.lock.everything():
+                await self.fit(image, seen.size)
         elif row.recorded_ns:
-            log.info("%s changed on the origin, its blocks are dropped", _name(image))
-            await self.discard(image, 0)
+            if self._core.dirty.pages(image.id):
+                log.error("%s changed on the origin while it is dirty here", image.name)
+            log.info("%s changed on the origin, its clean blocks are dropped", image.name)
+            async with image.cleaning, image.lock.everything():
+                await self.drop(image, 0, dirty=False)
+                await self.fit(image, seen.size)
             await self._threads.kernel(self._invalidate, row.identity)
         image.size = seen.size
         image.record(seen, now, age, own=ours)
@@ -289,28 +422,61 @@ class Images:
         image = self.find(identity)
         if image is None or image.writers or not image.readers or image.matches(seen):
             return
+        if image.own_pending:
+            return
         async with image.opening:
+            if image.own_pending:
+                return
             if image.readers and not image.writers and not image.matches(seen):
                 await self.check(image, await self.open_side(image, path_fd, write=False))
 
-    async def discard(self, image: Image, from_block: int) -> None:
-        """Drops the blocks from ``from_block`` on, stably; waits for slow work on the image."""
-        async with image.lock.everything():
-            await self.drop(image, from_block)
+    async def drop(self, image: Image, from_block: int, *, dirty: bool) -> None:
+        """Drops the blocks from ``from_block`` on, stably, for a caller that holds all of
+        ``image.lock``.
 
-    async def drop(self, image: Image, from_block: int) -> None:
-        """As ``discard``, for a caller that holds ``image.lock.everything``."""
+        Args:
+            dirty: whole blocks go, for a caller that holds ``image.cleaning``; else what is
+                held stays.
+        """
+        held = not dirty and self._core.dirty.slots(image.id).size > 0
         none = self._core.usage(image.id).blocks == 0
         slots = np.empty(0, np.uint32) if none else self._core.slots_of(image.id, from_block)
         for first in range(0, slots.size, _DROP_PART):
-            self._core.drop(image.id, slots[first : first + _DROP_PART])
+            self._core.drop(image.id, slots[first : first + _DROP_PART], dirty=dirty)
             await trio.lowlevel.checkpoint()
         if self._state.usable:
             try:
-                await self.committer.drop(image, from_block)
-            except DatabaseError:
+                if held:
+                    await self.committer.barrier()
+                else:
+                    await self.committer.drop(image, from_block)
+            except (DatabaseError, CacheDeviceError):
                 log.debug("rows stay: the cache is unusable")
         await self._state.passable()
+
+    async def fit(self, image: Image, size: int) -> None:
+        """Nothing is cached past ``size``, not even dirty, and what a page has there is zeros.
+
+        For a caller that holds all of ``image.lock`` of an image that is not written back.
+        """
+        geometry = self._core.geometry
+        block, tail = divmod(size, geometry.block_size)
+        await self.drop(image, block + (1 if tail else 0), dirty=True)
+        if not tail:
+            return
+        beyond = geometry.touched(tail, geometry.block_size)
+        last = geometry.touched(tail - 1, tail) & beyond
+        self._core.supersede(image.id, block, beyond & ~last)
+        self._core.clear(image.id, block, last)
+        if self._core.dirty.mask(image.id, block) & last:
+            located = self._core.locate(image.id, block)
+            assert located is not None
+            end = (tail | geometry.page_size - 1) + 1
+            position = (located.slot << geometry.block_shift) + tail
+            zeros = bytes(end - tail)
+            await self._threads.device(self._state.device.write, position, zeros)
+        if self._state.usable:
+            await self.committer.barrier()
 
     @asynccontextmanager
     async def own_change(self, identity: bytes, path_fd: int) -> AsyncIterator[None]:
@@ -321,6 +487,7 @@ class Images:
         sure that whatever follows this call has a change time of its own.
         """
         image = self.find(identity)
+        self.attributes_changed(identity)
         if image is None or image.writers:
             yield
             return
@@ -341,12 +508,12 @@ class Images:
     async def settle(self, image: Image) -> None:
         """Trusts a record of our own making once its change time is old enough (P3)."""
         row = image.row
-        if not image.settles or image.writers or not image.origin_open:
+        if not image.settles or image.writers or not image.origin_open or image.own_pending:
             return
         if self._clock.origin_ns() - row.ctime_ns < self._tuning.settle_age * 1e9:
             return
         async with image.opening:
-            if image.writers or not image.settles:
+            if image.writers or not image.settles or image.own_pending:
                 return
             try:
                 seen = await self._threads.harmless(image.limiter, image.origin.attributes)
@@ -360,14 +527,20 @@ class Images:
 
     async def close_idle(self, image: Image) -> None:
         """Closes the origin's descriptors of an image that nobody has open or needs."""
-        if image.handles or image.settles or image.intents or not image.lock.idle:
+        if self._needs_origin(image) or image.settles or image.intents:
             return
         if image.opening.locked() or not image.origin_open:
             return
         async with image.opening:
-            if not image.handles and image.lock.idle:
+            if not self._needs_origin(image):
                 image.origin.close()
 
+    def _needs_origin(self, image: Image) -> bool:
+        dirty = self._core.dirty.pages(image.id) or image.own_pending
+        return bool(image.handles or dirty or not image.lock.idle)
 
-def _name(image: Image) -> str:
-    return image.row.path.decode("utf-8", "backslashreplace")
+    def attributes_changed(self, identity: bytes) -> None:
+        """Owner, mode or times were set on the origin: the next fsync has something to sync."""
+        image = self.find(identity)
+        if image is not None:
+            image.written += 1

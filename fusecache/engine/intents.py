@@ -37,23 +37,38 @@ class WriteIntents:
         self._sync_failed = sync_failed
 
     @asynccontextmanager
-    async def writing(self, image: Image, regions: range) -> AsyncIterator[None]:
-        """Around a write: the regions' rows are active from before it to well after it.
+    async def writing(
+        self, image: Image, regions: range, *, active: bool = True
+    ) -> AsyncIterator[None]:
+        """Around a write: the regions' rows are there, stably, from before it to well after it.
+
+        Args:
+            active: the write leaves cache and origin apart even for a killed daemon's successor.
+                One that makes pages dirty does not: their rows say so.
 
         Raises:
             DatabaseError: they could not be made so; nothing was written.
         """
+        if image.whole_intent and not active:
+            image.begun += 1
+            image.in_flight += 1
+            try:
+                yield
+            finally:
+                image.in_flight -= 1
+                image.last_intent = self._now()
+            return
         mine = [image.intents.setdefault(region, Intent()) for region in regions]
         image.begun += 1
         for intent in mine:
             intent.in_flight += 1
             intent.begun += 1
         try:
-            if not all(intent.active for intent in mine):
-                await self._committer.activate(image, list(regions))
+            if not all(intent.active or (intent.stable and not active) for intent in mine):
+                await self._committer.activate(image, list(regions), active=active)
             yield
         finally:
-            now = self._now()
+            now = image.last_intent = self._now()
             for intent in mine:
                 intent.in_flight -= 1
                 intent.last = now
@@ -71,7 +86,9 @@ class WriteIntents:
         return [
             region
             for region, intent in image.intents.items()
-            if intent.active and not intent.in_flight and intent.last <= limit
+            if (intent.active or image.whole_intent)
+            and not intent.in_flight
+            and intent.last <= limit
         ]
 
     def _take_idle(self, images: list[Image], limit: float) -> Batch:
@@ -100,7 +117,7 @@ class WriteIntents:
             if not intent.in_flight and intent.last <= limit
         }
         whole = image.whole_intent and len(quiet) == len(image.intents)
-        if image.whole_intent and (not whole or image.last_write > limit):
+        if image.whole_intent and (not whole or image.last_intent > limit):
             return  # the whole-image row goes only when nothing is written anywhere
         if not (quiet or whole) or image.removing_intents or not image.origin_open:
             return
@@ -118,7 +135,8 @@ class WriteIntents:
     def _take_removed(self, image: Image, quiet: dict[int, int], begun: int) -> Batch:
         batch = Batch()
         if image.whole_intent:
-            if image.begun != begun or any(i.in_flight for i in image.intents.values()):
+            busy = image.in_flight or any(i.in_flight for i in image.intents.values())
+            if image.begun != begun or busy:
                 return batch
             image.whole_intent = False
             batch.settled.append((image.id, WHOLE_IMAGE))
@@ -141,6 +159,7 @@ class WriteIntents:
             await self._threads.harmless(image.limiter, sync)
         except OriginError as exc:
             image.counters.failed(exc)
+            image.failed_syncs += 1
             self._sync_failed(image)
             raise
         image.synced = max(image.synced, covered)

@@ -26,6 +26,7 @@ class SpanLock:
 
     def __init__(self) -> None:
         self._claims: dict[_Claim, None] = {}
+        self._everything = 0
 
     @asynccontextmanager
     async def span(self, first: int, stop: int) -> AsyncIterator[None]:
@@ -44,8 +45,18 @@ class SpanLock:
     @asynccontextmanager
     async def everything(self) -> AsyncIterator[None]:
         """Holds the whole image: nothing slow is under way and nothing new begins (R6)."""
-        async with self.span(0, _EVERYTHING):
-            yield
+        self._everything += 1
+        try:
+            async with self.span(0, _EVERYTHING):
+                yield
+        finally:
+            self._everything -= 1
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether somebody holds the whole image, or waits for it: then what takes no lock must
+        take one."""
+        return self._everything > 0
 
     @property
     def idle(self) -> bool:

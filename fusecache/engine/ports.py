@@ -85,6 +85,16 @@ class Clock:
     """Nanoseconds by the origin's clock; for P3."""
 
 
+Pin = Callable[[bytes, bytes], int | None]
+"""A new descriptor of the image at a path with this identity; None if it is not there. Blocks;
+raises OSError."""
+
+
+def no_image(path: bytes, identity: bytes) -> int | None:
+    """The ``Pin`` of an engine that opens nothing by itself."""
+    return None
+
+
 Invalidate = Callable[[bytes], None]
 """Makes the kernel forget the pages and attributes of the image with this identity. Blocks."""
 

@@ -2,11 +2,13 @@
 
 from fusecache.core.geometry import merged
 from fusecache.core.index import CacheIndex, Located
+from fusecache.engine.degraded import Degraded
+from fusecache.engine.dirty_reads import DirtyReads, note_unreadable
 from fusecache.engine.fills import Fetch, Fills
 from fusecache.engine.image import Image
 from fusecache.engine.ports import Threads
 from fusecache.engine.state import CacheState
-from fusecache.errors import CacheDeviceError, OriginError
+from fusecache.errors import CacheDeviceError, LostDataError, OriginError
 
 _ATTEMPTS = 16
 
@@ -14,11 +16,20 @@ _ATTEMPTS = 16
 class Reads:
     """The slow half of reading."""
 
-    def __init__(self, core: CacheIndex, state: CacheState, fills: Fills, threads: Threads) -> None:
+    def __init__(
+        self,
+        core: CacheIndex,
+        state: CacheState,
+        fills: Fills,
+        degraded: Degraded,
+        threads: Threads,
+    ) -> None:
         self._core = core
         self._geometry = core.geometry
         self._state = state
         self._fills = fills
+        self._degraded = degraded
+        self._dirty_reads = DirtyReads(core, state)
         self._threads = threads
 
     async def read(self, image: Image, offset: int, length: int) -> bytes:
@@ -26,10 +37,11 @@ class Reads:
 
         Raises:
             OriginError: the origin failed, or too many requests of this image wait for it.
+            LostDataError: dirty data cannot be read from the cache device.
         """
         if not self._state.serves(image):
             with image.admitted():
-                return await self._past(image, offset, length)
+                return await self._beside(image, offset, length)
         length = min(length, image.size - offset)
         if length <= 0:
             return b""
@@ -59,6 +71,17 @@ class Reads:
         image.counters.origin_read_bytes += len(data)
         image.counters.read_miss_bytes += len(data)
         return data
+
+    async def _beside(self, image: Image, offset: int, length: int) -> bytes:
+        """As ``_past``, with what is dirty in the slots of a broken cache put over it."""
+        if not self._degraded.holds(image):
+            return await self._past(image, offset, length)
+        blocks = self._geometry.blocks(offset, length)
+        async with image.lock.span(blocks.start, blocks.stop):
+            data = bytearray(await self._past(image, offset, length))
+            if data:
+                await self._degraded.overlay(image, offset, memoryview(data))
+            return bytes(data)
 
     async def _cold_hit(self, image: Image, offset: int, into: memoryview) -> bool:
         """Everything is in slots but not in memory: one trip to a thread for all of it."""
@@ -108,9 +131,11 @@ class Reads:
         fetch: Fetch | None = image.fetches.get(block)
         for _ in range(_ATTEMPTS):
             need = geometry.touched(start, start + len(into))
+            if self._core.dirty.lost(image.id, block) & need:
+                raise LostDataError(f"block {block}: the cache device lost what was written")
             located = self._core.locate(image.id, block)
             if located is not None and located.valid & need == need:
-                if await self._from_slot(located, start, into):
+                if await self._from_slot(image, located, start, into):
                     image.counters.read_hit_bytes += len(into)
                     return len(into)
                 continue
@@ -128,24 +153,42 @@ class Reads:
             fetch = None
         # Reclaimed again and again between fetch and copy: read it where it cannot move.
         async with image.lock.span(block, block + 1):
-            data = await self._past(image, (block << geometry.block_shift) + start, len(into))
+            base = block << geometry.block_shift
+            data = await self._past(image, base + start, len(into))
             into[: len(data)] = data
+            await self._degraded.overlay(image, base + start, into[: len(data)])
             return len(data)
 
-    async def _from_slot(self, located: Located, start: int, into: memoryview) -> bool:
+    async def _from_slot(
+        self, image: Image, located: Located, start: int, into: memoryview
+    ) -> bool:
+        """False if the slot moved or failed: clean trouble is a miss.
+
+        Raises:
+            LostDataError: dirty trouble is an error.
+        """
         position = (located.slot << self._geometry.block_shift) + start
         try:
             data = await self._threads.device(self._state.device.read, position, len(into))
         except CacheDeviceError as exc:
-            # Clean trouble is a miss: the slot is never used again, the origin has the data.
-            if self._core.unmoved(located):
-                self._core.retire(located.slot)
             self._state.device_failed(exc)
+            if self._core.unmoved(located):
+                await self._slot_failed(image, located.slot, start, start + len(into))
             return False
         if not self._core.unmoved(located):
             return False
         into[:] = data
         return True
+
+    async def _slot_failed(self, image: Image, slot: int, start: int, stop: int) -> None:
+        """The slot is never used again: the origin has what is clean in it. What is dirty stays."""
+        block, dirty = self._core.dirty.place(slot)
+        self._core.retire(slot)
+        asked = dirty & self._geometry.touched(start, stop)
+        _, failed = await self._threads.device(self._dirty_reads.read, slot, asked)
+        note_unreadable(image, block, asked, failed)
+        if failed:
+            raise LostDataError(f"block {block}: dirty data cannot be read from the cache device")
 
     async def _from_fetch(
         self, image: Image, fetch: Fetch, block: int, start: int, into: memoryview
@@ -155,15 +198,14 @@ class Reads:
         base = block << geometry.block_shift
         need = geometry.touched(start, start + len(into))
         brought = fetch.pages.get(block, 0)
-        if need & ~brought == 0 or (
-            fetch.ended is not None and base + start + len(into) > fetch.ended
-        ):
-            return fetch.copy(base + start, into)
         located = self._core.locate(image.id, block)
         valid = 0 if located is None else located.valid
+        ended = fetch.ended is not None and base + start + len(into) > fetch.ended
+        if need & ~brought == 0 or (ended and not need & valid):
+            return fetch.copy(base + start, into)
         if need & ~(brought | valid):
             return None  # gone from the cache meanwhile
-        if located is None or not await self._from_slot(located, start, into):
+        if located is None or not await self._from_slot(image, located, start, into):
             return None
         for begin, length in geometry.page_runs(need & brought):
             first, last = max(begin, start), min(begin + length, start + len(into))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fusecache.core.geometry import Geometry
 from fusecache.core.index import CacheIndex
+from fusecache.core.rows import Rows
 from fusecache.errors import CacheDeviceError, DatabaseError, SuperblockError
-from fusecache.store.block_map import BlockMap
+from fusecache.store.block_map import Batch, BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.superblock import Fence, remedy
 
@@ -83,12 +84,30 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def fence(device: CacheDevice, block_map: BlockMap, *, dirty: bool) -> bool:
+def fence(
+    device: CacheDevice,
+    block_map: BlockMap,
+    rows: Rows | None,
+    *,
+    synced: bool = False,
+    dirty: bool,
+) -> bool:
     """Keeps the next start from trusting a map that could not be kept up to date.
 
     Marks the superblock, which needs no space and no database, or else empties the map. Dirty
     data (``dirty``: there is some) stays, clean pages alone go. True if either worked.
+
+    Args:
+        rows: what is owed to the database: if it can still be told, lost pages stay known as lost.
+        synced: what is dirty and not lost in these rows is on the device, stably.
     """
+    if rows is not None and dirty:
+        try:
+            last = block_map.commit(Batch(rows=rows), stable=True)
+            if synced:
+                block_map.merge(last)
+        except DatabaseError as exc:
+            log.warning("the last changes of the map are not recorded: %s", exc)
     wipe = block_map.wipe_clean if dirty else block_map.wipe
     mark = partial(device.set_fence, Fence.CLEAN if dirty else Fence.ALL)
     for attempt in (mark, wipe):

@@ -17,7 +17,7 @@ def cache_snapshot(cache: BlockCache) -> dict[str, Any]:
         "slots_used": core.used,
         "slots_free": core.free,
         "slots_retired": core.retired,
-        "dirty_bytes": 0,
+        "dirty_bytes": cache.dirty_bytes,
         "state": cache.state.name,
         "trouble": cache.state.trouble,
         "stored_bytes": counters.stored_bytes,
@@ -40,7 +40,13 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
         "size": image.size,
         "cached_bytes": usage.pages << cache.core.geometry.page_shift,
         "cached_blocks": usage.blocks,
-        "dirty_bytes": 0,
+        "dirty_bytes": cache.core.dirty_bytes(image.id),
+        "dirty_age": _age(cache, image),
+        "write_mode": image.write_mode.value,
+        "own_write_mode": image.row.write_mode,
+        "lost": [list(span) for span in cache.core.lost_ranges(image.id)],
+        "unreadable": [list(span) for span in _unreadable(cache, image)],
+        "clean_error": image.clean_error,
         "read_hit_bytes": counters.read_hit_bytes,
         "read_miss_bytes": counters.read_miss_bytes,
         "write_bytes": counters.write_bytes,
@@ -54,3 +60,13 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
         "detached": image.detached,
         "waiting": image.waiting,
     }
+
+
+def _age(cache: BlockCache, image: Image) -> float | None:
+    """Seconds since the oldest dirty data was written; None if nothing is dirty."""
+    return cache.core.dirty.oldest(image.id)
+
+
+def _unreadable(cache: BlockCache, image: Image) -> list[tuple[int, int]]:
+    """(offset, length) in bytes of dirty pages that the cache device failed to give back."""
+    return cache.core.dirty.ranges(sorted(image.unreadable.items()))

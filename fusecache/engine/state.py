@@ -27,6 +27,10 @@ class CacheState:
         self.tuning = tuning
         self.counters = CacheCounters()
         self.usable = True
+        self.draining = False
+        """The mount is about to end: no page becomes dirty that was not."""
+        self.emptied = False
+        """The next start will believe nothing of the cache: no slot counts any more."""
         self.trouble = ""
         """Why the cache is not usable, or what went wrong last."""
         self.broken = trio.Event()

@@ -1,7 +1,8 @@
-"""Writes, write-through and write-around, and what changes an image's size.
+"""Writes: which part of a write goes to the cache and which to the origin, in every write mode.
 
 Write-through: origin, then slot, then the answer. Write-around: valid bits cleared, then origin.
-Either way the origin has the data when the guest is told so (P1, P4).
+Either way the origin has the data when the guest is told so (P1, P4). Write-back: see
+``dirty_writes``. In every mode a page that is held stays in the cache (R5).
 """
 
 import logging
@@ -10,14 +11,13 @@ from collections.abc import Callable
 from fusecache.config import WriteMode
 from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
+from fusecache.engine.degraded import Degraded
+from fusecache.engine.dirty_writes import DirtyWrites, Part
 from fusecache.engine.image import Image
 from fusecache.engine.intents import WriteIntents
-from fusecache.engine.ports import Threads
+from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.state import CacheState
-from fusecache.engine.storing import Storing
 from fusecache.errors import CacheDeviceError, DatabaseError, OriginError
-from fusecache.store.cache_device import CacheDevice
-from fusecache.store.origin import OriginImage
 
 log = logging.getLogger(__name__)
 
@@ -30,60 +30,144 @@ class Writes:
         core: CacheIndex,
         state: CacheState,
         intents: WriteIntents,
-        threads: Threads,
-        now: Callable[[], float],
+        origin: OriginWrites,
+        dirty: DirtyWrites,
+        degraded: Degraded,
         wake_reclaimer: Callable[[], None],
     ) -> None:
         self._core = core
         self._geometry = core.geometry
         self._state = state
         self._intents = intents
-        self._threads = threads
-        self._now = now
+        self._origin = origin
+        self._dirty = dirty
+        self._degraded = degraded
         self._wake_reclaimer = wake_reclaimer
+        self._most_dirty = max(1, int(core.slot_count * state.tuning.dirty_limit))
 
     async def write(self, image: Image, offset: int, data: bytes) -> int:
         """Writes all of ``data``; returns its length.
 
         Raises:
             OriginError: the origin failed. The cached copy of those pages is gone.
+            LostDataError: part of a page was written whose rest the cache device has lost.
         """
         if not data:
             return 0
         blocks = self._geometry.blocks(offset, len(data))
+        torn: CacheDeviceError | None = None
         with image.admitted():
             async with image.lock.span(blocks.start, blocks.stop):
-                if not await self._write_cached(image, offset, data, blocks):
-                    await self._to_origin(image, offset, data, None)
+                try:
+                    await self._write(image, offset, data)
+                except CacheDeviceError as exc:
+                    self._state.store_failed(exc)
+                    torn = exc
+            if torn is not None:
+                await self._degraded.supersede(image, offset, data)
             image.counters.write_bytes += len(data)
         return len(data)
 
-    async def _write_cached(self, image: Image, offset: int, data: bytes, blocks: range) -> bool:
-        """The write with the cache in the picture; False if the cache is not to be used."""
-        if not self._state.serves(image):
-            await self._state.passable()
-            return False
+    async def _write(self, image: Image, offset: int, data: bytes) -> None:
+        """In the cache's order, or past a cache that is not to be used."""
+        if self._state.serves(image):
+            try:
+                if image.write_mode is WriteMode.BACK:
+                    await self._origin.extend(image, offset + len(data))
+                await self._cached(image, offset, data)
+                return
+            except DatabaseError:
+                # A row could not be committed; the state is unusable and being fenced.
+                log.debug("a write goes past the cache")
+        await self._state.passable()
+        await self._degraded.write(image, offset, data)
+
+    async def _cached(self, image: Image, offset: int, data: bytes) -> None:
+        parts = self._parts(offset, data)
+        kept = self._kept_parts(image, parts)
+        if not kept:
+            await self._past(image, offset, data)
+            return
+        with self._dirty.pinned(image, kept) as homeless:
+            self._wake_reclaimer()
+            if homeless:  # and only now: what is held has a slot
+                kept = [part for part in kept if part.slot >= 0]
+            await self._rest(image, parts, kept)
+            if kept:
+                await self._dirty.write(image, kept)
+
+    def _parts(self, offset: int, data: bytes) -> list[Part]:
+        view, done, parts = memoryview(data), 0, []
+        for block, start, stop in self._geometry.split(offset, len(data)):
+            parts.append(Part(block, start, stop, view[done : done + stop - start]))
+            done += stop - start
+        return parts
+
+    def _kept_parts(self, image: Image, parts: list[Part]) -> list[Part]:
+        """What of a write goes to the cache alone: all of it in write-back, else what is held."""
+        if self._soils(image):
+            return list(parts)
+        if not self._core.dirty.any_held:
+            return []
+        kept = []
+        for part in parts:
+            held = self._core.dirty.held(image.id, part.block)
+            for begin, length in self._geometry.page_runs(held):
+                first, last = max(begin, part.start), min(begin + length, part.stop)
+                if first < last:
+                    data = part.data[first - part.start : last - part.start]
+                    kept.append(Part(part.block, first, last, data))
+        return kept
+
+    def _soils(self, image: Image) -> bool:
+        """Whether pages may become dirty that were not."""
+        return (
+            image.write_mode is WriteMode.BACK
+            and not image.draining
+            and not self._state.draining
+            and self._state.stores(image)
+            and self._core.dirty.blocks < self._most_dirty
+        )
+
+    async def _rest(self, image: Image, parts: list[Part], kept: list[Part]) -> None:
+        """What is not kept goes to the origin, neighbours together."""
+        shift = self._geometry.block_shift
+        taken = [
+            ((part.block << shift) + part.start, (part.block << shift) + part.stop) for part in kept
+        ]
+        run: list[memoryview] = []
+        begin = end = -1
+        for part in parts:
+            base = part.block << shift
+            for first, last in _without(base + part.start, base + part.stop, taken):
+                piece = part.data[first - base - part.start : last - base - part.start]
+                if first != end and run:
+                    await self._past(image, begin, b"".join(run))
+                    run = []
+                if not run:
+                    begin = first
+                run.append(piece)
+                end = last
+        if run:
+            await self._past(image, begin, b"".join(run))
+
+    async def _past(self, image: Image, offset: int, data: bytes) -> None:
+        """Write-through or write-around of pages that are not held."""
+        blocks = self._geometry.blocks(offset, len(data))
         regions = range(region_of(blocks.start), region_of(blocks.stop - 1) + 1)
-        try:
-            async with self._intents.writing(image, regions):
-                image.cached_changed = True
-                if image.write_mode is WriteMode.AROUND or not self._state.stores(image):
-                    self._clear(image, offset, len(data))
-                    await self._to_origin(image, offset, data, None)
-                else:
-                    await self._through(image, offset, data)
-        except DatabaseError:
-            # The intent could not be recorded; the state is unusable and being fenced.
-            await self._state.passable()
-            return False
-        return True
+        async with self._intents.writing(image, regions):
+            if image.write_mode is WriteMode.AROUND or not self._state.stores(image):
+                self._clear(image, offset, len(data))
+                await self._origin.write(image, offset, data)
+            else:
+                await self._through(image, offset, data)
+            image.changes += 1
 
     async def _through(self, image: Image, offset: int, data: bytes) -> None:
-        with Storing(self._core, image.id) as storing:
-            self._collect(image, offset, data, storing)
+        with self._origin.storing(image, offset, data) as storing:
             self._wake_reclaimer()
             try:
-                failed = await self._to_origin(image, offset, data, storing)
+                failed = await self._origin.write(image, offset, data, storing)
             except OriginError:
                 self._clear(image, offset, len(data))
                 raise
@@ -96,76 +180,20 @@ class Writes:
             self._state.store_failed(failed)
 
     def _clear(self, image: Image, offset: int, length: int) -> None:
-        """No page touched by the span is valid any more."""
+        """No page touched by the span is valid any more, but for what is held."""
         for block, start, stop in self._geometry.split(offset, length):
             self._core.clear(image.id, block, self._geometry.touched(start, stop))
 
-    def _collect(self, image: Image, offset: int, data: bytes, storing: Storing) -> None:
-        """Gives ``storing`` the pages that are written whole, and the pieces of valid pages.
 
-        A page that is neither stays invalid: a small write never fetches the rest of its page.
-        While the origin keeps writes waiting, no new slots are taken for them.
-        """
-        crowded = image.limiter.available_tokens == 0
-        geometry = self._geometry
-        view, done = memoryview(data), 0
-        for block, start, stop in geometry.split(offset, len(data)):
-            pages = geometry.covered(start, stop)
-            if crowded and not self._core.valid_pages(image.id, block):
-                pages = 0
-            pages |= geometry.touched(start, stop) & self._core.valid_pages(image.id, block)
-            for begin, length in geometry.page_runs(pages):
-                first, last = max(begin, start), min(begin + length, stop)
-                piece = view[done + first - start : done + last - start]
-                if not storing.add(block, first, piece, geometry.touched(first, last)):
-                    break
-            done += stop - start
-
-    async def _learn_size(self, image: Image) -> None:
-        """After a write that failed half-way: part of it may have made the file longer."""
-        try:
-            seen = await self._threads.harmless(image.limiter, image.origin.attributes)
-        except OriginError as exc:
-            image.counters.failed(exc)
-        else:
-            image.size = max(image.size, seen.size)
-
-    async def _to_origin(
-        self, image: Image, offset: int, data: bytes, storing: Storing | None
-    ) -> CacheDeviceError | None:
-        """Origin first, then the slots, in one trip to a thread; returns the cache's error."""
-        image.wrote = True
-        image.last_write = self._now()
-        try:
-            failed = await self._threads.run(
-                _write_both,
-                image.origin,
-                offset,
-                data,
-                self._state.device,
-                storing,
-                limiter=image.limiter,
-            )
-        except OriginError as exc:
-            image.counters.failed(exc)
-            await self._learn_size(image)
-            raise
-        finally:
-            image.written += 1
-            image.last_write = self._now()
-        image.size = max(image.size, offset + len(data))
-        image.counters.origin_writes += 1
-        image.counters.origin_write_bytes += len(data)
-        return failed
-
-
-def _write_both(
-    origin: OriginImage, offset: int, data: bytes, device: CacheDevice, storing: Storing | None
-) -> CacheDeviceError | None:
-    origin.write(offset, data)
-    try:
-        if storing is not None:
-            storing.write(device)
-    except CacheDeviceError as exc:
-        return exc
-    return None
+def _without(first: int, last: int, taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of ``first:last`` that no span of ``taken`` (in order) covers."""
+    left = []
+    for begin, end in taken:
+        if begin >= last or end <= first:
+            continue
+        if first < begin:
+            left.append((first, begin))
+        first = max(first, end)
+    if first < last:
+        left.append((first, last))
+    return left

@@ -7,6 +7,7 @@ written since the last sync the old or the new version, page by page; of the dat
 stable commit or any light one after it.
 """
 
+import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -150,6 +151,8 @@ class World:
         self.tuning = Tuning(staging_bytes=1 << 20, intent_removal=3.0, barrier_interval=2.0)
         self.snapshots: list[bytes] = []
         self.clock_base = 1_700_000_000.0
+        self.pinned: dict[int, int] = {}
+        """Numbers of files by the descriptors ``pin`` gave out."""
         self._open_map: RecordedBlockMap | None = None
         self._database = directory / "map.sqlite"
         with BlockMapHere(BlockMap.create(self._database, self.superblock)) as made:
@@ -188,6 +191,10 @@ class World:
         file.mtime_ns = file.ctime_ns = self.tick_ns()
         file.make_stable()
 
+    def file(self, path_fd: int) -> OriginFile:
+        """By number, or by a descriptor of ``pin``."""
+        return self.files[path_fd if path_fd in self.files else self.pinned[path_fd]]
+
     # -- running -----------------------------------------------------------------------------------
 
     def open(self) -> AbstractAsyncContextManager[BlockCache]:
@@ -204,8 +211,18 @@ class World:
             clock=Clock(monotonic=trio.current_time, origin_ns=self.now_ns),
             threads=Threads(self.tuning, self._run_inline),
             new_origin=lambda: OriginDouble(self),
+            pin=self.pin,
             boot_id=f"boot-{self.boots}",
         )
+
+    def pin(self, path: bytes, identity: bytes) -> int | None:
+        """A file's number is its descriptor; a real one, since it will be closed."""
+        number = int(identity[2:] or b"1")
+        if number not in self.files:
+            return None
+        fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self.pinned[fd] = number
+        return fd
 
     async def _run_inline(
         self,
@@ -327,7 +344,7 @@ class OriginDouble(OriginImage):
         super().__init__()
         self._world = world
         self._file: OriginFile | None = None
-        self._reads = self._writes = False
+        self._reads = self._writes = self._locked = False
 
     def _call(self, kind: str) -> OriginFile:
         self._world.step()
@@ -337,10 +354,21 @@ class OriginDouble(OriginImage):
         return self._file
 
     def open(self, path_fd: int, *, write: bool) -> Attributes:
-        self._file = self._world.files[path_fd]
+        self._file = self._world.file(path_fd)
         self._reads |= not write
         self._writes |= write
         return self.attributes()
+
+    def lock(self, path_fd: int) -> None:
+        self._world.step()
+        self._locked = True
+
+    def unlock(self) -> None:
+        self._locked = False
+
+    @property
+    def locked(self) -> bool:
+        return self._locked
 
     def attributes(self) -> Attributes:
         file = self._call("stat")
@@ -382,7 +410,7 @@ class OriginDouble(OriginImage):
         self._call("sync").make_stable()
 
     def close(self) -> None:
-        self._reads = self._writes = False
+        self._reads = self._writes = self._locked = False
 
 
 class RecordedBlockMap(BlockMap):

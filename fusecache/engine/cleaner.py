@@ -1,0 +1,348 @@
+"""The cleaner: dirty pages go back to the origin, in its order, and become clean (R5).
+
+One batch of one image at a time:
+
+1. what is dirty now is noted, and a barrier makes its rows stable;
+2. it is read from the slots and written to the origin, neighbours together; whatever a guest
+   writes again meanwhile counts no more;
+3. the origin is synced, and no sync of it may have failed since step 2 began;
+4. the rest is clean: rows first, a barrier makes them stable, and until then the pages settle.
+
+Between batches nothing is held, so guests wait for no writeback.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from fusecache.config import Tuning
+from fusecache.core.dirty import Writeback
+from fusecache.core.geometry import Geometry
+from fusecache.core.index import CacheIndex
+from fusecache.core.rows import U32
+from fusecache.engine.committer import Committer
+from fusecache.engine.dirty_reads import DirtyReads, note_unreadable
+from fusecache.engine.image import Image
+from fusecache.engine.images import Images
+from fusecache.engine.intents import WriteIntents
+from fusecache.engine.pace import Pace
+from fusecache.engine.ports import Clock, Threads
+from fusecache.engine.state import CacheState
+from fusecache.errors import FusecacheError, LostDataError, OriginError
+from fusecache.store.origin import OriginImage
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int], None]
+"""Is told the dirty bytes left."""
+
+_BATCH = 512
+"""Blocks of one image that share two barriers and one origin sync."""
+_RUN = 1 << 20
+"""The largest writeback; neighbouring dirty pages up to this become one write."""
+_WATCH = 0.5
+_PASSES = 3
+"""Passes over an image in use, before the last one keeps its guests waiting."""
+
+
+class Cleaner:
+    """Writes back by the clock (``run``) and on demand (``flush``)."""
+
+    def __init__(
+        self,
+        core: CacheIndex,
+        state: CacheState,
+        images: Images,
+        committer: Committer,
+        intents: WriteIntents,
+        threads: Threads,
+        clock: Clock,
+        tuning: Tuning,
+    ) -> None:
+        self._core = core
+        self._geometry: Geometry = core.geometry
+        self._dirty = core.dirty
+        self._state = state
+        self._images = images
+        self._committer = committer
+        self._intents = intents
+        self._threads = threads
+        self._clock = clock
+        self._tuning = tuning
+        self._pace = Pace(tuning.clean_rate, clock.monotonic, images.all)
+        self._reads = DirtyReads(core, state)
+        self._limiters: dict[int, trio.CapacityLimiter] = {}
+        self._busy: set[int] = set()
+        self._low = max(1, int(core.slot_count * tuning.dirty_low))
+
+    # -- by the clock ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Looks around every so often, until cancelled or the cache is unusable."""
+        async with trio.open_nursery() as nursery:
+            while self._state.usable:
+                self._dirty.advance(self._clock.monotonic())
+                for image in self._due():
+                    self._busy.add(image.id)
+                    nursery.start_soon(self._clean_by_clock, image)
+                await trio.sleep(_WATCH)
+
+    @property
+    def _crowded(self) -> bool:
+        """Whether younger data has to go as well."""
+        return self._dirty.blocks > self._low or self._state.draining
+
+    def _due(self) -> list[Image]:
+        if not self._dirty.blocks:
+            return []
+        now = self._clock.monotonic()
+        due = set(self._dirty.due_images(0 if self._crowded else self._tuning.dirty_age))
+        return [
+            image
+            for image in self._images.all()
+            if image.id in due and image.id not in self._busy and now >= image.clean_after
+        ]
+
+    async def _clean_by_clock(self, image: Image) -> None:
+        """Batches until nothing of the image is due; pauses, longer each time, after an error."""
+        try:
+            async with self._recorded(image):
+                while self._state.usable:
+                    age = 0 if self._crowded else self._tuning.dirty_age
+                    async with image.cleaning:
+                        slots = self._dirty.due(image.id, _BATCH, older_than=age)
+                        if not slots.size:
+                            break
+                        await self._batch(image, slots, background=True)
+                    await trio.lowlevel.checkpoint()
+        except FusecacheError as exc:
+            self.failed(image, exc)
+        except Exception as exc:
+            self._state.unexpected(exc, "writing back")
+            self.failed(image, OriginError(5, "an unexpected error in fusecache, see its log"))
+        finally:
+            self._busy.discard(image.id)
+
+    def failed(self, image: Image, error: FusecacheError) -> None:
+        """Dirty data stays where it is; it is tried again after a pause that grows."""
+        tuning = self._tuning
+        pause = min(tuning.clean_pause_most, tuning.clean_pause * 2.0**image.clean_failures)
+        if not image.clean_failures:
+            log.error("%s cannot be written back, its data stays dirty: %s", image.name, error)
+        image.clean_failures = min(image.clean_failures + 1, 30)
+        image.clean_error = str(error)
+        image.clean_after = self._clock.monotonic() + pause
+
+    # -- on demand ---------------------------------------------------------------------------------
+
+    async def flush(self, image: Image, progress: Progress | None = None) -> None:
+        """Everything that is dirty now is on the origin, synced; rows are stable.
+
+        What a guest writes again meanwhile may be dirty afterwards.
+
+        Raises:
+            OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.
+        """
+        async with self._recorded(image), image.cleaning:
+            await self._pass(image, progress)
+        self._refuse_lost(image)
+
+    async def clean(self, image: Image, progress: Progress | None = None) -> None:
+        """As ``flush``, while the image is draining: a few passes leave little that is dirty."""
+        async with self._recorded(image):
+            for _ in range(_PASSES):
+                if self._dirty.pages(image.id):
+                    async with image.cleaning:
+                        await self._pass(image, progress)
+
+    @asynccontextmanager
+    async def _recorded(self, image: Image) -> AsyncIterator[None]:
+        """Around batches: the image can be written on the origin, and afterwards what this made
+        of its attributes is recorded as ours (P3)."""
+        await self._images.adopted(image)
+        try:
+            yield
+        finally:
+            await self._images.cleaned(image)
+
+    async def finish(self, image: Image, progress: Progress | None = None) -> None:
+        """The rest, for a caller that holds ``cleaning`` and all of ``lock``: nobody writes.
+
+        Raises:
+            OriginError, LostDataError, DatabaseError, CacheDeviceError: some of it stays dirty.
+        """
+        await self._pass(image, progress)
+        self._refuse_lost(image)
+        assert not self._dirty.pages(image.id) or not self._state.usable
+
+    async def finish_block(self, image: Image, block: int) -> None:
+        """As ``finish``, one block alone."""
+        slots = self._dirty.slots(image.id)
+        mine = [slot for slot in slots.tolist() if self._dirty.place(slot)[0] == block]
+        if mine:
+            await self._batch(image, slots[slots == mine[0]], background=False)
+        if self._dirty.mask(image.id, block):
+            raise LostDataError("dirty data cannot be read from the cache device")
+
+    def _refuse_lost(self, image: Image) -> None:
+        lost = self._dirty.lost_ranges(image.id)
+        unreadable = self._dirty.ranges(sorted(image.unreadable.items()))
+        if lost or unreadable:
+            offset, length = (lost or unreadable)[0]
+            raise LostDataError(
+                f"{len(lost) + len(unreadable)} ranges of '{image.name}' cannot be read from the "
+                f"cache device, the first at {offset}, {length} bytes long"
+            )
+
+    async def _pass(self, image: Image, progress: Progress | None) -> None:
+        """Once over all that is dirty now. ``cleaning`` is held."""
+        slots = self._dirty.due(image.id, 1 << 32)
+        for first in range(0, slots.size, _BATCH):
+            await self._batch(image, slots[first : first + _BATCH], background=False)
+            if progress is not None:
+                progress(self._dirty.all_pages << self._geometry.page_shift)
+
+    # -- one batch ---------------------------------------------------------------------------------
+
+    async def _batch(self, image: Image, slots: U32, *, background: bool) -> None:
+        """Steps 1 to 4 for some slots of one image, in the order of their blocks."""
+        noted = self._dirty.snapshot(slots)
+        await self._committer.barrier()  # 1. rows stable
+        failed_syncs = image.failed_syncs
+        taken: list[int] = []
+        errors: list[FusecacheError] = []
+        settling = False
+        try:
+            image.own_pending = True
+            await self._write_runs(image, noted, taken, errors, background=background)  # 2.
+            if taken:
+                await self._intents.sync_origin(image)  # 3.
+            if image.failed_syncs != failed_syncs:
+                raise OriginError(5, "a sync of the origin failed, all is written again")
+            for slot in taken:
+                self._dirty.cleaned(slot)  # 4. rows, then stably
+            settling = True
+            await self._committer.barrier()
+        finally:
+            if image.writers:
+                image.own_pending = False  # recorded when the last of them closes
+            # After a barrier that failed nobody knows which row is stable: the pages stay held.
+            if not settling or self._state.usable:
+                for slot in taken:
+                    (self._dirty.settled if settling else self._dirty.kept)(slot)
+        if errors:
+            raise errors[0]
+        image.clean_failures = 0
+        image.clean_error = ""
+
+    async def _write_runs(
+        self,
+        image: Image,
+        noted: list[Writeback],
+        taken: list[int],
+        errors: list[FusecacheError],
+        *,
+        background: bool,
+    ) -> None:
+        """All runs of a batch, some at a time; what failed is left out of ``taken``."""
+        limiter = trio.CapacityLimiter(self._tuning.clean_writes)
+
+        async def one(run: list[Writeback]) -> None:
+            try:
+                if not errors:
+                    await self._write_run(image, run, taken, errors)
+            except FusecacheError as exc:
+                errors.append(exc)
+            finally:
+                limiter.release_on_behalf_of(run[0])
+
+        async with trio.open_nursery() as nursery:
+            for run in self._runs(noted):
+                await limiter.acquire_on_behalf_of(run[0])
+                if background:
+                    size = sum(item.pages.bit_count() for item in run) << self._geometry.page_shift
+                    await self._pace.wait(size, yielding=not self._crowded)
+                nursery.start_soon(one, run)
+
+    def _runs(self, noted: list[Writeback]) -> list[list[Writeback]]:
+        """Neighbouring blocks together, up to ``_RUN`` bytes."""
+        most = max(1, _RUN >> self._geometry.block_shift)
+        runs: list[list[Writeback]] = []
+        for item in noted:
+            if runs and len(runs[-1]) < most and item.block == runs[-1][-1].block + 1:
+                runs[-1].append(item)
+            else:
+                runs.append([item])
+        return runs
+
+    async def _write_run(
+        self,
+        image: Image,
+        run: list[Writeback],
+        taken: list[int],
+        errors: list[FusecacheError],
+    ) -> None:
+        begun = [(item, pages) for item in run if (pages := self._dirty.begin_writeback(item))]
+        done = False
+        try:
+            copy = partial(self._copy, image.origin, begun, image.size)
+            failed, count = await self._threads.run(copy, limiter=self._limiter(image))
+            image.counters.origin_writes += count
+            image.counters.origin_write_bytes += sum(
+                (pages & ~failed.get(item.block, 0)).bit_count() << self._geometry.page_shift
+                for item, pages in begun
+            )
+            done = True
+        except OriginError as exc:
+            image.counters.failed(exc)
+            raise
+        finally:
+            image.written += 1
+            image.wrote = True
+            image.last_write = self._clock.monotonic()
+            if not done:
+                for item, _ in begun:
+                    self._dirty.kept(item.slot)
+        for item, pages in begun:
+            bad = failed.get(item.block, 0)
+            note_unreadable(image, item.block, pages, bad)
+            if bad:
+                errors.append(LostDataError("dirty data cannot be read from the cache device"))
+                self._dirty.keep_pages(item.slot, bad)
+            taken.append(item.slot)
+
+    def _limiter(self, image: Image) -> trio.CapacityLimiter:
+        """Its own, so that writebacks never keep a guest's calls waiting."""
+        if image.id not in self._limiters:
+            self._limiters[image.id] = trio.CapacityLimiter(self._tuning.clean_writes)
+        return self._limiters[image.id]
+
+    def _copy(
+        self, origin: OriginImage, begun: list[tuple[Writeback, int]], size: int
+    ) -> tuple[dict[int, int], int]:
+        """Slots to origin, in a thread: contiguous pages in one write each.
+
+        Returns the pages that could not be read, by block, and how many writes it took.
+        """
+        failed: dict[int, int] = {}
+        writes: list[tuple[int, list[bytes]]] = []
+        end = -1
+        for item, pages in begun:
+            pieces, bad = self._reads.read(item.slot, pages)
+            if bad:
+                failed[item.block] = bad
+            base = item.block << self._geometry.block_shift
+            for start, data in pieces:
+                at = base + start
+                piece = data[: max(0, size - at)]
+                if at == end:
+                    writes[-1][1].append(piece)
+                else:
+                    writes.append((at, [piece]))
+                end = at + len(piece)
+        for at, parts in writes:
+            origin.write(at, parts[0] if len(parts) == 1 else b"".join(parts))
+        return failed, len(writes)

@@ -1,0 +1,210 @@
+"""Degraded: guests' data when a slot or the whole cache fails (failure table).
+
+Once the map or the device cannot be relied on, everything goes to the origin. But the rows of
+held pages are still there, and the next start will believe them: so what is written to such a
+page goes to the origin *and* to its slot, and what is read of it comes from the slot. Meanwhile
+all dirty data is rescued to the origin; when all of it is there, the fence is drawn tighter and
+the next start believes nothing.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from fusecache.core.geometry import region_of
+from fusecache.core.index import CacheIndex
+from fusecache.engine.committer import Committer
+from fusecache.engine.dirty_reads import DirtyReads, note_unreadable
+from fusecache.engine.image import Image
+from fusecache.engine.intents import WriteIntents
+from fusecache.engine.origin_writes import OriginWrites
+from fusecache.engine.ports import Threads
+from fusecache.engine.state import CacheState
+from fusecache.errors import CacheDeviceError, LostDataError
+
+log = logging.getLogger(__name__)
+
+
+class Degraded:
+    """What is done about held pages when the cache fails.
+
+    Args:
+        opened: makes sure that an image can be written on the origin although nobody has it open.
+    """
+
+    def __init__(
+        self,
+        core: CacheIndex,
+        state: CacheState,
+        committer: Committer,
+        intents: WriteIntents,
+        origin: OriginWrites,
+        threads: Threads,
+        opened: Callable[[Image], Awaitable[None]],
+    ) -> None:
+        self._core = core
+        self._geometry = core.geometry
+        self._state = state
+        self._committer = committer
+        self._intents = intents
+        self._origin = origin
+        self._threads = threads
+        self._opened = opened
+        self._dirty_reads = DirtyReads(core, state)
+
+    def holds(self, image: Image) -> bool:
+        """Whether slots still count for the image although the cache is broken."""
+        return not self._state.emptied and self._core.dirty.any_held and not image.detached
+
+    # -- guests ------------------------------------------------------------------------------------
+
+    async def write(self, image: Image, offset: int, data: bytes) -> None:
+        """To the origin, and to the slots of held pages. The caller holds the span's lock.
+
+        Raises:
+            OriginError: the origin failed.
+            CacheDeviceError: a held page's slot failed: it may come back, older, at a next start.
+        """
+        await self._origin.write(image, offset, data)
+        if not self.holds(image):
+            return
+        view, done = memoryview(data), 0
+        for block, start, stop in self._geometry.split(offset, len(data)):
+            held = self._core.dirty.held(image.id, block)
+            for begin, length in self._geometry.page_runs(held):
+                first, last = max(begin, start), min(begin + length, stop)
+                if first < last:
+                    piece = view[done + first - start : done + last - start]
+                    await self._to_slot(image, block, first, piece)
+            done += stop - start
+
+    async def _to_slot(self, image: Image, block: int, start: int, piece: memoryview) -> None:
+        located = self._core.locate(image.id, block)
+        if located is None:
+            return
+        position = (located.slot << self._geometry.block_shift) + start
+        try:
+            await self._threads.device(self._state.device.write, position, piece)
+        except CacheDeviceError as exc:
+            self._state.device_failed(exc)
+            self._core.dirty.lose(located.slot, self._geometry.touched(start, start + len(piece)))
+            raise
+
+    async def overlay(self, image: Image, offset: int, into: memoryview) -> None:
+        """Puts what is dirty over bytes read from the origin. The caller holds the span's lock.
+
+        Raises:
+            LostDataError: some of it is lost or cannot be read.
+        """
+        if not self.holds(image):
+            return
+        done = 0
+        for block, start, stop in self._geometry.split(offset, len(into)):
+            need = self._geometry.touched(start, stop)
+            await self._overlay_block(image, block, need, start, into[done : done + stop - start])
+            done += stop - start
+
+    async def _overlay_block(
+        self, image: Image, block: int, need: int, start: int, into: memoryview
+    ) -> None:
+        dirty = self._core.dirty.mask(image.id, block) & need
+        if not dirty:
+            return
+        if self._core.dirty.lost(image.id, block) & need:
+            raise LostDataError(f"block {block}: the cache device lost what was written")
+        located = self._core.locate(image.id, block)
+        assert located is not None
+        pieces, failed = await self._threads.device(self._dirty_reads.read, located.slot, dirty)
+        note_unreadable(image, block, dirty, failed)
+        if failed:
+            raise LostDataError(f"block {block}: dirty data cannot be read from the cache device")
+        for begin, data in pieces:
+            first, last = max(begin, start), min(begin + len(data), start + len(into))
+            if first < last:
+                into[first - start : last - start] = data[first - begin : last - begin]
+
+    # -- one slot that cannot be written -----------------------------------------------------------
+
+    async def supersede(self, image: Image, offset: int, data: bytes) -> None:
+        """A write whose slots failed goes to the origin, and stably out of the cache.
+
+        Origin first, origin sync, then the rows: whatever is left of an old row must not come
+        back over what the guest was told. No writeback is under way meanwhile: it might bring
+        older data after ours.
+
+        Raises:
+            OriginError, LostDataError, DatabaseError, CacheDeviceError: it is not written.
+        """
+        blocks = self._geometry.blocks(offset, len(data))
+        async with image.cleaning, image.lock.span(blocks.start, blocks.stop):
+            regions = range(region_of(blocks.start), region_of(blocks.stop - 1) + 1)
+            async with self._intents.writing(image, regions):
+                await self._supersede(image, offset, data)
+            await self._committer.barrier()
+
+    async def _supersede(self, image: Image, offset: int, data: bytes) -> None:
+        geometry = self._geometry
+        view, done = memoryview(data), 0
+        touched: list[tuple[int, int]] = []
+        for block, start, stop in geometry.split(offset, len(data)):
+            pages = geometry.touched(start, stop)
+            begin = start >> geometry.page_shift << geometry.page_shift
+            end = (stop + geometry.page_size - 1) >> geometry.page_shift << geometry.page_shift
+            base = block << geometry.block_shift
+            whole = memoryview(bytearray(end - begin))
+            # Only pages that are written in part have something around what is written.
+            partly = pages & ~geometry.covered(start, stop)
+            await self._overlay_block(image, block, partly, begin, whole)
+            dirty_part = self._core.dirty.mask(image.id, block) & partly
+            whole[start - begin : stop - begin] = view[done : done + stop - start]
+            for first, last in self._spans(dirty_part, start, stop):
+                last = min(last, max(image.size, base + stop) - base)
+                piece = bytes(whole[first - begin : last - begin])
+                await self._origin.write(image, base + first, piece)
+            touched.append((block, pages))
+            done += stop - start
+        await self._intents.sync_origin(image)
+        for block, pages in touched:
+            self._core.supersede(image.id, block, pages)
+
+    def _spans(self, dirty_part: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """What to write of a block: the bytes written, and all of a dirty page they are part of."""
+        first, last = start, stop
+        for begin, length in self._geometry.page_runs(dirty_part):
+            first, last = min(first, begin), max(last, begin + length)
+        return [(first, last)]
+
+    # -- the whole cache ---------------------------------------------------------------------------
+
+    async def rescue(self, image: Image) -> None:
+        """Everything dirty of an image is on the origin, synced; it stays in its slots as well.
+
+        Raises:
+            OriginError: not so.
+            LostDataError: not so for ever: some of it cannot be read.
+        """
+        await self._opened(image)
+        async with image.cleaning:
+            if image.rescued or not self.holds(image):
+                return
+            slots = self._core.dirty.slots(image.id).tolist()
+            lost = 0
+            for slot in slots:
+                lost += await self._rescue_slot(image, slot)
+            await self._intents.sync_origin(image)
+            if lost:
+                raise LostDataError(f"{lost} dirty pages cannot be read from the cache device")
+            image.rescued = True
+
+    async def _rescue_slot(self, image: Image, slot: int) -> int:
+        """Returns how many pages are lost."""
+        block, _ = self._core.dirty.place(slot)
+        base = block << self._geometry.block_shift
+        async with image.lock.span(block, block + 1):
+            _, pages = self._core.dirty.place(slot)
+            pieces, failed = await self._threads.device(self._dirty_reads.read, slot, pages)
+            note_unreadable(image, block, pages, failed)
+            for begin, data in pieces:
+                length = min(len(data), image.size - base - begin)
+                if length > 0:
+                    await self._origin.write(image, base + begin, data[:length])
+            return failed.bit_count() + self._core.dirty.lost(image.id, block).bit_count()

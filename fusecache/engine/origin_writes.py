@@ -1,0 +1,126 @@
+"""OriginWrites: what goes to the origin because a guest wrote it, and the sizes that follow."""
+
+from collections.abc import Callable
+
+from fusecache.core.index import CacheIndex
+from fusecache.engine.image import Image
+from fusecache.engine.ports import Threads
+from fusecache.engine.state import CacheState
+from fusecache.engine.storing import Storing
+from fusecache.errors import CacheDeviceError, OriginError
+from fusecache.store.cache_device import CacheDevice
+from fusecache.store.origin import OriginImage
+
+
+class OriginWrites:
+    """Writes to the origin of images that are open for writing."""
+
+    def __init__(
+        self, core: CacheIndex, state: CacheState, threads: Threads, now: Callable[[], float]
+    ) -> None:
+        self._core = core
+        self._geometry = core.geometry
+        self._state = state
+        self._threads = threads
+        self._now = now
+
+    async def extend(self, image: Image, size: int) -> None:
+        """The origin's file is at least ``size`` long: sizes are always the origin's.
+
+        One at a time, so that it is never made shorter than another one just made it.
+
+        Raises:
+            OriginError: it cannot be.
+        """
+        if size <= image.size:
+            return
+        async with image.extending:
+            if size <= image.size:
+                return
+            image.wrote = True
+            try:
+                await self._threads.run(image.origin.truncate, size, limiter=image.limiter)
+                image.size = size
+            except OriginError as exc:
+                image.counters.failed(exc)
+                raise
+            finally:
+                image.written += 1
+                image.last_write = self._now()
+
+    def storing(self, image: Image, offset: int, data: bytes) -> Storing:
+        """The pages of a write that are written whole, and the pieces of valid pages.
+
+        A page that is neither stays invalid: a small write never fetches the rest of its page.
+        While the origin keeps writes waiting, no new slots are taken for them.
+        """
+        storing = Storing(self._core, image.id)
+        crowded = image.limiter.available_tokens == 0
+        geometry = self._geometry
+        view, done = memoryview(data), 0
+        for block, start, stop in geometry.split(offset, len(data)):
+            pages = geometry.covered(start, stop)
+            valid = self._core.valid_pages(image.id, block)
+            if crowded and not valid:
+                pages = 0
+            pages |= geometry.touched(start, stop) & valid
+            for begin, length in geometry.page_runs(pages):
+                first, last = max(begin, start), min(begin + length, stop)
+                piece = view[done + first - start : done + last - start]
+                if not storing.add(block, first, piece, geometry.touched(first, last)):
+                    break
+            done += stop - start
+        return storing
+
+    async def write(
+        self, image: Image, offset: int, data: bytes, storing: Storing | None = None
+    ) -> CacheDeviceError | None:
+        """Origin first, then the slots, in one trip to a thread; returns the cache's error.
+
+        Raises:
+            OriginError: the origin failed; any part may have been written.
+        """
+        image.wrote = True
+        image.last_write = self._now()
+        try:
+            failed = await self._threads.run(
+                _write_both,
+                image.origin,
+                offset,
+                data,
+                self._state.device,
+                storing,
+                limiter=image.limiter,
+            )
+        except OriginError as exc:
+            image.counters.failed(exc)
+            await self._learn_size(image)
+            raise
+        finally:
+            image.written += 1
+            image.last_write = self._now()
+        image.size = max(image.size, offset + len(data))
+        image.counters.origin_writes += 1
+        image.counters.origin_write_bytes += len(data)
+        return failed
+
+    async def _learn_size(self, image: Image) -> None:
+        """After a write that failed half-way: part of it may have made the file longer."""
+        try:
+            seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+        except OriginError as exc:
+            image.counters.failed(exc)
+        else:
+            image.size = max(image.size, seen.size)
+
+
+def _write_both(
+    origin: OriginImage, offset: int, data: bytes, device: CacheDevice, storing: Storing | None
+) -> CacheDeviceError | None:
+    origin.write(offset, data)
+    try:
+        if storing is not None:
+            storing.write(device)
+    except CacheDeviceError as exc:
+        return exc
+    return None
