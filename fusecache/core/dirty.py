@@ -173,8 +173,8 @@ class DirtyPages:
         self._pages_of[image] = self._pages_of.get(image, 0) + pages
 
     def overwrite(self, image: int, offset: int, length: int) -> list[Run] | None:
-        """Where bytes of an image may be written at once: every page of them is dirty, its row
-        committed, and nobody else is at work on the slots. None otherwise.
+        """Where bytes of an image may be written at once: every page of them is dirty, and nobody
+        has the slots pinned, so that their rows are committed (R2). None otherwise.
 
         The caller writes before anything else can run.
         """
@@ -184,7 +184,7 @@ class DirtyPages:
         runs: list[Run] = []
         for block, start, stop in geometry.split(offset, length):
             slot = self._find(image, block)
-            if slot is None or slots.pins[slot] or slots.owed[slot]:
+            if slot is None or slots.pins[slot]:
                 return None
             need = geometry.touched(start, stop)
             if slots.dirty[slot] & slots.valid[slot] & need != need:

@@ -41,9 +41,7 @@ class OwedRows:
 
     def changed(self, slot: int) -> None:
         """The row of the slot's block is not what the database was told last."""
-        if not self._slots.owed[slot]:
-            self._slots.owed[slot] = 1
-            self._changed.append(slot)
+        self._changed.append(slot)
 
     def gone(self, image: int, block: int) -> None:
         """The block is no longer cached."""
@@ -59,8 +57,7 @@ class OwedRows:
         A block that went and came back is in both parts; the later one counts.
         """
         slots = self._slots
-        changed = np.array(self._changed, np.uint32)
-        slots.owed_of[changed] = 0
+        changed = np.unique(np.array(self._changed, np.uint32))
         here = changed[slots.state_of[changed] >= State.VALID]
         gone = len(self._gone_image)
         rows = Rows(
@@ -80,5 +77,4 @@ class OwedRows:
         gone = rows.slot == NO_SLOT
         self._gone_image = array("I", rows.image[gone].tolist()) + self._gone_image
         self._gone_block = array("I", rows.block[gone].tolist()) + self._gone_block
-        for slot in rows.slot[~gone].tolist():
-            self.changed(slot)
+        self._changed.extend(rows.slot[~gone].tolist())
