@@ -11,6 +11,7 @@ import click
 from fusecache import __version__
 from fusecache.cli.cache import format_cache
 from fusecache.cli.images import evict, flush, status
+from fusecache.cli.inspect import check, dump, repair
 from fusecache.cli.mount import mount, umount
 from fusecache.errors import FusecacheError, UsageError
 
@@ -28,7 +29,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _verb in (mount, umount, evict, flush, status, format_cache):
+for _verb in (mount, umount, evict, flush, status, format_cache, check, dump, repair):
     cli.add_command(_verb)
 
 

@@ -22,6 +22,7 @@ from fusecache.core.geometry import REGION_BLOCKS
 from fusecache.core.rows import U64, Rows
 from fusecache.core.slots import NO_SLOT
 from fusecache.errors import CacheDeviceError, DatabaseError
+from fusecache.store import packing
 from fusecache.store.packing import PackedRegion, RegionColumns
 from fusecache.store.records import WHOLE_IMAGE, Batch, ImageRow, Meta
 from fusecache.store.schema import SCHEMA_VERSION, migrations
@@ -285,13 +286,16 @@ class BlockMap:
                 tables.put_intent(*intent)
             for image, region in batch.settled:
                 tables.delete_intent(image, region)
-            self._conn.executemany(
-                "INSERT OR REPLACE INTO lru (first_slot, ticks) VALUES (?, ?)",
-                [(first, ticks.astype("<u8").tobytes()) for first, ticks in batch.order],
-            )
+            self._put_order(batch.order)
             if batch.heartbeat_ns is not None:
                 tables.now.heartbeat_ns = batch.heartbeat_ns
         return tables.now.commits
+
+    def _put_order(self, order: list[tuple[int, U64]]) -> None:
+        self._conn.executemany(
+            "INSERT OR REPLACE INTO lru (first_slot, ticks) VALUES (?, ?)",
+            [(first, ticks.astype("<u8").tobytes()) for first, ticks in order],
+        )
 
     def merge(self, mark: int) -> None:
         """Step 3 of a barrier (R1): ``pending`` up to ``mark`` becomes part of ``block``, stably.
@@ -310,16 +314,20 @@ class BlockMap:
     def _merge(self, mark: int) -> None:
         rows = latest(self._tables.pending(mark))
         if rows is not None:
-            regions = rows.block // np.uint32(REGION_BLOCKS)
-            changes = np.flatnonzero(np.diff(regions) | np.diff(rows.image)) + 1
-            edges = [0, *changes.tolist(), rows.slot.size]
-            for start, stop in itertools.pairwise(edges):
-                part = rows.where(slice(start, stop))
-                image, region = int(part.image[0]), int(regions[start])
-                columns = self._tables.columns(image, region)
-                columns.put(part)
-                self._put_region(image, region, columns)
+            self._put_rows(rows)
         self._tables.delete_pending(mark)
+
+    def _put_rows(self, rows: Rows) -> None:
+        """Rows of distinct tags, sorted by tag."""
+        regions = rows.block // np.uint32(REGION_BLOCKS)
+        changes = np.flatnonzero(np.diff(regions) | np.diff(rows.image)) + 1
+        edges = [0, *changes.tolist(), rows.slot.size]
+        for start, stop in itertools.pairwise(edges):
+            part = rows.where(slice(start, stop))
+            image, region = int(part.image[0]), int(regions[start])
+            columns = self._tables.columns(image, region)
+            columns.put(part)
+            self._put_region(image, region, columns)
 
     def _put_region(self, image: int, region: int, columns: RegionColumns) -> None:
         self._tables.put_columns(image, region, columns)
@@ -339,6 +347,24 @@ class BlockMap:
         """Regions for a map that has none of them yet, stably."""
         with _translated(f"Writing {self.path}"), self._transaction(stable=True):
             self._tables.add_packed(rows)
+
+    def restore(
+        self, meta: Meta, images: list[ImageRow], rows: Rows | None, order: list[tuple[int, U64]]
+    ) -> None:
+        """Fills a new database, stably, with what was kept of another, and how that was left."""
+        tables = self._tables
+        with _translated(f"Writing {self.path}"):
+            with self._transaction(stable=True):
+                tables.now.commits = meta.commits + 1
+                tables.now.clean, tables.now.boot_id = meta.clean, meta.boot_id
+                tables.now.heartbeat_ns = meta.heartbeat_ns
+                tables.now.mountpoint, tables.now.origin = meta.mountpoint, meta.origin
+                for image in images:
+                    tables.put_image(image)
+                if rows is not None and rows.slot.size:
+                    self._put_rows(packing.last_of_each(rows))
+                self._put_order(order)
+            self.checkpoint(truncate=True)
 
     def checkpoint(self, *, truncate: bool = False) -> None:
         """Moves the write-ahead log into the database.

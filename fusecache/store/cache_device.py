@@ -235,9 +235,14 @@ def write_superblock(fd: int, path: Path, superblock: Superblock) -> None:
     _put(fd, path, superblock.pack())
 
 
-def _put(fd: int, path: Path, data: bytes) -> None:
+def write_witness(fd: int, path: Path, witness: Witness) -> None:
+    """How far the database has come, stably. Raises CacheDeviceError."""
+    _put(fd, path, witness.pack(), WITNESS_OFFSET)
+
+
+def _put(fd: int, path: Path, data: bytes, offset: int = 0) -> None:
     try:
-        os.pwrite(fd, data, 0)
+        os.pwrite(fd, data, offset)
         os.fsync(fd)
     except OSError as exc:
         raise CacheDeviceError(f"Cannot write to {path}: {exc.strerror}.") from exc

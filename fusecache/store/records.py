@@ -1,6 +1,7 @@
 """The rows of the database as Python knows them, and what goes into one transaction."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fusecache.core.rows import U64, Rows
 from fusecache.store.tallies import Tally, row_hash, values_crc
@@ -29,7 +30,7 @@ class ImageRow:
         """The row as it is now, for a commit in another thread."""
         return ImageRow(*self.values())
 
-    def values(self) -> tuple[object, ...]:
+    def values(self) -> tuple[Any, ...]:
         """In the order of ``IMAGE_COLUMNS``."""
         return tuple(getattr(self, name) for name in IMAGE_COLUMNS)
 
@@ -66,7 +67,7 @@ class Meta:
         """The row as it is now."""
         return Meta(*self.values())
 
-    def values(self) -> tuple[object, ...]:
+    def values(self) -> tuple[Any, ...]:
         """In the order of ``META_COLUMNS``."""
         return tuple([getattr(self, name) for name in META_COLUMNS])
 

@@ -1,0 +1,240 @@
+"""``check``, ``dump`` and ``repair``: a cache that no daemon has open, as it lies there."""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from fusecache.cli.cache import default_database, open_locked
+from fusecache.cli.paths import absolute
+from fusecache.config import format_size
+from fusecache.control.protocol import readable
+from fusecache.core.rows import Rows
+from fusecache.engine.recovery import boot_id
+from fusecache.errors import CacheDeviceError, NotACacheError, SuperblockError
+from fusecache.store import repair as mending
+from fusecache.store.inspection import Inspection, inspect
+from fusecache.store.repair import Loss, Plan
+from fusecache.store.superblock import SUPERBLOCK_SIZE, Superblock
+
+_LEFT = {
+    "clean": "stopped cleanly",
+    "killed": "its daemon was killed, in this boot",
+    "cut": "its daemon did not stop cleanly, and the host was started since",
+    "unknown": "how it was left is not known",
+}
+_argument = click.argument("cache", type=Path)
+_db = click.option("--db", "database", type=Path, help="Where its database lies.")
+
+
+@contextlib.contextmanager
+def _inspected(cache: Path, database: Path | None) -> Iterator[tuple[int, Inspection]]:
+    """The cache, locked: its daemon must not change it while we look."""
+    cache = absolute(cache)
+    if not os.path.lexists(cache):
+        raise CacheDeviceError(f"The cache {cache} does not exist.")
+    fd = open_locked(cache)
+    try:
+        place = _database(fd, cache, None if database is None else absolute(database))
+        yield fd, inspect(fd, cache, place, boot_id())
+    finally:
+        os.close(fd)
+
+
+def _database(fd: int, cache: Path, chosen: Path | None) -> Path | None:
+    """None for a block device whose superblock does not tell its uuid."""
+    if chosen is not None:
+        return chosen
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return Path(f"{cache}.sqlite")
+    try:
+        return default_database(cache, Superblock.unpack(os.pread(fd, SUPERBLOCK_SIZE, 0)))
+    except (SuperblockError, NotACacheError):
+        return None
+
+
+# -- check -----------------------------------------------------------------------------------------
+
+
+@click.command(epilog="Example: fusecache check /dev/sdb")
+@_argument
+@_db
+@click.pass_context
+def check(context: click.Context, cache: Path, database: Path | None) -> None:
+    """Say everything that is wrong with CACHE; change nothing.
+
+    Exit code 1 if anything is. Data that is dirty is not wrong, and is counted.
+    """
+    with _inspected(cache, database) as (_, found):
+        for finding in found.findings:
+            example = f" ({finding.example})" if finding.example else ""
+            click.echo(f"{finding.count} x {finding.what}{example}")
+        rows = found.rows()
+        dirty = _pages(rows.dirty & rows.valid) * _page_size(found)
+        if dirty:
+            click.echo(f"dirty, and only here: {format_size(dirty)}")
+        if not found.findings:
+            click.echo(f"{found.path}: nothing is wrong")
+            return
+        kinds = len(found.findings)
+        click.echo(
+            f"{found.path}: {kinds} kind{'s' * (kinds != 1)} of inconsistency. "
+            f"To mend it: fusecache repair {found.path}"
+        )
+    context.exit(1)
+
+
+def _pages(masks: "np.ndarray[Any, np.dtype[np.uint16]]") -> int:
+    return int(np.unpackbits(masks.astype("<u2").view(np.uint8)).sum())
+
+
+def _page_size(found: Inspection) -> int:
+    return 0 if found.geometry is None else found.geometry.page_size
+
+
+# -- dump ------------------------------------------------------------------------------------------
+
+
+@click.command(epilog="Example: fusecache dump /dev/sdb --json")
+@_argument
+@_db
+@click.option("--json", "as_json", is_flag=True, help="Every block, as lines of JSON.")
+def dump(cache: Path, database: Path | None, as_json: bool) -> None:
+    """Show the block map of CACHE, as far as it can be read; change nothing.
+
+    With --json: one line about the cache, one for each image, one for each cached block.
+    """
+    with _inspected(cache, database) as (_, found):
+        rows = found.rows()
+        images = list(_images(found, rows))
+        header = _header(found, rows)
+        if not as_json:
+            _summary(header, images)
+            return
+        for line in (header, *images):
+            click.echo(json.dumps(line))
+        names = {image["image"]: image["path"] for image in images}
+        for image, block, slot, valid, dirty in zip(*(c.tolist() for c in rows), strict=True):
+            line = {"image": image, "block": block, "slot": slot, "valid": valid, "dirty": dirty}
+            click.echo(json.dumps(line | {"path": names.get(image)}))
+
+
+def _header(found: Inspection, rows: Rows) -> dict[str, Any]:
+    meta = None if found.read is None else found.read.meta
+    superblock = found.superblock
+    origin = None if meta is None else os.fsdecode(meta.origin)
+    return {
+        "cache": readable(str(found.path))[0],
+        "database": readable(str(found.database))[0],
+        "uuid": str(superblock.uuid) if superblock else meta.uuid if meta else None,
+        "block_size": None if found.geometry is None else found.geometry.block_size,
+        "slots_total": found.slot_count,
+        "slots_used": int(rows.slot.size),
+        "left": found.left,
+        "origin": None if origin is None else readable(origin)[0],
+        "fence": None if superblock is None else superblock.fence.name.lower(),
+        "findings": [finding.what for finding in found.findings],
+    }
+
+
+def _images(found: Inspection, rows: Rows) -> Iterator[dict[str, Any]]:
+    page = _page_size(found)
+    names = found.image_names()
+    sound = {} if found.read is None else {image.id: image for image in found.read.images}
+    for number in sorted(set(names) | set(rows.image.tolist())):
+        mine = rows.where(rows.image == number)
+        line: dict[str, Any] = {"image": number, "path": None}
+        if number in names:
+            line["path"], escaped = readable(os.fsdecode(names[number]))
+            if escaped:
+                line["path_escaped"] = True
+        if (row := sound.get(number)) is not None:
+            line |= {"size": row.size, "write_mode": row.write_mode or None}
+        yield line | {
+            "blocks": int(mine.slot.size),
+            "cached_bytes": _pages(mine.valid) * page,
+            "dirty_bytes": _pages(mine.dirty & mine.valid) * page,
+            "lost_bytes": _pages(mine.dirty & ~mine.valid) * page,
+        }
+
+
+def _summary(header: dict[str, Any], images: list[dict[str, Any]]) -> None:
+    size = header["block_size"]
+    blocks = "blocks of unknown size" if size is None else f"blocks of {format_size(size)}"
+    click.echo(f"{header['cache']}: {header['slots_used']} of {header['slots_total']} {blocks}")
+    click.echo(f"database {header['database']}, uuid {header['uuid']}")
+    click.echo(f"origin {header['origin']}; {_LEFT[header['left']]}")
+    for image in images:
+        name = f"'{image['path']}'" if image["path"] is not None else "an unknown image"
+        parts = [f"cached {format_size(image['cached_bytes'])}"]
+        some = [what for what in ("dirty", "lost") if image[f"{what}_bytes"]]
+        parts += [f"{what} {format_size(image[f'{what}_bytes'])}" for what in some]
+        click.echo(f"image {image['image']} {name}: {', '.join(parts)}")
+    for what in header["findings"]:
+        click.echo(f"wrong: {what}")
+
+
+# -- repair ----------------------------------------------------------------------------------------
+
+
+@click.command(epilog="Example: fusecache repair /dev/sdb --yes")
+@_argument
+@_db
+@click.option("--yes", is_flag=True, help="Do it. Without: only say what would be done.")
+@click.pass_context
+def repair(context: click.Context, cache: Path, database: Path | None, yes: bool) -> None:
+    """Make a damaged CACHE usable again, and keep what is surely right.
+
+    Says first which data, that the origin does not have, cannot be saved.
+    """
+    with _inspected(cache, database) as (fd, found):
+        made = mending.plan(found, fd)
+        if not made.needed:
+            click.echo(f"{found.path}: nothing is wrong, nothing to do")
+            return
+        if found.foreign and database is not None:
+            raise CacheDeviceError(
+                f"{found.database} belongs to another cache: name the right one with --db."
+            )
+        if found.database == Path(os.devnull):
+            found = replace(found, database=default_database(found.path, made.superblock))
+        _tell(found, made)
+        if yes:
+            mending.carry_out(made, found, fd)
+            click.echo(f"{found.path}: repaired")
+            return
+        click.echo(f"Nothing was done. To do it: fusecache repair {found.path} --yes")
+    context.exit(1)
+
+
+def _tell(found: Inspection, made: Plan) -> None:
+    """What cannot be saved, then what will be done."""
+    for loss in made.losses:
+        click.echo(f"cannot be saved: {describe(loss)}")
+    for what in made.unnamed:
+        click.echo(f"cannot be saved: {what}")
+    if made.rows is not None and found.geometry is not None:
+        dirty = _pages(made.rows.dirty) * _page_size(found)
+        if dirty:
+            click.echo(f"kept, and dirty: {format_size(dirty)}")
+    for step in made.steps:
+        click.echo(f"to do: {step}")
+
+
+def describe(loss: Loss) -> str:
+    """One line: image, byte ranges, reason."""
+    name = (
+        f"image number {loss.image}, whose name is not known"
+        if loss.path is None
+        else f"'{readable(os.fsdecode(loss.path))[0]}'"
+    )
+    ranges = [f"{first}-{end - 1}" for first, end in loss.ranges]
+    size = format_size(sum(end - first for first, end in loss.ranges))
+    return f"{name}, {size} at bytes {', '.join(ranges)}: {loss.why}"
