@@ -1,4 +1,4 @@
-"""``format``, and what every verb needs to open a cache or to make one."""
+"""What every verb needs to open a cache or to make one."""
 
 import contextlib
 import errno
@@ -10,31 +10,28 @@ from pathlib import Path
 
 import click
 
-from fusecache.cli.paths import absolute
-from fusecache.config import (
-    DEFAULT_BLOCK_SIZE,
-    check_block_size,
-    format_size,
-    parse_size,
-)
+from fusecache.cli.progress import Progress, count_text
+from fusecache.config import DEFAULT_BLOCK_SIZE, format_size
 from fusecache.control import client
-from fusecache.control.protocol import state_directory
+from fusecache.control.client import Daemon
+from fusecache.control.protocol import readable, state_directory
 from fusecache.errors import (
     CacheDeviceError,
     CacheInUseError,
     DatabaseError,
     EmptyCacheError,
-    NotACacheError,
     UsageError,
 )
 from fusecache.store import cache_device
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
+from fusecache.store.dirty_data import DirtyData, dirty_data
 from fusecache.store.superblock import DATA_OFFSET, Superblock
 
 _ENDING = 5.0
 """Seconds that a daemon whose socket is gone may still have its cache open."""
-_POLL = 0.1
+_POLL = 0.2
+_SHOWN = 3
 
 
 def default_database(path: Path, superblock: Superblock) -> Path:
@@ -52,13 +49,13 @@ def open_cache_device(
     Raises:
         FusecacheError: it cannot be used; the sentence says why and what to do.
     """
-    with _made_if_missing(path, size):
+    with made_if_missing(path, size):
         fd = open_locked(path)
         try:
             try:
                 superblock = cache_device.read_superblock(fd, path)
             except EmptyCacheError:
-                return _format(fd, path, database, size, block_size)
+                return make(fd, path, database, size, block_size)
             _compare(path, superblock, size, block_size)
             block_map = BlockMap.open(database or default_database(path, superblock), superblock)
             return CacheDevice(path, fd, superblock), block_map
@@ -68,7 +65,7 @@ def open_cache_device(
 
 
 @contextlib.contextmanager
-def _made_if_missing(path: Path, size: int | None) -> Iterator[None]:
+def made_if_missing(path: Path, size: int | None) -> Iterator[None]:
     """A cache file that was made here does not outlive an error here."""
     if os.path.lexists(path):
         yield
@@ -91,25 +88,56 @@ def open_locked(path: Path) -> int:
     """A locked descriptor of a cache. Waits for a daemon that is ending; if the cache is in use
     otherwise, says by which mount."""
     deadline = time.monotonic() + _ENDING
-    waiting = False
-    while True:
-        try:
-            return cache_device.open_locked(path)
-        except CacheInUseError as exc:
-            pid = cache_device.holder_of(path)
-            daemon = next((d for d in client.daemons() if d.cache == path or d.pid == pid), None)
-            if daemon is not None and daemon.state != "flushing":
-                raise CacheInUseError(
-                    f"{exc} It serves {daemon.mountpoint} (pid {daemon.pid}). To end it: "
-                    f"fusecache umount {daemon.mountpoint}"
-                ) from exc
-            # One that is flushing takes its time; one without a socket has just a moment left.
-            if daemon is None and (not _is_fusecache(pid) or time.monotonic() > deadline):
-                raise
-            if not waiting and daemon is not None:
-                waiting = True
-                click.echo(f"fusecache: waiting for pid {pid} to finish with {path}", err=True)
+    with _Waiting(path) as waiting:
+        while True:
+            try:
+                return cache_device.open_locked(path)
+            except CacheInUseError as exc:
+                pid = cache_device.holder_of(path)
+                daemon = _daemon_of(path, pid)
+                if daemon is not None and daemon.mounted:
+                    raise CacheInUseError(
+                        f"{exc} It serves {daemon.mountpoint} (pid {daemon.pid}). To end it: "
+                        f"fusecache umount {daemon.mountpoint}"
+                    ) from exc
+                # One that flushes takes its time; one without a socket has just a moment left.
+                if daemon is not None:
+                    waiting.tell(daemon)
+                elif not _is_fusecache(pid) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL)
+
+
+def wait_until_free(path: Path) -> None:
+    """Waits for a daemon that has unmounted this cache and still brings its data to the origin."""
+    with _Waiting(path) as waiting:
+        while (daemon := _daemon_of(path)) is not None and not daemon.mounted:
+            waiting.tell(daemon)
             time.sleep(_POLL)
+
+
+def _daemon_of(path: Path, pid: int | None = None) -> Daemon | None:
+    return next((d for d in client.daemons() if d.cache == path or d.pid == pid), None)
+
+
+class _Waiting(Progress):
+    """Says whom we wait for, and on a terminal also how much is left."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._said = False
+
+    def tell(self, daemon: Daemon) -> None:
+        """Once in a pipe, always anew on a terminal."""
+        left = format_size(daemon.dirty_bytes)
+        text = f"fusecache: waiting for pid {daemon.pid} to finish with {self._path}"
+        text += f", {left} left to write back" if daemon.dirty_bytes else ""
+        if self.live:
+            self.show(text)
+        elif not self._said:
+            click.echo(text, err=True)
+        self._said = True
 
 
 def _is_fusecache(pid: int | None) -> bool:
@@ -140,7 +168,7 @@ def _slots(size: int, block_size: int) -> int:
     return (size - DATA_OFFSET) // block_size
 
 
-def _format(
+def make(
     fd: int,
     path: Path,
     database: Path | None,
@@ -181,12 +209,36 @@ def _check_database_place(place: Path, path: Path, *, leftover: bool, force: boo
         return
     if not place.is_file():
         raise DatabaseError(f"The database {place} is not a file: choose another --db.")
-    if force or place.stat().st_size == 0 or (leftover and BlockMap.is_block_map(place)):
+    if force or place.stat().st_size == 0:
+        return
+    if leftover and BlockMap.is_block_map(place):
+        _check_leftover(place, path)
         return
     what = "the map of another cache" if BlockMap.is_block_map(place) else "something else"
     raise DatabaseError(
         f"{place} holds {what}: choose another --db, or remove the file if nobody needs it."
     )
+
+
+def _check_leftover(place: Path, path: Path) -> None:
+    """The map of a cache that is no longer at its path goes, unless data was lost with it."""
+    found = dirty_data(place)
+    if found.images:
+        raise DatabaseError(
+            f"{path} is empty, but {place} says that a cache was there with {describe(found)} "
+            "that the origin does not have: bring that cache back. To give the data up: "
+            f"fusecache format {path} --force --discard-dirty"
+        )
+
+
+def describe(found: DirtyData) -> str:
+    """``1.2 GiB of 3 images (vm1.img: 1.0 GiB, ...)``, the largest first."""
+    largest = sorted(found.images.items(), key=lambda item: item[1], reverse=True)
+    names = [
+        f"{readable(os.fsdecode(name))[0]}: {format_size(size)}" for name, size in largest[:_SHOWN]
+    ]
+    more = ["..."] if len(largest) > _SHOWN else []
+    return f"{format_size(found.bytes)} of {count_text(len(largest))} ({', '.join(names + more)})"
 
 
 def _fit(fd: int, path: Path, size: int) -> None:
@@ -210,41 +262,3 @@ def _cut_back(fd: int, size: int) -> None:
     """A file that was made larger gets its old size."""
     if stat.S_ISREG(os.fstat(fd).st_mode):
         os.ftruncate(fd, size)
-
-
-@click.command("format", epilog="Example: fusecache format /dev/sdb")
-@click.argument("path", type=Path)
-@click.option("--size", help="Size of the cache, like 20G; needed to create a file.")
-@click.option("--block-size", help="Size of a block, a power of two from 4K to 1M. [64K]")
-@click.option("--db", "database", type=Path, help="Where its database goes.")
-@click.option("--force", is_flag=True, help="Overwrite whatever PATH and its database hold.")
-def format_cache(
-    path: Path, size: str | None, block_size: str | None, database: Path | None, force: bool
-) -> None:
-    """Make PATH, a file or a block device, an empty cache."""
-    path = absolute(path)
-    database = None if database is None else absolute(database)
-    wanted = None if size is None else parse_size(size)
-    blocks = None if block_size is None else check_block_size(parse_size(block_size))
-    with _made_if_missing(path, wanted):
-        fd = open_locked(path)
-        try:
-            if not force:
-                _refuse_unless_empty(fd, path)
-            device, block_map = _format(fd, path, database, wanted, blocks, force=force)
-            block_map.close()
-        finally:
-            os.close(fd)
-    superblock = device.superblock
-    click.echo(
-        f"{path}: {superblock.slot_count} blocks of {format_size(superblock.block_size)}, "
-        f"database {block_map.path}"
-    )
-
-
-def _refuse_unless_empty(fd: int, path: Path) -> None:
-    with contextlib.suppress(EmptyCacheError):
-        cache_device.read_superblock(fd, path)
-        raise NotACacheError(
-            f"{path} is a fusecache cache already: to make it an empty one, add --force."
-        )

@@ -114,13 +114,14 @@ def _check_mountpoint(path: Path) -> None:
 
 def _free_mountpoint(path: Path) -> None:
     """Whatever is mounted there must be a dead fusecache; it is detached."""
-    for daemon in client.daemons():
-        if daemon.mountpoint == path:
+    running = client.daemons()
+    for daemon in running:
+        if daemon.mountpoint == path and daemon.mounted:
             raise MountError(
                 f"{path} is busy: fusecache pid {daemon.pid} serves {daemon.origin} there. "
                 f"To end it: fusecache umount {path}"
             )
-    if (pid := client.silent_holder(path)) is not None:
+    if (pid := client.silent_holder(path, running)) is not None:
         raise MountError(
             f"{path} is busy: process {pid} still has this mount but does not answer. "
             f"End it with kill -9 {pid}, then mount again."

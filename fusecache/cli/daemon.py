@@ -3,13 +3,10 @@
 import gc
 import logging
 import logging.handlers
-import math
 import os
 import resource
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,14 +14,14 @@ from typing import NoReturn
 
 import trio
 
-from fusecache.cli.cache import open_cache_device
+from fusecache.cli.cache import open_cache_device, wait_until_free
+from fusecache.cli.progress import count_text
+from fusecache.cli.service import Service
 from fusecache.config import MountConfig
 from fusecache.control.protocol import make_runtime_directory, runtime_directory
-from fusecache.control.server import ControlServer, Mounted
-from fusecache.engine.block_cache import BlockCache, open_cache
+from fusecache.engine.block_cache import open_cache
 from fusecache.engine.ports import Clock
 from fusecache.errors import FusecacheError, MountError, UsageError
-from fusecache.fuse import mounts
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.session import Session
 from fusecache.store.block_map import BlockMap
@@ -32,10 +29,6 @@ from fusecache.store.cache_device import CacheDevice
 from fusecache.store.tree import Tree
 
 log = logging.getLogger("fusecache")
-
-_FORCED_FLUSH = 10.0
-_FORCED_END = 20.0
-"""Seconds a forced unmount gives a stalled origin before, and after, the mount is gone."""
 
 _FORMAT = "%(levelname)s %(message)s"
 _SYSLOG = Path("/dev/log")
@@ -51,6 +44,7 @@ def start(plan: MountConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="fusecache: %(levelname)s %(message)s")
         serve(plan, lambda: None)
         return
+    wait_until_free(plan.cache)  # here, where an interrupt still reaches us
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -137,6 +131,7 @@ def serve(plan: MountConfig, ready: Callable[[], None]) -> None:
     _raise_descriptor_limit()
     device, block_map = open_cache_device(plan.cache, plan.database, plan.size, plan.block_size)
     try:
+        _refuse_another_origin(plan, block_map)
         tree = _open_origin(plan.origin)
         trio.run(
             partial(_serve, plan, device, block_map, tree, ready), strict_exception_groups=True
@@ -146,6 +141,20 @@ def serve(plan: MountConfig, ready: Callable[[], None]) -> None:
     finally:
         block_map.close()
         device.close()
+
+
+def _refuse_another_origin(plan: MountConfig, block_map: BlockMap) -> None:
+    """Data that waits for one origin must not be looked for on another."""
+    before = Path(os.fsdecode(block_map.meta().origin))
+    if before == plan.origin:
+        return
+    dirty = [image for image in block_map.images() if block_map.cached(image.id)[1]]
+    if dirty:
+        raise MountError(
+            f"The cache {plan.cache} has data of {count_text(len(dirty))} that waits for the "
+            f"origin {before}: mount that origin, or bring it there with fusecache flush --cache "
+            f"{plan.cache}"
+        )
 
 
 def _open_origin(origin: Path) -> Tree:
@@ -199,6 +208,7 @@ async def _serve(
         tuning=plan.tuning,
         clock=Clock(origin_ns=tree.now_ns),
         invalidate=invalidate,
+        pin=tree.pin,
     ) as cache:
         gc.collect()
         gc.freeze()  # what lives as long as the mount need not be looked at again
@@ -206,103 +216,6 @@ async def _serve(
         session = Session(operations, plan.mountpoint, plan.tuning)
         session.mount(plan.origin, plan.options, read_only=tree.read_only)
         try:
-            await _Service(plan, cache, tree, operations, session).run(ready)
+            await Service(plan, cache, tree, operations, session).run(ready)
         finally:
             session.close()
-
-
-class _Service:
-    """One mount while it serves: its requests, its control socket, its signals, its end."""
-
-    def __init__(
-        self,
-        plan: MountConfig,
-        cache: BlockCache,
-        tree: Tree,
-        operations: Operations,
-        session: Session,
-    ) -> None:
-        self._plan = plan
-        self._cache = cache
-        self._operations = operations
-        self._session = session
-        self._mounted = Mounted(plan.mountpoint, plan.origin, "starting", self.unmount)
-        self._control = ControlServer(cache, tree, self._mounted, runtime_directory())
-
-    async def run(self, ready: Callable[[], None]) -> None:
-        """Until unmounted, by whomever."""
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._control.serve)
-            nursery.start_soon(self._obey_signals)
-            serving = trio.Event()
-            nursery.start_soon(self._announce, serving, ready)
-            await self._session.run(serving)
-            self._mounted.state = "flushing"
-            await self._flush(math.inf)
-            nursery.cancel_scope.cancel()
-
-    async def _announce(self, serving: trio.Event, ready: Callable[[], None]) -> None:
-        await serving.wait()
-        self._mounted.state = "serving"
-        log.info(
-            "serving %s at %s from %s", self._plan.origin, self._plan.mountpoint, self._plan.cache
-        )
-        ready()
-
-    async def _obey_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                log.info("%s: flushing, then unmounting", signal.Signals(number).name)
-                try:
-                    await self.unmount(force=True)
-                except FusecacheError as exc:
-                    log.error("%s", exc)
-
-    async def unmount(self, force: bool) -> None:
-        """Flushes while still serving, then unmounts, which ends the session.
-
-        Raises:
-            MountError: files are open, or the mount is busy.
-        """
-        if self._operations.handles and not force:
-            raise MountError(
-                f"{self._plan.mountpoint} is in use: {self._open_files()}. "
-                "Close these first, or use --force."
-            )
-        await self._flush(_FORCED_FLUSH if force else math.inf)
-        detach = partial(mounts.unmount, self._plan.mountpoint, detach=force)
-        await self._cache.threads.kernel(detach)
-        if force:
-            threading.Thread(target=_end_anyway, daemon=True).start()
-            self._session.abandon()
-
-    def _open_files(self) -> str:
-        files = []
-        for handle in self._operations.handles.values():
-            name = handle.image.row.path.decode("utf-8", "backslashreplace")
-            files.append(f"{name} (pid {handle.pid}{_command(handle.pid)})")
-        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-        return ", ".join(sorted(set(files))[:5]) + more
-
-    async def _flush(self, timeout: float) -> None:
-        """As much as can be brought to the origin before the end; gives up after ``timeout`` s."""
-        with trio.move_on_after(timeout) as scope:
-            await self._cache.flush_all()
-            await self._cache.housekeeping.settle_all()
-        if scope.cancelled_caught:
-            log.error("the origin does not answer: ending without its last sync")
-
-
-def _end_anyway() -> None:
-    """A write that hangs on a stalled origin cannot be left behind by trio. By then the mount is
-    gone and the cache is as after a kill: the next mount recovers it."""
-    time.sleep(_FORCED_END)
-    log.error("the origin still does not answer: ending as if killed")
-    os._exit(1)
-
-
-def _command(pid: int) -> str:
-    try:
-        return " " + Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""

@@ -1,23 +1,20 @@
-"""``evict``, ``flush`` and ``status``: what is asked of running daemons."""
+"""``evict``, ``flush`` and ``set``: what is done to single images."""
 
-import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from fusecache.cli import offline
 from fusecache.cli.paths import absolute, mount_path
+from fusecache.cli.progress import Progress, count_text
+from fusecache.config import WriteMode, format_size
 from fusecache.control import client, protocol
 from fusecache.control.client import Daemon
 from fusecache.errors import ControlError, UsageError
-from fusecache.observe import report
 
-_mount_option = click.option(
+mount_option = click.option(
     "-m",
     "--mountpoint",
     type=Path,
@@ -38,11 +35,17 @@ def _with_cache(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(epilog="Example: fusecache evict vm2.img")
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @click.option("--all", "everything", is_flag=True, help="Every image of the mount.")
-@_mount_option
+@click.option(
+    "--discard-dirty",
+    is_flag=True,
+    help="Throw away what the origin does not have, instead of writing it back.",
+)
+@mount_option
 @_with_cache
 def evict(
     images: tuple[str, ...],
     everything: bool,
+    discard_dirty: bool,
     mountpoint: Path | None,
     cache: Path | None,
     db: Path | None,
@@ -53,27 +56,86 @@ def evict(
     """
     if bool(images) == everything:
         raise UsageError("Name the images to evict, or say --all.")
-    answers = _work("evict", images, mountpoint, cache, db)
-    blocks = sum(answer["blocks"] for answer in answers)
-    count = sum(answer["images"] for answer in answers)
-    click.echo(f"evicted {count} image{'s' * (count != 1)}, {blocks} blocks")
+    request = {"verb": "evict", "discard_dirty": discard_dirty}
+    answers = _work(request, images, mountpoint, cache, db)
+    count, failed = _outcome(answers)
+    if count or not failed:
+        blocks = sum(answer["blocks"] for answer in answers)
+        click.echo(f"evicted {count_text(count)}, {blocks} blocks")
+    _fail(f"'{image['image']}' was not evicted: {_why(image, 'Evict')}" for image in failed)
 
 
 @click.command(epilog="Example: fusecache flush vm2.img")
 @click.argument("images", nargs=-1, metavar="[IMAGE...]")
-@_mount_option
+@mount_option
 @_with_cache
 def flush(
     images: tuple[str, ...], mountpoint: Path | None, cache: Path | None, db: Path | None
 ) -> None:
     """Bring everything written to the images, or to all, onto the origin's stable storage."""
-    answers = _work("flush", images, mountpoint, cache, db)
-    count = sum(answer["images"] for answer in answers)
-    click.echo(f"flushed {count} image{'s' * (count != 1)}")
+    count, failed = _outcome(_work({"verb": "flush"}, images, mountpoint, cache, db))
+    if count or not failed:
+        click.echo(f"flushed {count_text(count)}")
+    _fail(f"'{image['image']}' was not flushed: {_why(image, 'Flush')}" for image in failed)
+
+
+@click.command("set", epilog="Example: fusecache set vm2.img --write-mode back")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option(
+    "--write-mode",
+    type=click.Choice([*(mode.value for mode in WriteMode), "default"]),
+    help="How the image's writes go from now on; default: as the mount's.",
+)
+@mount_option
+def set_image(images: tuple[str, ...], write_mode: str | None, mountpoint: Path | None) -> None:
+    """Give an image a write mode of its own, now and for every later mount of this cache.
+
+    An image that leaves write-back is flushed.
+    """
+    if write_mode is None:
+        raise UsageError("Say which: --write-mode through, around, back or default.")
+    request = {"verb": "set", "write_mode": write_mode}
+    count, failed = _outcome(_for_images(request, images, mountpoint))
+    mode = "the mount's write mode" if write_mode == "default" else f"write-{write_mode}"
+    if count:
+        click.echo(f"{count_text(count)}: {mode}")
+    _fail(f"'{image['image']}' is not in {mode} yet: {_why(image, 'Set')}" for image in failed)
+
+
+def _outcome(answers: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """How many images it was done for, and those it was not, with names for people."""
+    failed = [image for answer in answers for image in answer.get("failed", [])]
+    for image in failed:
+        image["image"] = protocol.readable(image["image"])[0]
+    return sum(answer["images"] for answer in answers), failed
+
+
+def _why(image: dict[str, Any], again: str) -> str:
+    """The reason, and what to do."""
+    reason = str(image["error"]).rstrip(".")
+    give_up = f"fusecache evict {image['image']} --discard-dirty"
+    if image["lost"]:
+        return f"{reason}. To give up what was lost, and all the origin does not have: {give_up}"
+    if image["dirty_bytes"]:
+        return (
+            f"{reason}. {format_size(image['dirty_bytes'])} of it stay on the cache until then. "
+            f"{again} it again when the origin works, or give them up: {give_up}"
+        )
+    return f"{reason}. {again} it again when that is mended."
+
+
+def _fail(sentences: Iterable[str]) -> None:
+    """Every failure in a line of its own, and exit code 1 if there is any."""
+    failed = False
+    for sentence in sentences:
+        failed = True
+        click.echo(f"fusecache: {sentence}", err=True)
+    if failed:
+        click.get_current_context().exit(1)
 
 
 def _work(
-    verb: str,
+    request: dict[str, Any],
     images: tuple[str, ...],
     mountpoint: Path | None,
     cache: Path | None,
@@ -83,20 +145,22 @@ def _work(
     if cache is None:
         if db is not None:
             raise UsageError("--db goes with --cache, for a cache that no daemon has open.")
-        return _for_images(verb, images, mountpoint)
+        return _for_images(request, images, mountpoint)
     if mountpoint is not None:
         raise UsageError(
             "Say -m for a cache that is mounted, or --cache for one that no daemon has open."
         )
     database = None if db is None else absolute(db)
-    work = offline.evict if verb == "evict" else offline.flush
-    return [work(absolute(cache), database, images)]
+    if request["verb"] == "flush":
+        return [offline.flush(absolute(cache), database, images)]
+    discard = bool(request["discard_dirty"])
+    return [offline.evict(absolute(cache), database, images, discard_dirty=discard)]
 
 
 def _for_images(
-    verb: str, images: tuple[str, ...], mountpoint: Path | None
+    request: dict[str, Any], images: tuple[str, ...], mountpoint: Path | None
 ) -> list[dict[str, Any]]:
-    """Sends a verb to the daemons that have the images, with progress on a terminal."""
+    """Sends a request to the daemons that have the images, with progress on a terminal."""
     running = client.choose(None if mountpoint is None else mount_path(mountpoint))
     work: dict[Daemon, list[str]] = {}
     for name in images:
@@ -107,53 +171,13 @@ def _for_images(
             places = ", ".join(str(daemon.mountpoint) for daemon in running)
             raise ControlError(f"There are several mounts ({places}): choose one with -m.")
         work = {running[0]: []}
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(verb, total=None)
+    with Progress() as line:
+
+        def progress(news: dict[str, Any]) -> None:
+            left = f", {format_size(news['left'])} left to write back" if news["left"] else ""
+            line.show(f"{request['verb']}: {news['done']} of {count_text(news['of'])}{left}")
+
         return [
-            client.ask(
-                daemon.socket_path,
-                {"verb": verb, "images": paths},
-                progress=lambda p: progress.update(task, completed=p["done"], total=p["of"]),
-            )
+            client.ask(daemon.socket_path, {**request, "images": paths}, progress=progress)
             for daemon, paths in work.items()
         ]
-
-
-@click.command(epilog="Example: fusecache status --json")
-@click.argument("images", nargs=-1, metavar="[IMAGE...]")
-@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
-@_mount_option
-def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> None:
-    """Show what is cached and where reads and writes were served."""
-    if mountpoint is None and not images:
-        running = client.daemons()
-        wanted: dict[Daemon, list[str]] = {daemon: [] for daemon in running}
-    else:
-        running = client.choose(None if mountpoint is None else mount_path(mountpoint))
-        wanted = {} if images else {daemon: [] for daemon in running}
-        for name in images:
-            daemon, path = client.locate(name, running)
-            wanted.setdefault(daemon, []).append(path)
-    mounts = [
-        _printable(client.ask(daemon.socket_path, {"verb": "status", "images": paths}, timeout=30))
-        for daemon, paths in wanted.items()
-    ]
-    if as_json:
-        click.echo(json.dumps({"mounts": mounts}, indent=2))
-    elif not mounts:
-        click.echo("No fusecache daemon is running. Start one with: fusecache mount")
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        report.show({"mounts": mounts}, console)
-
-
-def _printable(mount: dict[str, Any]) -> dict[str, Any]:
-    """Names that are not UTF-8 percent-escaped, with a flag beside each: ``path_escaped``."""
-    for part in (mount, mount["cache"], *mount["images"]):
-        for key, value in list(part.items()):
-            if isinstance(value, str):
-                part[key], escaped = protocol.readable(value)
-                if escaped:
-                    part[f"{key}_escaped"] = True
-    return mount

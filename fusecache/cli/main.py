@@ -9,10 +9,12 @@ import sys
 import click
 
 from fusecache import __version__
-from fusecache.cli.cache import format_cache
-from fusecache.cli.images import evict, flush, status
+from fusecache.cli.format import format_cache
+from fusecache.cli.images import evict, flush, set_image
 from fusecache.cli.inspect import check, dump, repair
-from fusecache.cli.mount import mount, umount
+from fusecache.cli.mount import mount
+from fusecache.cli.status import status
+from fusecache.cli.umount import umount
 from fusecache.errors import FusecacheError, UsageError
 
 
@@ -29,7 +31,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _verb in (mount, umount, evict, flush, status, format_cache, check, dump, repair):
+for _verb in (mount, umount, evict, flush, set_image, status, format_cache, check, dump, repair):
     cli.add_command(_verb)
 
 

@@ -1,4 +1,7 @@
-"""``evict`` and ``flush`` on a cache that no daemon has open: the database alone is changed."""
+"""``evict`` and ``flush`` on a cache that no daemon has open.
+
+While all its data is clean the database alone is changed; else the engine writes it back.
+"""
 
 import contextlib
 import os
@@ -9,29 +12,41 @@ from typing import Any
 
 from fusecache.cli.cache import default_database, open_locked
 from fusecache.control.protocol import readable
-from fusecache.errors import CacheDeviceError, ControlError, DatabaseError, OriginError
+from fusecache.engine.recovery import boot_id
+from fusecache.errors import CacheDeviceError, ControlError, OriginError
 from fusecache.store import cache_device
 from fusecache.store.block_map import Batch, BlockMap, ImageRow, Meta
+from fusecache.store.cache_device import CacheDevice
+from fusecache.store.superblock import Fence
 from fusecache.store.tree import Tree
 
 _SHOWN = 10
 
 
-def evict(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[str, Any]:
+def evict(
+    cache: Path, database: Path | None, names: tuple[str, ...], *, discard_dirty: bool
+) -> dict[str, Any]:
     """Drops the named images, or all, stably from the block map.
 
+    What the origin does not have is written back first, by the engine, or thrown away with
+    ``discard_dirty``, for which the origin need not be there.
+
     Raises:
-        FusecacheError: in use, damaged, no such image, or not all of its data is on the origin.
+        FusecacheError: in use, damaged, no such image, or the origin is not there.
     """
-    with _opened(cache, database) as block_map:
+    with _opened(cache, database) as (device, block_map):
         meta = block_map.meta()
         images = _named(block_map, meta, names)
-        blocks = sum(_clean_blocks(block_map, image) for image in images)
-        _sync_origin(meta, images)
+        cached = [block_map.cached(image.id) for image in images]
+        if any(dirty for _, dirty in cached) and not discard_dirty:
+            return _write_back(device, block_map, meta, images, evict=True)
+        with contextlib.suppress(*([OriginError] if discard_dirty else [])):
+            _sync_origin(meta, images)
         ids = [image.id for image in images]
+        block_map.watch(device, boot_id(), believed=device.fence is not Fence.ALL)
         block_map.commit(Batch(drops=[(number, 0) for number in ids], forgotten=ids), stable=True)
         block_map.checkpoint(truncate=True)
-        return {"images": len(images), "blocks": blocks}
+        return {"images": len(images), "blocks": sum(blocks for blocks, _ in cached)}
 
 
 def flush(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[str, Any]:
@@ -40,17 +55,25 @@ def flush(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[st
     Raises:
         FusecacheError: it is not, or nobody can tell.
     """
-    with _opened(cache, database) as block_map:
+    with _opened(cache, database) as (device, block_map):
         meta = block_map.meta()
         images = _named(block_map, meta, names)
-        for image in images:
-            _clean_blocks(block_map, image)
+        if any(block_map.cached(image.id)[1] for image in images):
+            return _write_back(device, block_map, meta, images, evict=False)
         _sync_origin(meta, images)
         return {"images": len(images), "blocks": 0}
 
 
+def _write_back(
+    device: CacheDevice, block_map: BlockMap, meta: Meta, images: list[ImageRow], *, evict: bool
+) -> dict[str, Any]:
+    from fusecache.cli.writeback import write_back  # the engine takes its time to load
+
+    return write_back(device, block_map, meta, images, evict=evict)
+
+
 @contextlib.contextmanager
-def _opened(cache: Path, database: Path | None) -> Iterator[BlockMap]:
+def _opened(cache: Path, database: Path | None) -> Iterator[tuple[CacheDevice, BlockMap]]:
     if not os.path.lexists(cache):
         raise CacheDeviceError(f"The cache {cache} does not exist.")
     fd = open_locked(cache)
@@ -58,19 +81,9 @@ def _opened(cache: Path, database: Path | None) -> Iterator[BlockMap]:
         superblock = cache_device.read_superblock(fd, cache)
         place = database or default_database(cache, superblock)
         with contextlib.closing(BlockMap.open(place, superblock)) as block_map:
-            yield block_map
+            yield CacheDevice(cache, fd, superblock), block_map
     finally:
         os.close(fd)
-
-
-def _clean_blocks(block_map: BlockMap, image: ImageRow) -> int:
-    blocks, dirty = block_map.cached(image.id)
-    if dirty:
-        raise DatabaseError(
-            f"The cache has data of '{_shown(image)}' that the origin has not: mount it, so that "
-            "the data is written back, and evict or flush it then."
-        )
-    return blocks
 
 
 def _sync_origin(meta: Meta, images: list[ImageRow]) -> None:

@@ -25,6 +25,13 @@ class Daemon:
     origin: Path
     cache: Path
     state: str
+    dirty_bytes: int
+    """Not on the origin yet."""
+
+    @property
+    def mounted(self) -> bool:
+        """Whether it still serves; else it brings the last data to the origin."""
+        return self.state != "flushing"
 
 
 def ask(
@@ -83,6 +90,7 @@ def daemons() -> list[Daemon]:
                         Path(who["origin"]),
                         Path(who["cache"]),
                         str(who["state"]),
+                        int(who.get("dirty_bytes", 0)),
                     )
                 )
     return found
@@ -100,10 +108,13 @@ def _alive(path: Path) -> bool:
     return fields["State"][0] not in "ZX" and not killed
 
 
-def silent_holder(mountpoint: Path) -> int | None:
-    """The pid of a living daemon that has this mount but did not answer."""
+def silent_holder(mountpoint: Path, answered: list[Daemon]) -> int | None:
+    """The pid of a living daemon that has this mount but is not among those that answered."""
+    known = {daemon.socket_path for daemon in answered}
     for directory in protocol.runtime_directories():
         for path in directory.glob("*.sock"):
+            if path in known:
+                continue
             with contextlib.suppress(OSError):
                 note = path.with_suffix(".mount").read_bytes()
                 if note == os.fsencode(mountpoint) and _alive(path):
@@ -113,6 +124,8 @@ def silent_holder(mountpoint: Path) -> int | None:
 
 def choose(mountpoint: Path | None) -> list[Daemon]:
     """The daemons a command is meant for: the one of ``mountpoint``, or all.
+
+    One that still flushes counts only while no other is meant.
 
     Raises:
         ControlError: there is none.
@@ -126,7 +139,7 @@ def choose(mountpoint: Path | None) -> list[Daemon]:
             )
     if not running:
         raise ControlError("No fusecache daemon is running. Start one with: fusecache mount")
-    return running
+    return [daemon for daemon in running if daemon.mounted] or running
 
 
 def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:

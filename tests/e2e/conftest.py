@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.faulty import FaultyMount
 from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import check_stamps, stamped
 
 MakeMount = Callable[[str], Mount]
+MakeFaulty = Callable[[str], FaultyMount]
 
 
 @pytest.fixture
@@ -22,6 +24,24 @@ def make_mount(tmp_path: Path) -> Iterator[MakeMount]:
         mount.runtime.mkdir(exist_ok=True)
         made.append(mount)
         return mount
+
+    try:
+        yield make
+    finally:
+        for mount in made:
+            mount.cleanup()
+    for mount in made:
+        assert "unexpected error" not in mount.log(), mount.log()
+
+
+@pytest.fixture
+def make_faulty(tmp_path: Path) -> Iterator[MakeFaulty]:
+    """Mounts by name whose origin can misbehave, none started; cleaned up in the end."""
+    made: list[FaultyMount] = []
+
+    def make(name: str) -> FaultyMount:
+        made.append(FaultyMount(tmp_path / name))
+        return made[-1]
 
     try:
         yield make

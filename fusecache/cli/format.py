@@ -1,0 +1,137 @@
+"""``format``: makes an empty cache, and refuses to throw away what only the old one has."""
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+import click
+
+from fusecache.cli.cache import default_database, describe, made_if_missing, make, open_locked
+from fusecache.cli.paths import absolute
+from fusecache.config import check_block_size, format_size, parse_size
+from fusecache.control.protocol import readable
+from fusecache.errors import DatabaseError, EmptyCacheError, NotACacheError, SuperblockError
+from fusecache.store import cache_device
+from fusecache.store.dirty_data import DirtyData, dirty_data
+from fusecache.store.superblock import Superblock
+
+
+@click.command("format", epilog="Example: fusecache format /dev/sdb")
+@click.argument("path", type=Path)
+@click.option("--size", help="Size of the cache, like 20G; needed to create a file.")
+@click.option("--block-size", help="Size of a block, a power of two from 4K to 1M. [64K]")
+@click.option("--db", "database", type=Path, help="Where its database goes.")
+@click.option("--force", is_flag=True, help="Overwrite whatever PATH and its database hold.")
+@click.option(
+    "--discard-dirty", is_flag=True, help="Also data of images that the origin does not have."
+)
+def format_cache(
+    path: Path,
+    size: str | None,
+    block_size: str | None,
+    database: Path | None,
+    force: bool,
+    discard_dirty: bool,
+) -> None:
+    """Make PATH, a file or a block device, an empty cache."""
+    path = absolute(path)
+    database = None if database is None else absolute(database)
+    wanted = None if size is None else parse_size(size)
+    blocks = None if block_size is None else check_block_size(parse_size(block_size))
+    with made_if_missing(path, wanted):
+        fd = open_locked(path)
+        try:
+            if not force:
+                _refuse_unless_empty(fd, path)
+            elif not discard_dirty:
+                _refuse_if_dirty(fd, path, database)
+            old = _old_database(fd, path)
+            device, block_map = make(fd, path, database, wanted, blocks, force=force)
+            block_map.close()
+            if old is not None and old != block_map.path:
+                _remove_database(old)
+        finally:
+            os.close(fd)
+    superblock = device.superblock
+    click.echo(
+        f"{path}: {superblock.slot_count} blocks of {format_size(superblock.block_size)}, "
+        f"database {block_map.path}"
+    )
+
+
+def _refuse_unless_empty(fd: int, path: Path) -> None:
+    with contextlib.suppress(EmptyCacheError):
+        cache_device.read_superblock(fd, path)
+        raise NotACacheError(
+            f"{path} is a fusecache cache already: to make it an empty one, add --force."
+        )
+
+
+def _refuse_if_dirty(fd: int, path: Path, database: Path | None) -> None:
+    """``--force`` alone throws away nothing that the origin does not have.
+
+    Raises:
+        DatabaseError: the cache has such data, or nobody can tell.
+    """
+    try:
+        superblock = cache_device.read_superblock(fd, path)
+    except NotACacheError:
+        _refuse_if_leftover_is_dirty(fd, path, database)
+        return
+    except SuperblockError as exc:
+        raise DatabaseError(
+            f"{path} was a fusecache cache, but nobody can tell whether it has data that the "
+            f"origin does not have ({str(exc).partition('. ')[0].rstrip('.')}): to give up "
+            "whatever it has, add --discard-dirty."
+        ) from exc
+    place = database or default_database(path, superblock)
+    try:
+        found = dirty_data(place)
+        if found.uuid != str(superblock.uuid):
+            raise DatabaseError(f"The database {place} belongs to another cache.")
+    except DatabaseError as exc:
+        raise DatabaseError(
+            f"{path} is a fusecache cache, but nobody can tell whether it has data that the "
+            f"origin does not have: {str(exc).rstrip('.')}. Name its database with --db, or, to "
+            "give up whatever it has, add --discard-dirty."
+        ) from exc
+    _refuse(path, found)
+
+
+def _refuse_if_leftover_is_dirty(fd: int, path: Path, database: Path | None) -> None:
+    """A cache file whose first blocks were overwritten still has its map beside it."""
+    place = database or Path(f"{path}.sqlite")
+    if stat.S_ISREG(os.fstat(fd).st_mode) and place.is_file():
+        try:
+            found = dirty_data(place)
+        except DatabaseError:
+            return  # no map
+        _refuse(path, found)
+
+
+def _refuse(path: Path, found: DirtyData) -> None:
+    if not found.images:
+        return
+    origin = readable(os.fsdecode(found.origin))[0]
+    raise DatabaseError(
+        f"{path} has {describe(found)} that the origin {origin} does not have. Bring it there: "
+        f"fusecache flush --cache {path}. To give it up, add --discard-dirty."
+    )
+
+
+def _old_database(fd: int, path: Path) -> Path | None:
+    """Where the map of the cache lies that is about to go, if it is known to be its own."""
+    try:
+        superblock: Superblock = cache_device.read_superblock(fd, path)
+        place = default_database(path, superblock)
+        return place if dirty_data(place).uuid == str(superblock.uuid) else None
+    except (NotACacheError, SuperblockError, DatabaseError):
+        return None
+
+
+def _remove_database(place: Path) -> None:
+    """The map of a cache that is no more; a block device's has a name nobody would find."""
+    for name in (place, Path(f"{place}-wal"), Path(f"{place}-shm")):
+        with contextlib.suppress(OSError):
+            name.unlink()

@@ -1,0 +1,270 @@
+"""Service: one mount while it serves, and every way in which it ends."""
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fusecache.cli.flushing import Failures, Flushing, kept_by, unflushed
+from fusecache.cli.progress import amount_text, kept_text
+from fusecache.config import MountConfig
+from fusecache.control.protocol import runtime_directory
+from fusecache.control.server import ControlServer
+from fusecache.control.verbs import Mounted, Send
+from fusecache.engine.block_cache import BlockCache
+from fusecache.errors import FusecacheError, LostDataError, MountError
+from fusecache.fuse import mounts
+from fusecache.fuse.operations import Operations
+from fusecache.fuse.session import Session
+from fusecache.store.tree import Tree
+
+log = logging.getLogger("fusecache")
+
+_FORCED_FLUSH = 10.0
+"""Seconds without progress after which a signal or ``--force`` no longer waits for the origin."""
+_FORCED_END = 20.0
+"""Seconds that a stalled origin has after the mount is gone."""
+_NOTE_INTERVAL = 0.2
+_SHOWN = 3
+
+
+class Service:
+    """The requests, the control socket, the signals and the end of one mount."""
+
+    def __init__(
+        self,
+        plan: MountConfig,
+        cache: BlockCache,
+        tree: Tree,
+        operations: Operations,
+        session: Session,
+    ) -> None:
+        self._plan = plan
+        self._cache = cache
+        self._operations = operations
+        self._session = session
+        self._mounted = Mounted(
+            plan.mountpoint, plan.origin, "starting", self.unmount, self._progress
+        )
+        self._control = ControlServer(cache, tree, self._mounted, runtime_directory())
+        self._nursery: trio.Nursery
+        self._flushing: Flushing | None = None
+        self._keep = False
+        """What is dirty stays on the cache at the end."""
+        self._forced = False
+        """The mount was taken away with files open."""
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Until unmounted, by whomever, and until what is dirty is on the origin or kept."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await nursery.start(self._control.serve)
+            nursery.start_soon(self._obey_signals)
+            serving = trio.Event()
+            nursery.start_soon(self._announce, serving, ready)
+            await self._session.run(serving)
+            self._mounted.state = "flushing"
+            if not self._keep:
+                # The mount is gone. Unless somebody waits for this end, there is no hurry.
+                patience = _FORCED_FLUSH if self._forced else math.inf
+                await self._flush(patience, persistent=True)
+            if kept := kept_by(self._cache):
+                log.warning("%s", kept_text(kept))
+            nursery.cancel_scope.cancel()
+
+    async def _announce(self, serving: trio.Event, ready: Callable[[], None]) -> None:
+        await serving.wait()
+        self._mounted.state = "serving"
+        log.info(
+            "serving %s at %s from %s", self._plan.origin, self._plan.mountpoint, self._plan.cache
+        )
+        ready()
+
+    def _progress(self) -> dict[str, Any] | None:
+        return None if self._flushing is None else self._flushing.progress
+
+    async def _flush(
+        self, patience: float, *, persistent: bool = False, note: Send | None = None
+    ) -> Flushing:
+        """Flushes until it is done or given up, and tells ``note`` how it goes."""
+        flushing = Flushing(self._cache, patience=patience, persistent=persistent)
+        self._flushing = flushing
+        self._nursery.start_soon(flushing.run)
+        try:
+            while not flushing.ended.is_set():
+                with trio.move_on_after(_NOTE_INTERVAL if note is not None else math.inf):
+                    await flushing.ended.wait()
+                if note is not None:
+                    await note(flushing.progress)
+        finally:
+            flushing.give_up()  # no more than a word if it has ended
+            if self._flushing is flushing:
+                self._flushing = None
+        return flushing
+
+    # -- signals -----------------------------------------------------------------------------------
+
+    async def _obey_signals(self) -> None:
+        """The first one flushes and unmounts; one more, or one after the unmount, says keep."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                name = signal.Signals(number).name
+                if self._mounted.state in ("stopping", "flushing"):
+                    log.warning("%s: what is not on the origin yet stays on the cache", name)
+                    self._keep_the_rest()
+                else:
+                    self._nursery.start_soon(self._stop, name)
+
+    def _keep_the_rest(self) -> None:
+        self._keep = True
+        if self._flushing is not None:
+            self._flushing.give_up()
+        if self._mounted.state == "flushing":
+            _end_soon()
+
+    async def _stop(self, name: str) -> None:
+        """Flushes while still serving, then takes the mount away, open files or not."""
+        log.info("%s: flushing, then unmounting; once more keeps the rest on the cache", name)
+        self._mounted.state = "stopping"
+        if self._flushing is not None:
+            self._flushing.give_up()  # of a client, which is told
+        try:
+            self._cache.drain()
+            flushing = await self._flush(_FORCED_FLUSH, persistent=True)
+            self._keep = self._keep or flushing.kept
+            await self._detach(force=True)
+        except FusecacheError as exc:
+            log.error("%s", exc)
+            self._serve_on()
+
+    # -- the verb ----------------------------------------------------------------------------------
+
+    async def unmount(self, force: bool, keep_dirty: bool, note: Send) -> None:
+        """Flushes while still serving, then unmounts, which ends the session.
+
+        Args:
+            force: also while files are open.
+            keep_dirty: nothing is written back.
+
+        Raises:
+            MountError: files are open, the mount is busy, or not everything is on the origin.
+        """
+        if self._mounted.state == "flushing":
+            await self._join(keep_dirty, note)
+            return
+        if self._mounted.state != "serving":
+            raise MountError(f"{self._plan.mountpoint} is being unmounted already.")
+        self._refuse_open_files(force)
+        self._mounted.state = "unmounting"
+        try:
+            if not keep_dirty:
+                self._cache.drain()
+                self._refuse_unflushed(
+                    await self._flush(_FORCED_FLUSH if force else math.inf, note=note)
+                )
+            self._refuse_open_files(force)  # they may have come meanwhile
+            if kept := kept_by(self._cache):
+                await note({"kept": kept})
+            self._keep = keep_dirty
+            await self._detach(force)
+        except BaseException:
+            if self._mounted.state == "unmounting":
+                self._serve_on()
+            raise
+
+    def _serve_on(self) -> None:
+        self._keep = False
+        self._cache.undrain()
+        self._mounted.state = "serving"
+
+    async def _join(self, keep_dirty: bool, note: Send) -> None:
+        """The mount is gone already and only its data is on its way."""
+        if keep_dirty:
+            self._keep_the_rest()
+        if kept := kept_by(self._cache) if keep_dirty else None:
+            await note({"kept": kept})
+        while (flushing := self._flushing) is not None and not flushing.ended.is_set():
+            await note(flushing.progress)
+            with trio.move_on_after(_NOTE_INTERVAL):
+                await flushing.ended.wait()
+
+    def _refuse_open_files(self, force: bool) -> None:
+        if self._operations.handles and not force:
+            raise MountError(
+                f"{self._plan.mountpoint} is in use: {self._open_files()}. "
+                "Close these first, or use --force."
+            )
+
+    def _refuse_unflushed(self, flushing: Flushing) -> None:
+        """A flush that did not bring everything home leaves the mount as it is."""
+        if self._mounted.state == "stopping":
+            raise MountError(f"{self._plan.mountpoint} is being ended by a signal.")
+        failures = unflushed(self._cache, flushing.failures)
+        for _, exc in flushing.failures:
+            log.error("not flushed: %s", exc)
+        if failures:
+            raise MountError(self._why_not(failures))
+        if flushing.stalled and (kept := kept_by(self._cache)):
+            raise MountError(
+                f"{self._plan.mountpoint} stays mounted: the origin does not answer, and "
+                f"{amount_text(kept)} are not on it yet. "
+                "Try again when it answers, or leave them on the cache with --keep-dirty."
+            )
+
+    def _why_not(self, failures: Failures) -> str:
+        reasons = [
+            f"'{image.row.path.decode('utf-8', 'backslashreplace')}': {str(exc).rstrip('.')}"
+            for image, exc in failures[:_SHOWN]
+        ]
+        if len(failures) > _SHOWN:
+            reasons.append(f"and {len(failures) - _SHOWN} more images")
+        lost = all(isinstance(exc, LostDataError) for _, exc in failures)
+        again = "" if lost else "Try again when the origin works, or leave"
+        return (
+            f"{self._plan.mountpoint} stays mounted: not everything could be written back "
+            f"({'; '.join(reasons)}). {again or 'Leave'} it on the cache with --keep-dirty."
+        )
+
+    def _open_files(self) -> str:
+        files = []
+        for handle in self._operations.handles.values():
+            name = handle.image.row.path.decode("utf-8", "backslashreplace")
+            files.append(f"{name} (pid {handle.pid}{_command(handle.pid)})")
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        return ", ".join(sorted(set(files))[:5]) + more
+
+    async def _detach(self, force: bool) -> None:
+        """Takes the mount out of the tree; with ``force`` its open files fail from then on."""
+        unmount = partial(mounts.unmount, self._plan.mountpoint, detach=force)
+        await self._cache.threads.kernel(unmount)
+        if force:
+            self._forced = True
+            _end_soon()
+            self._session.abandon()
+
+
+def _end_soon() -> None:
+    """A call that hangs on a stalled origin cannot be left behind by trio. By then the mount is
+    gone and the cache is as after a kill: the next mount recovers it."""
+    threading.Thread(target=_end_anyway, daemon=True).start()
+
+
+def _end_anyway() -> None:
+    time.sleep(_FORCED_END)
+    log.error("the origin still does not answer: ending as if killed")
+    os._exit(1)
+
+
+def _command(pid: int) -> str:
+    try:
+        return " " + Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,300 @@
+"""What the daemon does for each verb that comes through the control socket."""
+
+import contextlib
+import os
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fusecache.config import WriteMode
+from fusecache.control import protocol
+from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.image import Image
+from fusecache.engine.snapshot import cache_snapshot, image_snapshot
+from fusecache.errors import ControlError, FusecacheError, LostDataError
+from fusecache.store.tree import Found, Tree
+
+_RESOLVE_TIMEOUT = 2.0
+_PROGRESS_INTERVAL = 0.2
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Work = Callable[[Image, int | None], Awaitable[int]]
+
+
+@dataclass(slots=True)
+class Mounted:
+    """The mount as the control socket sees it."""
+
+    mountpoint: Path
+    origin: Path
+    state: str
+    """``starting``, ``serving``; ``unmounting`` and ``stopping``, which serve while they flush;
+    ``flushing``: unmounted, and what is dirty still goes to the origin"""
+    unmount: Callable[[bool, bool, Send], Awaitable[None]]
+    """(force, keep_dirty, where progress goes): flushes, then unmounts. Raises FusecacheError."""
+    flushing: Callable[[], dict[str, Any] | None]
+    """The progress of a flush before the end, for ``status``; None while there is none."""
+
+
+class Verbs:
+    """Answers requests about one mount. An answer is the JSON object of ``ok``."""
+
+    def __init__(self, cache: BlockCache, tree: Tree, mounted: Mounted) -> None:
+        self._cache = cache
+        self._tree = tree
+        self._mounted = mounted
+        self._verbs: dict[str, Callable[[dict[str, Any], Send], Awaitable[dict[str, Any]]]] = {
+            "who": self._who,
+            "resolve": self._resolve_verb,
+            "status": self._status,
+            "evict": self._evict,
+            "flush": self._flush,
+            "set": self._set,
+            "umount": self._umount,
+        }
+
+    def find(
+        self, request: dict[str, Any]
+    ) -> Callable[[dict[str, Any], Send], Awaitable[dict[str, Any]]]:
+        """What a request asks for.
+
+        Raises:
+            ValueError: its names are not text.
+            ControlError: there is no such verb.
+        """
+        _check_names(request)
+        verb = self._verbs.get(str(request.get("verb")))
+        if verb is None:
+            raise ControlError(f"This daemon knows no verb '{request.get('verb')}'.")
+        return verb
+
+    async def _who(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "mountpoint": str(self._mounted.mountpoint),
+            "origin": str(self._mounted.origin),
+            "cache": str(self._cache.device.path),
+            "state": self._mounted.state,
+            "dirty_bytes": self._cache.dirty_bytes,
+        }
+
+    async def _resolve_verb(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        image, exists = await self._resolve(str(request.get("path", "")))
+        return {"known": image is not None, "exists": exists}
+
+    async def _status(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        wanted = request.get("images")
+        if wanted:
+            images = [await self._known(str(path)) for path in wanted]
+        else:
+            images = self._cache.images.all()
+        shown = [image_snapshot(self._cache, image) for image in images]
+        for image in shown:
+            image["path"] = os.fsdecode(image["path"])
+        return {
+            **await self._who(request, send),
+            "write_mode": self._cache.write_mode.value,
+            "block_size": self._cache.core.geometry.block_size,
+            "flushing": self._mounted.flushing(),
+            "cache": cache_snapshot(self._cache),
+            "images": sorted(shown, key=lambda image: str(image["path"])),
+        }
+
+    async def _evict(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        discard = bool(request.get("discard_dirty"))
+
+        async def evict(image: Image, path_fd: int | None) -> int:
+            return await self._cache.evict(image, path_fd, discard_dirty=discard)
+
+        return await self._each(await self._wanted(request), send, evict)
+
+    async def _flush(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        async def flush(image: Image, path_fd: int | None) -> int:
+            await self._cache.flush(image, path_fd)
+            return 0
+
+        return await self._each(await self._wanted(request), send, flush)
+
+    async def _set(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        wanted = str(request.get("write_mode"))
+        mode = None if wanted == "default" else WriteMode(wanted)
+        images = [await self._made_known(str(path)) for path in request.get("images", [])]
+
+        async def choose(image: Image, path_fd: int | None) -> int:
+            await self._cache.set_write_mode(image, mode)
+            if image.write_mode is not WriteMode.BACK and self._cache.core.dirty_bytes(image.id):
+                await self._cache.flush(image, path_fd)  # it left write-back, but failed then
+            return 0
+
+        return await self._each(images, send, choose)
+
+    async def _umount(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        async def note(progress: dict[str, Any]) -> None:
+            await send({"progress": progress})
+
+        force, keep = bool(request.get("force")), bool(request.get("keep_dirty"))
+        await self._mounted.unmount(force, keep, note)
+        return {"unmounted": True}
+
+    # -- images ------------------------------------------------------------------------------------
+
+    async def _wanted(self, request: dict[str, Any]) -> list[Image | None]:
+        """The images a request names, or all; None stands for a file that is not known."""
+        names = request.get("images")
+        if names:
+            return [await self._known_or_none(str(path)) for path in names]
+        return list(self._cache.images.all())
+
+    async def _each(self, images: Iterable[Image | None], send: Send, work: Work) -> dict[str, Any]:
+        """Does ``work`` for every image, side by side: one that fails or stalls holds up no
+        other. Counts blocks, and tells which images failed.
+
+        An image that nobody has open may still have to be synced: ``work`` gets a descriptor.
+        """
+        todo = list(images)
+        left = {image.id: image for image in todo if image is not None}
+        failed: list[dict[str, Any]] = []
+        blocks = 0
+
+        async def one(image: Image) -> None:
+            nonlocal blocks
+            try:
+                done = await self._with_descriptor(image, work)
+                blocks += done
+            except Exception as exc:
+                failed.append(self._failure(image, exc))
+            del left[image.id]
+
+        def progress() -> dict[str, Any]:
+            dirty = sum(map(self._cache.core.dirty_bytes, left))
+            return {"done": len(todo) - len(left), "of": len(todo), "left": dirty}
+
+        async with _reporting(send, progress), trio.open_nursery() as nursery:
+            for image in list(left.values()):
+                nursery.start_soon(one, image)
+        failed.sort(key=lambda entry: str(entry["image"]))
+        return {"images": len(todo) - len(failed), "blocks": blocks, "failed": failed}
+
+    async def _with_descriptor(self, image: Image, work: Work) -> int:
+        path_fd = None if image.origin_open else await self._pin(image)
+        try:
+            return await work(image, path_fd)
+        finally:
+            if path_fd is not None:
+                os.close(path_fd)
+
+    def _failure(self, image: Image, exc: Exception) -> dict[str, Any]:
+        """What the client tells of an image with which something went wrong."""
+        if isinstance(exc, OSError):
+            reason = f"the origin says: {exc.strerror}"
+        elif isinstance(exc, FusecacheError):
+            reason = str(exc)
+        else:
+            self._cache.state.unexpected(exc, "answering a control request")
+            reason = "an unexpected error in the daemon; its log has more"
+        return {
+            "image": os.fsdecode(image.row.path),
+            "error": reason,
+            "dirty_bytes": self._cache.core.dirty_bytes(image.id),
+            "lost": isinstance(exc, LostDataError),
+        }
+
+    # -- names -------------------------------------------------------------------------------------
+
+    async def _known(self, path: str) -> Image:
+        image = await self._known_or_none(path)
+        if image is None:
+            raise ControlError(
+                f"Nothing of '{protocol.readable(path)[0]}' is cached: it was not opened yet."
+            )
+        return image
+
+    async def _known_or_none(self, path: str) -> Image | None:
+        """The image at a path relative to the origin; None if the file is there but unknown."""
+        image, exists = await self._resolve(path)
+        if image is None and not exists:
+            raise self._unknown(path)
+        return image
+
+    def _unknown(self, path: str) -> ControlError:
+        shown, _ = protocol.readable(path)
+        return ControlError(
+            f"There is no image '{shown}' below {self._mounted.origin}, and none of that name "
+            "is cached. See: fusecache status"
+        )
+
+    async def _made_known(self, path: str) -> Image:
+        """The image at a path, also one that nobody has opened yet."""
+        raw = os.fsencode(path)
+        found = await self._find(raw)
+        if found is None:
+            image, _ = await self._resolve(path)
+            if image is None:
+                raise self._unknown(path)
+            return image
+        os.close(found.fd)
+        if not stat.S_ISREG(found.st.st_mode):
+            shown, _ = protocol.readable(path)
+            raise ControlError(f"'{shown}' is not a regular file: name an image.")
+        return self._cache.images.known(found.identity, raw)
+
+    async def _pin(self, image: Image) -> int | None:
+        """A descriptor of the image's file, if it is still where it was last seen."""
+        found = await self._find(image.row.path)
+        if found is not None and found.identity != image.row.identity:
+            os.close(found.fd)
+            return None
+        return None if found is None else found.fd
+
+    async def _find(self, path: bytes) -> Found | None:
+        """What lies at a path; asked for a short while only, since the origin may be stalled."""
+        with trio.move_on_after(_RESOLVE_TIMEOUT), contextlib.suppress(OSError, FusecacheError):
+            return await trio.to_thread.run_sync(self._tree.resolve, path, abandon_on_cancel=True)
+        return None
+
+    async def _resolve(self, path: str) -> tuple[Image | None, bool]:
+        """By what lies at the path on the origin now, else by where it was last seen."""
+        raw = os.fsencode(path)
+        found = await self._find(raw)
+        if found is not None:
+            os.close(found.fd)
+            return self._cache.images.find(found.identity), True
+        for image in self._cache.images.all():
+            if image.row.path == raw:
+                return image, False
+        return None, False
+
+
+@asynccontextmanager
+async def _reporting(send: Send, progress: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
+    """Sends the progress of the body now and then, if it changed."""
+
+    async def report() -> None:
+        said: dict[str, Any] | None = None
+        # Whoever watches the client sees that it went away.
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while True:
+                await trio.sleep(_PROGRESS_INTERVAL)
+                if (now := progress()) != said:
+                    said = now
+                    await send({"progress": now})
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(report)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def _check_names(request: dict[str, Any]) -> None:
+    """Raises ValueError unless what stands for paths is text."""
+    names = request.get("images", [])
+    if not isinstance(names, list):
+        raise ValueError("not a list of names")
+    for name in [*names, request.get("path", "")]:
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError("not a name")

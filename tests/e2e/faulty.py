@@ -1,0 +1,95 @@
+"""A fusecache whose origin misbehaves when a test says so: ``python -m tests.e2e.faulty``.
+
+The directory that FUSECACHE_FAULTS names says how, from one call to the next:
+
+``fail-write``   while it is there, writes to the origin fail with EIO
+``slow-write``   holds the seconds that every write to the origin takes longer
+``hang-write``   while it is there, writes to the origin do not return
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.support.daemon import Mount
+
+COMMAND = [sys.executable, "-m", "tests.e2e.faulty"]
+_VARIABLE = "FUSECACHE_FAULTS"
+
+
+class FaultyMount(Mount):
+    """A mount in write-back, with such an origin; nothing is written back by the clock."""
+
+    def __init__(self, base: Path, size: str = "64M", **options: str) -> None:
+        super().__init__(base, size, **{"write_mode": "back", "dirty_age": "3600"} | options)
+        self.faults = base / "faults"
+        self.faults.mkdir(exist_ok=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes that are started past ``run``."""
+        return {
+            **os.environ,
+            "FUSECACHE_RUNTIME_DIR": str(self.runtime),
+            _VARIABLE: str(self.faults),
+        }
+
+    def run(self, *args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        """As ``Mount.run``, with the faults."""
+        return subprocess.run(
+            [*COMMAND, *map(str, args)],
+            capture_output=True,
+            text=True,
+            timeout=kwargs.get("timeout", 60),
+            cwd=Path(__file__).parents[2],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    @contextlib.contextmanager
+    def fault(self, kind: str, value: str = "") -> Iterator[None]:
+        """The fault exists as long as the body runs."""
+        file = self.faults / kind
+        file.write_text(value)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+    def cleanup(self) -> None:
+        """As ``Mount.cleanup``, with no fault any more."""
+        for file in self.faults.glob("*"):
+            file.unlink()
+        super().cleanup()
+
+
+def _inject() -> None:
+    from fusecache.errors import OriginError
+    from fusecache.store.origin import OriginImage
+
+    faults = Path(os.environ[_VARIABLE])
+    write = OriginImage.write
+
+    def faulty(self: OriginImage, *args: Any, **kwargs: Any) -> Any:
+        while (faults / "hang-write").exists():
+            time.sleep(0.01)
+        if (faults / "fail-write").exists():
+            raise OriginError(5, "injected")
+        with contextlib.suppress(FileNotFoundError):
+            time.sleep(float((faults / "slow-write").read_text()))
+        return write(self, *args, **kwargs)
+
+    OriginImage.write = faulty  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    _inject()
+    from fusecache.cli.main import main
+
+    main()
