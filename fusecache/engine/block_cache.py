@@ -192,8 +192,10 @@ class BlockCache:
             if self.state.usable and not image.detached:
                 await self.committer.make_stable(image)
         except FusecacheError as exc:
-            # Clean data alone: the origin has it all, the guest's fsync stands.
+            # Of clean data the origin has all, and the guest's fsync stands.
             log.debug("no barrier: %s", exc)
+            if self.state.usable and self.core.dirty.slots(image.id).size:
+                errors.append(exc)
         try:
             if not self.state.usable:
                 await self._stable_without_map(image)

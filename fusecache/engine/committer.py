@@ -327,7 +327,7 @@ class Committer:
         began = self._core.dirty.sync_begins()
         try:
             await self._threads.device(self._device.sync)
-        except BaseException:
+        except CacheDeviceError:
             if lost := self._core.dirty.sync_failed(began):
                 log.error("the cache device lost %d pages that the origin has not", lost)
             raise

@@ -527,17 +527,31 @@ class Images:
 
     async def close_idle(self, image: Image) -> None:
         """Closes the origin's descriptors of an image that nobody has open or needs."""
-        if self._needs_origin(image) or image.settles or image.intents:
+        if self._needs_origin(image) or image.settles:
             return
         if image.opening.locked() or not image.origin_open:
             return
         async with image.opening:
-            if not self._needs_origin(image):
+            if not self._needs_origin(image) and await self._synced(image):
                 image.origin.close()
+
+    async def _synced(self, image: Image) -> bool:
+        """Whether the origin has all we wrote, synced: nobody could do it later."""
+        covered = image.written
+        if image.synced < covered and image.written > 1:
+            try:
+                await self._threads.harmless(image.limiter, image.origin.sync)
+            except OriginError as exc:
+                image.counters.failed(exc)
+                image.failed_syncs += 1
+                return False
+            image.synced = max(image.synced, covered)
+        return not self._needs_origin(image)
 
     def _needs_origin(self, image: Image) -> bool:
         dirty = self._core.dirty.pages(image.id) or image.own_pending
-        return bool(image.handles or dirty or not image.lock.idle)
+        unsettled = image.intents or image.whole_intent
+        return bool(image.handles or dirty or unsettled or not image.lock.idle)
 
     def attributes_changed(self, identity: bytes) -> None:
         """Owner, mode or times were set on the origin: the next fsync has something to sync."""

@@ -1,6 +1,7 @@
 """Lives: random work on the real engine, ended at any step by a kill or a power cut."""
 
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tests.support.world import Cut, World
 
 BLOCK = 4 * 4096
 SECTORS = 40 * BLOCK // STAMP
+HOT = 64
+"""Half of the writes go to the first so many sectors, so that pages are written again and again."""
 IMAGES = (1, 2, 3)
 
 
@@ -29,9 +32,18 @@ class Simulation:
         scheduler = trio._core._run  # type: ignore[attr-defined]
         scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
         scheduler._r.seed(seed)
-        mode = self.chance.choice([WriteMode.THROUGH, WriteMode.THROUGH, WriteMode.AROUND])
+        modes = [WriteMode.THROUGH, WriteMode.AROUND, WriteMode.BACK, WriteMode.BACK]
+        mode = self.chance.choice(modes)
         slots = self.chance.choice([16, 24, 64])
         self.world = World(directory, seed, slots=slots, block_size=BLOCK, write_mode=mode)
+        self.world.tuning = replace(
+            self.world.tuning,
+            dirty_age=self.chance.choice([2.0, 4.0]),
+            dirty_limit=self.chance.choice([0.2, 0.5, 0.9]),
+            dirty_low=self.chance.choice([0.05, 0.25, 0.5]),
+            clean_writes=self.chance.choice([1, 4]),
+            whole_image_after=self.chance.choice([0, 32]),
+        )
         self.world.slow = self.chance.choice([0.0, 0.02, 0.1])
         self.models = {}
         for number in IMAGES:
@@ -115,7 +127,7 @@ class Simulation:
         if kind < 0.4:
             await self._read(cache, image, model)
         elif kind < 0.8:
-            first = chance.randrange(SECTORS - 1)
+            first = chance.randrange(chance.choice([HOT, SECTORS - 1]))
             count = min(chance.choice([1, 2, 8, 8, 16, 24, 64]), SECTORS - first)
             if chance.random() < 0.6:
                 first -= first % 8
@@ -136,7 +148,7 @@ class Simulation:
             await trio.sleep(chance.choice([0.1, 0.6, 2.5, 5]))
 
     async def _read(self, cache: BlockCache, image: Image, model: ImageModel) -> None:
-        first = self.chance.randrange(SECTORS)
+        first = self.chance.randrange(self.chance.choice([HOT, SECTORS]))
         count = self.chance.choice([1, 8, 32, 100])
         oldest = model.begin_read()
         data = await cache.read(image, first * STAMP, count * STAMP)
@@ -151,20 +163,35 @@ class Simulation:
         await cache.close(image, write=False)
 
     async def _operator(self, cache: BlockCache) -> None:
-        """Evicts and flushes."""
+        """Evicts, flushes, and changes write modes."""
         for _ in range(4):
             await trio.sleep(self.chance.random() * 3)
             image = cache.images.find(b"id%d" % self.chance.choice(IMAGES))
-            if image is None:
-                continue
-            if self.chance.random() < 0.5:
-                number = int(image.row.identity[2:])
-                covered = self.models[number].begin_fsync()
-                await cache.evict(image, number)
-                self.models[number].end_fsync(covered)
-                assert cache.core.usage(image.id).blocks == 0
-            else:
-                await cache.flush(image)
+            if image is not None:
+                await self._operate(cache, image)
+
+    async def _operate(self, cache: BlockCache, image: Image) -> None:
+        number = int(image.row.identity[2:])
+        model = self.models[number]
+        kind = self.chance.random()
+        if kind < 0.1:
+            model.begin_discard()
+            await cache.evict(image, number, discard_dirty=True)
+            model.end_discard()
+            return
+        covered = model.begin_fsync()
+        if kind < 0.4:
+            await cache.evict(image, number)
+            assert cache.core.usage(image.id).blocks == 0
+        elif kind < 0.7:
+            await cache.flush(image)
+        else:
+            mode = self.chance.choice([None, *WriteMode])
+            left = image.write_mode is WriteMode.BACK
+            await cache.set_write_mode(image, mode)
+            if not left or image.write_mode is WriteMode.BACK:
+                return  # nothing was flushed
+        model.end_fsync(covered)
 
     # -- looking -----------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class ImageModel:
         for sector in self.sectors[: size // STAMP]:
             sector.versions = [version]
         self.next_version = version + 1
+        self.discarding = False
 
     # -- changing ----------------------------------------------------------------------------------
 
@@ -45,6 +46,8 @@ class ImageModel:
 
     def end_write(self, first: int, count: int) -> None:
         """It was acknowledged."""
+        if self.discarding:
+            return
         for sector in self.sectors[first : first + count]:
             sector.acknowledged = len(sector.versions) - 1
 
@@ -55,8 +58,21 @@ class ImageModel:
 
     def end_truncate(self, size: int) -> None:
         """Acknowledged and stable (R6)."""
+        if self.discarding:
+            return
         for sector in self.sectors[size // STAMP :]:
             sector.acknowledged = sector.stable = len(sector.versions) - 1
+
+    def begin_discard(self) -> None:
+        """Dirty data is about to go: any version since the last stop may be what is left, also
+        of what is acknowledged meanwhile."""
+        self.discarding = True
+        for sector in self.sectors:
+            sector.acknowledged = sector.stable = 0
+
+    def end_discard(self) -> None:
+        """It has gone."""
+        self.discarding = False
 
     def begin_fsync(self) -> list[int]:
         """What it will cover."""
@@ -64,6 +80,8 @@ class ImageModel:
 
     def end_fsync(self, covered: list[int]) -> None:
         """It returned."""
+        if self.discarding:
+            return
         for sector, place in zip(self.sectors, covered, strict=True):
             sector.stable = max(sector.stable, place)
 
@@ -100,6 +118,7 @@ class ImageModel:
         may still undo what was never synced.
         """
         padded = data.ljust(len(self.sectors) * STAMP, b"\0")
+        self.discarding = False
         oldest = [s.acknowledged if killed else s.stable for s in self.sectors]
         self.check_read(0, padded, oldest)
         for number, sector in enumerate(self.sectors):
