@@ -14,7 +14,7 @@ from fusecache.control.protocol import readable
 from fusecache.errors import DatabaseError, EmptyCacheError, NotACacheError, SuperblockError
 from fusecache.store import cache_device
 from fusecache.store.dirty_data import DirtyData, dirty_data
-from fusecache.store.superblock import Superblock
+from fusecache.store.superblock import Superblock, remedy
 
 
 @click.command("format", epilog="Example: fusecache format /dev/sdb")
@@ -80,23 +80,23 @@ def _refuse_if_dirty(fd: int, path: Path, database: Path | None) -> None:
         _refuse_if_leftover_is_dirty(fd, path, database)
         return
     except SuperblockError as exc:
-        raise DatabaseError(
-            f"{path} was a fusecache cache, but nobody can tell whether it has data that the "
-            f"origin does not have ({str(exc).partition('. ')[0].rstrip('.')}): to give up "
-            "whatever it has, add --discard-dirty."
-        ) from exc
+        why = str(exc).removeprefix(f"{path} ").partition(f". {remedy(path)}")[0]
+        raise _nobody_can_tell(path, why) from exc
     place = database or default_database(path, superblock)
     try:
         found = dirty_data(place)
         if found.uuid != str(superblock.uuid):
             raise DatabaseError(f"The database {place} belongs to another cache.")
     except DatabaseError as exc:
-        raise DatabaseError(
-            f"{path} is a fusecache cache, but nobody can tell whether it has data that the "
-            f"origin does not have: {str(exc).rstrip('.')}. Name its database with --db, or, to "
-            "give up whatever it has, add --discard-dirty."
-        ) from exc
+        raise _nobody_can_tell(path, str(exc).rstrip(".")) from exc
     _refuse(path, found)
+
+
+def _nobody_can_tell(path: Path, why: str) -> DatabaseError:
+    return DatabaseError(
+        f"Nobody can tell whether the cache {path} has data that the origin does not have ({why}). "
+        f"{remedy(path)}. To give up whatever it has, add --discard-dirty."
+    )
 
 
 def _refuse_if_leftover_is_dirty(fd: int, path: Path, database: Path | None) -> None:

@@ -212,15 +212,15 @@ def test_a_damaged_superblock(served: Mount) -> None:
         cache.seek(20)
         cache.write(b"\xff")
     with unharmed(served.cache, Path(f"{served.cache}.sqlite")):
-        refused_mount(served, "superblock is damaged", "--force")
-        refused(served.run("format", served.cache), "damaged", "--force")
+        refused_mount(served, "superblock is damaged", "fusecache check", "fusecache repair")
+        refused(served.run("format", served.cache), "damaged", "fusecache repair")
 
 
 def test_a_cache_that_was_cut_short(served: Mount) -> None:
     os.truncate(served.cache, 32 << 20)
     args = [*served.arguments()[:2], "--cache", served.cache]
     with unharmed(served.cache):
-        refused_mount(served, "cut short", "--force", args=args)
+        refused_mount(served, "cut short", "fusecache check", args=args)
 
 
 # -- the database ----------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def _database(mount: Mount) -> Path:
 
 
 def _works_after_a_new_format(mount: Mount) -> None:
-    refused(mount.run("format", mount.cache, "--force"), "nobody can tell", "--discard-dirty")
+    refused(mount.run("format", mount.cache, "--force"), "Nobody can tell", "--discard-dirty")
     assert mount.run("format", mount.cache, "--force", "--discard-dirty").returncode == 0
     mount.start()
     for number in (1, 2):
@@ -242,7 +242,7 @@ def _works_after_a_new_format(mount: Mount) -> None:
 def test_a_missing_database(served: Mount) -> None:
     _database(served).unlink()
     with unharmed(served.cache):
-        refused_mount(served, "missing", "--force")
+        refused_mount(served, "missing", "fusecache repair")
         assert not _database(served).exists()
     _works_after_a_new_format(served)
 
@@ -278,8 +278,12 @@ def test_a_damaged_database(served: Mount, damage: str) -> None:
             (slots,) = connection.execute("SELECT slots FROM block WHERE image = 1").fetchone()
             flipped = bytes([slots[0] ^ 1]) + slots[1:]
             connection.execute("UPDATE block SET slots = ? WHERE image = 1", (flipped,))
-    with unharmed(served.cache):
-        refused_mount(served, "damaged", "format", "--force")
+    with open(served.cache, "rb") as cache:
+        before = cache.read(4096), cache.seek(8192), cache.read()
+        refused_mount(served, "damaged", "fusecache check", "fusecache repair")
+        cache.seek(0)
+        # All but the record of commits, which may tell of the attempt.
+        assert (cache.read(4096), cache.seek(8192), cache.read()) == before
     _works_after_a_new_format(served)
 
 

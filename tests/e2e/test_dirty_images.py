@@ -195,7 +195,12 @@ def test_format_refuses_while_nobody_can_tell(kept: Mount, damage: str) -> None:
         place.write_bytes(os.urandom(place.stat().st_size))
     else:
         place.unlink()
-    refused(kept.run("format", kept.cache, "--force"), "nobody can tell", "--discard-dirty")
+    refused(
+        kept.run("format", kept.cache, "--force"),
+        "Nobody can tell",
+        "fusecache check",
+        "--discard-dirty",
+    )
     assert kept.run("format", kept.cache, "--force", "--discard-dirty").returncode == 0
 
 
