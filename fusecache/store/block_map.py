@@ -65,6 +65,7 @@ class BlockMap:
         self._stable: bool | None = None
         self._keeper: WitnessKeeper | None = None
         self._witness = Witness()
+        self._log_missing = False
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -99,9 +100,11 @@ class BlockMap:
                 f"The cache's database {path} is missing. {remedy(superblock.path)}"
             )
         block_map: BlockMap | None = None
+        log_missing = not Path(f"{path}-wal").exists()  # to open it makes one
         try:
             with _translated(f"The cache's database {path} is damaged"):
                 block_map = cls(path, _connect(path))
+                block_map._log_missing = log_missing
                 block_map._prepare()
                 block_map._migrate()
                 meta = block_map._tables.now = block_map._tables.meta()
@@ -150,11 +153,10 @@ class BlockMap:
         wrong = witness.contradiction(meta.commits, meta.synced, same_boot=same_boot)
         if wrong is None:
             return
-        log = Path(f"{self.path}-wal")
-        missing = "" if log.exists() else f"; there is no write-ahead log {log.name} beside it"
+        log = f"; there was no write-ahead log {self.path.name}-wal" if self._log_missing else ""
         raise DatabaseError(
             f"The database {self.path} {wrong} (commit {meta.commits}, the device knows of "
-            f"{witness.commits}){missing}: its rows may name slots that hold other data by now"
+            f"{witness.commits}){log}: its rows may name slots that hold other data by now"
         )
 
     def watch(self, keeper: WitnessKeeper, boot_id: str, *, believed: bool = True) -> None:

@@ -95,7 +95,13 @@ class RegionColumns:
         self.dirty[at] = rows.dirty
 
     def drop_clean(self) -> None:
-        """Only dirty pages stay, lost ones too, and only blocks that have some stay."""
+        """Only dirty pages stay, lost ones too, and only blocks that have some stay.
+
+        Raises:
+            ValueError: a block has no page at all, so nobody knows what it had.
+        """
+        if ((self.slots != NO_SLOT) & ((self.valid | self.dirty) == 0)).any():
+            raise ValueError("a row names a slot without any page")
         self.valid &= self.dirty
         self.slots[(self.valid | self.dirty) == 0] = NO_SLOT
 

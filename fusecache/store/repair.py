@@ -14,7 +14,7 @@ from uuid import UUID
 
 import numpy as np
 
-from fusecache.config import DEFAULT_BLOCK_SIZE
+from fusecache.config import DEFAULT_BLOCK_SIZE, MIN_BLOCK_SIZE
 from fusecache.core.geometry import REGION_BLOCKS, Geometry
 from fusecache.core.rows import U64, Rows
 from fusecache.errors import DatabaseError, NotACacheError
@@ -24,7 +24,7 @@ from fusecache.store.inspection import Inspection, byte_ranges, present, wrong_r
 from fusecache.store.packing import PackedRegion, region_crc
 from fusecache.store.records import ImageRow, Meta, block_hash
 from fusecache.store.salvage import TABLES, Salvaged, salvage
-from fusecache.store.superblock import Fence, Superblock, Witness
+from fusecache.store.superblock import DATA_OFFSET, Fence, Superblock, Witness
 from fusecache.store.tables import latest
 from fusecache.store.tallies import Tally
 
@@ -134,6 +134,8 @@ def _unfinished(found: Inspection) -> Plan | None:
         return None
     if found.superblock is not None and str(found.superblock.uuid) != meta.uuid:
         return None
+    if (known := found.witness) and known.contradiction(meta.commits, meta.synced, same_boot=True):
+        return None  # of a repair long ago
     superblock = Superblock(meta.block_size, meta.slot_count, UUID(meta.uuid))
     steps = ["finish the repair that was cut"]
     return Plan(superblock, meta, images=read.images, rows=read.merged(), steps=steps, finish=True)
@@ -151,7 +153,9 @@ def _superblock(found: Inspection, fd: int) -> Superblock:
     elif meta is not None:
         size, count, uuid = meta.block_size, meta.slot_count, UUID(meta.uuid)
     else:
-        return cache_device.plan(fd, found.path, DEFAULT_BLOCK_SIZE, None)
+        small = found.device_size < DATA_OFFSET + cache_device.MIN_SLOTS * DEFAULT_BLOCK_SIZE
+        block_size = MIN_BLOCK_SIZE if small else DEFAULT_BLOCK_SIZE
+        return cache_device.plan(fd, found.path, block_size, None)
     fits = cache_device.plan(fd, found.path, size, None).slot_count
     return Superblock(size, min(count, fits), uuid)
 
@@ -188,7 +192,10 @@ def _keep(made: Plan, found: Inspection, read: Salvaged) -> None:
     good = np.ones(rows.slot.size, np.bool_)
     for kind, (_, which) in wrong.items():
         bad = which & good
-        losing.add(rows.where(bad), rows.dirty[bad], reasons[kind])
+        masks = rows.dirty[bad]
+        if kind == "no page":  # any of them may have been dirty
+            masks = np.full(masks.size, 0xFFFF, np.uint16)
+        losing.add(rows.where(bad), masks, reasons[kind])
         good &= ~which
     rows = rows.where(good)
     gone = rows.dirty & ~rows.valid
@@ -380,14 +387,16 @@ def carry_out(made: Plan, found: Inspection, fd: int) -> None:
 
 
 def _make(made: Plan, found: Inspection) -> None:
-    path = ready(found.database)
+    # Only what is whole bears the name by which ``_unfinished`` knows it.
+    path = Path(f"{found.database}.unfinished")
     block_map = BlockMap.create(path, made.superblock)
     try:
         block_map.restore(made.meta, made.images, made.rows, made.order)
     finally:
         block_map.close()
-    for name in (path, path.parent):
-        _sync(name)
+    _sync(path)
+    path.replace(ready(found.database))
+    _sync(path.parent)
 
 
 def _switch(database: Path) -> None:

@@ -114,7 +114,8 @@ def _read(connection: sqlite3.Connection, read: Salvaged) -> None:
     _read_order(connection, read)
 
 
-_SQL = (sqlite3.Error, sqlite3.Warning)
+_SQL = (sqlite3.Error, sqlite3.Warning, UnicodeDecodeError)
+"""The last for messages that quote damaged names."""
 
 
 def _version(connection: sqlite3.Connection) -> int | None:
