@@ -12,7 +12,6 @@ import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -21,28 +20,19 @@ from sqlite_utils import Database
 from fusecache.core.geometry import REGION_BLOCKS
 from fusecache.core.rows import U64, Rows
 from fusecache.core.slots import NO_SLOT
-from fusecache.errors import CacheDeviceError, DatabaseError
+from fusecache.errors import DatabaseError
 from fusecache.store import packing
 from fusecache.store.packing import PackedRegion, RegionColumns
 from fusecache.store.records import WHOLE_IMAGE, Batch, ImageRow, Meta
 from fusecache.store.schema import SCHEMA_VERSION, migrations
-from fusecache.store.superblock import Fence, Superblock, Witness, remedy
+from fusecache.store.superblock import Fence, Superblock, remedy
 from fusecache.store.tables import EVERYTHING, Tables, latest
+from fusecache.store.watching import Watch, WitnessKeeper
 
-__all__ = ["WHOLE_IMAGE", "Batch", "BlockMap", "ImageRow", "Meta", "WitnessKeeper"]
+__all__ = ["WHOLE_IMAGE", "Batch", "BlockMap", "ImageRow", "Meta"]
 
 _OWN_CHANGE_SLACK_NS = 2_000_000_000
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-class WitnessKeeper(Protocol):
-    """What keeps the witness: the cache device."""
-
-    def read_witness(self) -> Witness:
-        """As it stands there now."""
-
-    def write_witness(self, witness: Witness, *, stable: bool = False) -> None:
-        """Unsynced, unless ``stable``."""
 
 
 @contextlib.contextmanager
@@ -63,9 +53,7 @@ class BlockMap:
         self._db = Database(connection)
         self._tables = Tables(connection)
         self._stable: bool | None = None
-        self._keeper: WitnessKeeper | None = None
-        self._witness = Witness()
-        self._log_missing = False
+        self._watch = Watch(path, log_missing=False)
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -104,7 +92,7 @@ class BlockMap:
         try:
             with _translated(f"The cache's database {path} is damaged"):
                 block_map = cls(path, _connect(path))
-                block_map._log_missing = log_missing
+                block_map._watch = Watch(path, log_missing=log_missing)
                 block_map._prepare()
                 block_map._migrate()
                 meta = block_map._tables.now = block_map._tables.meta()
@@ -118,7 +106,8 @@ class BlockMap:
                     f"{superblock.uuid}): name the right one with --db"
                 )
             if superblock.witness is not None and superblock.fence is not Fence.ALL:
-                block_map._believe(superblock.witness, same_boot=meta.boot_id == _this_boot())
+                same_boot = meta.boot_id == _this_boot()
+                block_map._watch.believe(meta, superblock.witness, same_boot=same_boot)
         except DatabaseError as exc:
             if block_map is not None:
                 block_map.close()
@@ -141,24 +130,6 @@ class BlockMap:
                 self._tables.seal()
                 self._tables.put_meta()
 
-    def _believe(self, witness: Witness, *, same_boot: bool) -> None:
-        """Raises DatabaseError if database and device are not of the same time."""
-        meta = self._tables.now
-        if witness.blank:
-            if meta.boot_id:
-                raise DatabaseError(
-                    f"The cache device has lost its record of the commits of {self.path}"
-                )
-            return
-        wrong = witness.contradiction(meta.commits, meta.synced, same_boot=same_boot)
-        if wrong is None:
-            return
-        log = f"; there was no write-ahead log {self.path.name}-wal" if self._log_missing else ""
-        raise DatabaseError(
-            f"The database {self.path} {wrong} (commit {meta.commits}, the device knows of "
-            f"{witness.commits}){log}: its rows may name slots that hold other data by now"
-        )
-
     def watch(self, keeper: WitnessKeeper, boot_id: str, *, believed: bool = True) -> None:
         """From here on every commit is told to the cache device.
 
@@ -169,27 +140,7 @@ class BlockMap:
             DatabaseError: database and device are not of the same time.
             SuperblockError, CacheDeviceError: what the device keeps is damaged, or it fails.
         """
-        witness = keeper.read_witness()
-        meta = self._tables.now
-        if believed:
-            self._believe(witness, same_boot=meta.boot_id == boot_id)
-        if witness.blank:
-            # Stable before the first commit says that there is one.
-            witness = Witness(meta.commits, meta.commits)
-            keeper.write_witness(witness, stable=True)
-        # A power cut may have taken back commits that the device knows of.
-        meta.commits = max(meta.commits, witness.commits)
-        self._witness = witness
-        self._keeper = keeper
-
-    def _note(self, *, stable: bool) -> None:
-        """Tells the device of a commit. If it fails, ``synced`` stays behind (see ``_merge``)."""
-        commits = self._tables.now.commits
-        if self._keeper is not None:
-            witness = Witness(commits, commits if stable else self._witness.stable)
-            with contextlib.suppress(CacheDeviceError):
-                self._keeper.write_witness(witness)
-                self._witness = witness
+        self._watch.begin(self._tables.now, keeper, boot_id, believed=believed)
 
     @staticmethod
     def is_block_map(path: Path) -> bool:
@@ -266,7 +217,7 @@ class BlockMap:
         except BaseException:
             self._tables.now = before
             raise
-        self._note(stable=stable)
+        self._watch.note(self._tables.now.commits, stable=stable)
 
     def commit(self, batch: Batch, *, stable: bool) -> int:
         """One transaction with all of ``batch``.
@@ -307,11 +258,11 @@ class BlockMap:
         with _translated(f"Writing {self.path}"):
             if not self._tables.has_pending(mark):
                 return  # overwritten dirty pages alone: no row changed, and nothing to sync
-            noted = self._witness.commits
+            told = self._watch.told
             with self._transaction(stable=True):
                 self._merge(mark)
-                # The device was synced after the mark was noted there.
-                self._tables.now.synced = min(mark, noted)
+                # The device was synced after it was told of the mark.
+                self._tables.now.synced = min(mark, told)
 
     def _merge(self, mark: int) -> None:
         rows = latest(self._tables.pending(mark))

@@ -29,6 +29,7 @@ from fusecache.store.superblock import (
     Witness,
 )
 from fusecache.store.tables import latest
+from fusecache.store.watching import lost_record
 
 _NO_ROWS = Rows(
     np.zeros(0, np.uint32),
@@ -202,7 +203,7 @@ def _database(found: Inspection, read: Salvaged, boot_id: str) -> None:
     if witness is None:
         return
     if witness.blank:
-        if meta.boot_id:
+        if lost_record(meta, witness):
             found.add("witness", "the cache device has lost its record of the database's commits")
         return
     found.contradiction = witness.contradiction(

@@ -1,6 +1,8 @@
 """The rows of the database as Python knows them, and what goes into one transaction."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from fusecache.core.rows import U64, Rows
@@ -32,10 +34,11 @@ class ImageRow:
 
     def values(self) -> tuple[Any, ...]:
         """In the order of ``IMAGE_COLUMNS``."""
-        return tuple(getattr(self, name) for name in IMAGE_COLUMNS)
+        return _image_values(self)
 
 
 IMAGE_COLUMNS = tuple(ImageRow.__dataclass_fields__)
+_image_values: Callable[[ImageRow], tuple[Any, ...]] = attrgetter(*IMAGE_COLUMNS)
 
 
 @dataclass(slots=True)
@@ -69,7 +72,7 @@ class Meta:
 
     def values(self) -> tuple[Any, ...]:
         """In the order of ``META_COLUMNS``."""
-        return tuple([getattr(self, name) for name in META_COLUMNS])
+        return _meta_values(self)
 
     def tally(self, table: str) -> Tally:
         """Of ``block``, ``pending``, ``region`` or ``image``."""
@@ -86,6 +89,7 @@ class Meta:
 
 
 META_COLUMNS = tuple(Meta.__dataclass_fields__)
+_meta_values: Callable[[Meta], tuple[Any, ...]] = attrgetter(*META_COLUMNS)
 
 
 def image_crc(values: tuple[object, ...]) -> int:

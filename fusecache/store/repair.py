@@ -112,8 +112,8 @@ def _refuse(found: Inspection) -> None:
     """What is not ours to mend."""
     if "version" in found.kinds:
         raise DatabaseError(
-            f"The database {found.database} is of another version than this fusecache knows: "
-            "use the newer fusecache again."
+            f"The database {found.database} is of another version than this fusecache makes: mount "
+            "it with the fusecache that made it, or a newer one."
         )
     # Anything that once said that this is a cache; a mistyped name must not cost a filesystem.
     known = found.has_magic or (found.witness is not None and not found.witness.blank)

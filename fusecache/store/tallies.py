@@ -3,7 +3,7 @@
 A checksum in a row shows that the row is damaged. That a row is missing, is there twice, or is an
 older version of itself, only the others can tell: ``meta`` keeps count and sum of every table and
 changes them in the very transaction that changes rows. A sum can be kept up without reading the
-other rows, 1.5 us a row, and 25,000 rows are compared in 10 ms (measured).
+other rows, 3 us a row, and 25,000 rows are compared in 2 ms (measured).
 """
 
 import zlib

@@ -282,3 +282,16 @@ def _version_1(path: Path) -> None:
         columns = RegionColumns(None)
         columns.slots[3], columns.valid[3] = 4, 1
         connection.execute("INSERT INTO block VALUES (?, ?, ?, ?, ?, ?)", columns.pack(1, 0))
+
+
+def test_a_cache_of_version_1_has_no_witness_yet_and_starts(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    _version_1(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE meta SET boot_id = 'boot 1'")
+    keeper = Keeper()
+    start(path, keeper).close()
+    start(path, keeper).close()
+    keeper.witness = Witness(blank=True)
+    with pytest.raises(DatabaseError, match="lost its record"):
+        start(path, keeper)

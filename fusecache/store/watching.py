@@ -1,0 +1,90 @@
+"""The database and the cache device watch each other, so that neither can go back in time alone.
+
+Every commit leaves its number on the device, unsynced; a barrier's sync makes it stable; the
+database notes which number was synced. ``Witness.contradiction`` says what cannot be.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Protocol
+
+from fusecache.errors import CacheDeviceError, DatabaseError
+from fusecache.store.records import Meta
+from fusecache.store.superblock import Witness
+
+
+class WitnessKeeper(Protocol):
+    """What keeps the witness: the cache device."""
+
+    def read_witness(self) -> Witness:
+        """As it stands there now."""
+
+    def write_witness(self, witness: Witness, *, stable: bool = False) -> None:
+        """Unsynced, unless ``stable``."""
+
+
+class Watch:
+    """One database's side.
+
+    Args:
+        path: of the database.
+        log_missing: whether there was no write-ahead log before it was opened.
+    """
+
+    def __init__(self, path: Path, *, log_missing: bool) -> None:
+        self._path = path
+        self._log_missing = log_missing
+        self._keeper: WitnessKeeper | None = None
+        self._told = Witness()
+
+    @property
+    def told(self) -> int:
+        """The last commit that the device knows of."""
+        return self._told.commits
+
+    def believe(self, meta: Meta, witness: Witness, *, same_boot: bool) -> None:
+        """Raises DatabaseError if database and device are not of the same time."""
+        if witness.blank:
+            if lost_record(meta, witness):
+                raise DatabaseError(
+                    f"The cache device has lost its record of the commits of {self._path}"
+                )
+            return
+        wrong = witness.contradiction(meta.commits, meta.synced, same_boot=same_boot)
+        if wrong is None:
+            return
+        log = f"; there was no write-ahead log {self._path.name}-wal" if self._log_missing else ""
+        raise DatabaseError(
+            f"The database {self._path} {wrong} (commit {meta.commits}, the device knows of "
+            f"{witness.commits}){log}: its rows may name slots that hold other data by now"
+        )
+
+    def begin(self, meta: Meta, keeper: WitnessKeeper, boot_id: str, *, believed: bool) -> None:
+        """See ``BlockMap.watch``; changes ``meta.commits``."""
+        witness = keeper.read_witness()
+        if believed:
+            self.believe(meta, witness, same_boot=meta.boot_id == boot_id)
+        if witness.blank:
+            # Stable before the first commit says that there is one.
+            witness = Witness(meta.commits, meta.commits)
+            keeper.write_witness(witness, stable=True)
+        # A power cut may have taken back commits that the device knows of.
+        meta.commits = max(meta.commits, witness.commits)
+        self._told = witness
+        self._keeper = keeper
+
+    def note(self, commits: int, *, stable: bool) -> None:
+        """Tells the device of a commit. If that fails, ``told`` stays behind."""
+        if self._keeper is not None:
+            witness = Witness(commits, commits if stable else self._told.stable)
+            with contextlib.suppress(CacheDeviceError):
+                self._keeper.write_witness(witness)
+                self._told = witness
+
+
+def lost_record(meta: Meta, witness: Witness) -> bool:
+    """Whether the device had a record of this database's commits and has it no more.
+
+    None is there before the first start, nor after a start of version 1.
+    """
+    return witness.blank and bool(meta.boot_id) and meta.commits > 0
