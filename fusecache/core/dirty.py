@@ -18,6 +18,7 @@ Time comes as seconds on any steady clock, through ``advance``.
 
 from array import array
 from collections.abc import Callable
+from math import ceil
 
 import numpy as np
 
@@ -142,13 +143,13 @@ class DirtyPages:
         if self._base is None:
             self._base = seconds
         stamp = 1 + int((seconds - self._base) / PERIOD)
-        if stamp > _LAST:  # once in 18 hours: forget how old the older half is
+        while stamp > _LAST:  # once in 18 hours: forget how old the older half is
             half = _LAST // 2
             dirtied = self._slots.dirtied_of
             dirtied[:] = np.where(dirtied > half, dirtied - half, 0)
             self._base += half * PERIOD
             stamp -= half
-        self._stamp = min(stamp, _LAST)
+        self._stamp = stamp
 
     def soil(self, slot: int, pages: int) -> None:
         """The pages (a mask) are dirty from now on; a row is owed if they were not before.
@@ -205,7 +206,7 @@ class DirtyPages:
 
     def _since(self, older_than: float) -> int:
         """The youngest stamp that is at least so many seconds old; negative if there is none."""
-        return self._stamp - int(older_than / PERIOD) if older_than > 0 else _LAST
+        return self._stamp - ceil(older_than / PERIOD) - 1 if older_than > 0 else _LAST
 
     def due_images(self, older_than: float) -> list[int]:
         """Images with pages that have been dirty for at least ``older_than`` seconds."""

@@ -184,7 +184,7 @@ class CacheIndex:
         """
         slots = self._slots
         if slot in self._retired:
-            slots.pins[slot] -= 1
+            self._unpin(slot)
             return
         slots.state[slot] = step(slots.state[slot], Event.STORE)
         slots.pins[slot] -= 1
@@ -214,7 +214,19 @@ class CacheIndex:
         if slots.state[slot] == State.RESERVED:
             self.not_stored(slot, 0)
         else:
-            slots.pins[slot] -= 1
+            self._unpin(slot)
+
+    def _unpin(self, slot: int) -> None:
+        """One pin less; a block that lost its last page while pinned goes now."""
+        slots = self._slots
+        slots.pins[slot] -= 1
+        empty = not slots.valid[slot] and slots.state[slot] == State.VALID
+        if empty and not slots.pins[slot]:
+            self._drop(slot, Event.DROP)
+
+    def rewritten(self, slot: int, pages: int) -> None:
+        """Lost pages (a mask) that were written again as a whole can be read again."""
+        self._validate(slot, pages & self._slots.dirty[slot])
 
     def not_stored(self, slot: int, spoiled: int) -> None:
         """The write failed; ``spoiled`` pages (a mask) may hold anything now and are invalid.
@@ -255,7 +267,8 @@ class CacheIndex:
         before = slots.valid[slot]
         held = slots.dirty[slot] | slots.cleaning[slot]
         lost = before & pages & ~held
-        if lost == before and not held and slots.state[slot] == State.VALID:
+        clean = slots.state[slot] == State.VALID
+        if lost == before and not held and clean and not slots.pins[slot]:
             self._drop(slot, Event.DROP)
         elif lost:
             self._invalidate(slot, lost)
@@ -462,7 +475,7 @@ class CacheIndex:
             found = self._tags.find(slots.image[slot], slots.block[slot])
             assert found == slot, f"slot {slot} is not found under its tag"
             state, valid, dirty = slots.state[slot], slots.valid[slot], slots.dirty[slot]
-            assert (valid | dirty != 0) == (state != State.RESERVED)
+            assert (valid | dirty != 0) == (state != State.RESERVED) or slots.pins[slot]
             assert (dirty != 0) == (state == State.DIRTY) or state == State.WRITEBACK
             assert not slots.cleaning[slot] or state == State.WRITEBACK
         entries = int(np.count_nonzero(self._tags.table_of))

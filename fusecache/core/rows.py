@@ -63,7 +63,7 @@ class OwedRows:
         rows = Rows(
             image=np.concatenate([np.array(self._gone_image, np.uint32), slots.image_of[here]]),
             block=np.concatenate([np.array(self._gone_block, np.uint32), slots.block_of[here]]),
-            slot=np.concatenate([np.full(gone, NO_SLOT, np.uint32), here]),
+            slot=np.concatenate([np.full(gone, NO_SLOT, np.uint32), self._named(here)]),
             valid=np.concatenate([np.zeros(gone, np.uint16), slots.valid_of[here]]),
             dirty=np.concatenate([np.zeros(gone, np.uint16), slots.dirty_of[here]]),
         )
@@ -71,6 +71,11 @@ class OwedRows:
         self._gone_image = array("I")
         self._gone_block = array("I")
         return rows
+
+    def _named(self, here: U32) -> U32:
+        """The slots, but none where no page is left: such a block only waits for its last pin."""
+        pages = self._slots.valid_of[here] | self._slots.dirty_of[here]
+        return np.where(pages != 0, here, np.uint32(NO_SLOT))
 
     def give_back(self, rows: Rows) -> None:
         """Rows that could not be committed are owed again, before whatever came since."""

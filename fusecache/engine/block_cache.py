@@ -364,6 +364,7 @@ class BlockCache:
         if not worked:
             # P3 takes changes for ours up to 2 s after the last heartbeat, and none after.
             await trio.sleep(self.housekeeping.until_not_ours())
+        self.state.emptied = worked and not held
         self.state.fenced.set()
         if held:
             self._nursery.start_soon(self._rescue_all)

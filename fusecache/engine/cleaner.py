@@ -24,7 +24,7 @@ from fusecache.core.geometry import Geometry
 from fusecache.core.index import CacheIndex
 from fusecache.core.rows import U32
 from fusecache.engine.committer import Committer
-from fusecache.engine.dirty_reads import DirtyReads, note_unreadable
+from fusecache.engine.dirty_reads import DirtyReads, note_unreadable, unreadable_ranges
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
@@ -189,7 +189,7 @@ class Cleaner:
 
     def _refuse_lost(self, image: Image) -> None:
         lost = self._dirty.lost_ranges(image.id)
-        unreadable = self._dirty.ranges(sorted(image.unreadable.items()))
+        unreadable = unreadable_ranges(self._core, image)
         if lost or unreadable:
             offset, length = (lost or unreadable)[0]
             raise LostDataError(

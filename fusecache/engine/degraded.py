@@ -84,6 +84,8 @@ class Degraded:
         position = (located.slot << self._geometry.block_shift) + start
         try:
             await self._threads.device(self._state.device.write, position, piece)
+            whole = self._geometry.covered(start, start + len(piece))
+            self._core.rewritten(located.slot, whole)
         except CacheDeviceError as exc:
             self._state.device_failed(exc)
             self._core.dirty.lose(located.slot, self._geometry.touched(start, start + len(piece)))
@@ -135,7 +137,7 @@ class Degraded:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: it is not written.
         """
         blocks = self._geometry.blocks(offset, len(data))
-        async with image.cleaning, image.lock.span(blocks.start, blocks.stop):
+        async with image.cleaning, image.lock.alone(blocks.start, blocks.stop):
             regions = range(region_of(blocks.start), region_of(blocks.stop - 1) + 1)
             async with self._intents.writing(image, regions):
                 await self._supersede(image, offset, data)

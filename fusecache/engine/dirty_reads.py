@@ -42,6 +42,15 @@ class DirtyReads:
         return pieces, failed
 
 
+def unreadable_ranges(core: CacheIndex, image: Image) -> list[tuple[int, int]]:
+    """(offset, length) in bytes of dirty pages that failed when last asked for."""
+    still = [
+        (block, pages & core.dirty.mask(image.id, block))
+        for block, pages in sorted(image.unreadable.items())
+    ]
+    return core.dirty.ranges(still)
+
+
 def note_unreadable(image: Image, block: int, asked: int, failed: int) -> None:
     """Keeps what ``status`` tells: which dirty pages failed when last asked for."""
     before = image.unreadable.get(block, 0)

@@ -74,7 +74,8 @@ class Discards:
 
     def _refuse_held(self, image: Image, size: int) -> None:
         """A broken cache cannot forget dirty pages, and they would come back in a longer file."""
-        if size < image.size and self._degraded.holds(image) and self._core.dirty.pages(image.id):
+        held = self._core.dirty.slots(image.id).size
+        if size < image.size and self._degraded.holds(image) and held:
             raise OriginError(5, "the cache is degraded and holds data past the new end")
 
     async def _truncate_cached(self, image: Image, size: int) -> None:
@@ -122,6 +123,8 @@ class Discards:
         if image is None:
             yield False
             return
+        if image.handles and self._core.dirty.pages(image.id):
+            await self._images.adopted(image)
         async with image.opening, image.cleaning, image.lock.everything():
             if image.handles and self._core.dirty.pages(image.id):
                 # Whoever has it open goes on with it: its data must be where they will read it.

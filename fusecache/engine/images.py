@@ -474,9 +474,18 @@ class Images:
             end = (tail | geometry.page_size - 1) + 1
             position = (located.slot << geometry.block_shift) + tail
             zeros = bytes(end - tail)
-            await self._threads.device(self._state.device.write, position, zeros)
+            try:
+                await self._threads.device(self._state.device.write, position, zeros)
+                self._core.dirty.written(located.slot, last)
+            except CacheDeviceError as exc:
+                self._state.device_failed(exc)
+                self._core.dirty.lose(located.slot, last)  # rather than show what was cut off
         if self._state.usable:
-            await self.committer.barrier()
+            try:
+                await self.committer.barrier()
+            except (DatabaseError, CacheDeviceError):
+                log.debug("rows stay: the cache is unusable")
+        await self._state.passable()
 
     @asynccontextmanager
     async def own_change(self, identity: bytes, path_fd: int) -> AsyncIterator[None]:

@@ -26,7 +26,7 @@ class SpanLock:
 
     def __init__(self) -> None:
         self._claims: dict[_Claim, None] = {}
-        self._everything = 0
+        self._alone = 0
 
     @asynccontextmanager
     async def span(self, first: int, stop: int) -> AsyncIterator[None]:
@@ -43,20 +43,25 @@ class SpanLock:
             mine.done.set()
 
     @asynccontextmanager
-    async def everything(self) -> AsyncIterator[None]:
-        """Holds the whole image: nothing slow is under way and nothing new begins (R6)."""
-        self._everything += 1
+    async def alone(self, first: int, stop: int) -> AsyncIterator[None]:
+        """As ``span``, and what takes no lock otherwise has to take one meanwhile."""
+        self._alone += 1
         try:
-            async with self.span(0, _EVERYTHING):
+            async with self.span(first, stop):
                 yield
         finally:
-            self._everything -= 1
+            self._alone -= 1
+
+    @asynccontextmanager
+    async def everything(self) -> AsyncIterator[None]:
+        """Holds the whole image: nothing is under way and nothing new begins (R6)."""
+        async with self.alone(0, _EVERYTHING):
+            yield
 
     @property
     def exclusive(self) -> bool:
-        """Whether somebody holds the whole image, or waits for it: then what takes no lock must
-        take one."""
-        return self._everything > 0
+        """Whether somebody works alone, or waits to: then nobody may do without a lock."""
+        return self._alone > 0
 
     @property
     def idle(self) -> bool:

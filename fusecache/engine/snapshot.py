@@ -4,6 +4,7 @@ stalled origin cannot hold it up (P6)."""
 from typing import Any
 
 from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.dirty_reads import unreadable_ranges
 from fusecache.engine.image import Image
 
 
@@ -45,7 +46,7 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
         "write_mode": image.write_mode.value,
         "own_write_mode": image.row.write_mode,
         "lost": [list(span) for span in cache.core.lost_ranges(image.id)],
-        "unreadable": [list(span) for span in _unreadable(cache, image)],
+        "unreadable": [list(span) for span in unreadable_ranges(cache.core, image)],
         "clean_error": image.clean_error,
         "read_hit_bytes": counters.read_hit_bytes,
         "read_miss_bytes": counters.read_miss_bytes,
@@ -65,8 +66,3 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
 def _age(cache: BlockCache, image: Image) -> float | None:
     """Seconds since the oldest dirty data was written; None if nothing is dirty."""
     return cache.core.dirty.oldest(image.id)
-
-
-def _unreadable(cache: BlockCache, image: Image) -> list[tuple[int, int]]:
-    """(offset, length) in bytes of dirty pages that the cache device failed to give back."""
-    return cache.core.dirty.ranges(sorted(image.unreadable.items()))

@@ -57,6 +57,7 @@ class Operations(pyfuse3.Operations):
         self._cache = cache
         self._tree = tree
         self._try_read = cache.try_read
+        self._try_write = cache.try_write
         self._metadata = cache.threads.metadata
         self._stat = SharedStat(self._fstat)
         self._timeout = cache.tuning.attribute_timeout
@@ -311,6 +312,7 @@ class Operations(pyfuse3.Operations):
             await self._truncate(node, attr.st_size, fh)
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
+            self._cache.images.attributes_changed(node.identity)
             await self._metadata(self._set, node, attr, fields)
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
@@ -469,10 +471,15 @@ class Operations(pyfuse3.Operations):
         except Exception as exc:
             raise answer(self.state, exc, "read") from None
 
-    @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """All of it, or an error."""
-        return await self._cache.write(self.handles[fh].image, off, buf)
+        """All of it, or an error. Guarded by hand, as ``read`` is."""
+        try:
+            image = self.handles[fh].image
+            if self._try_write(image, off, buf):
+                return len(buf)
+            return await self._cache.write_slowly(image, off, buf)
+        except Exception as exc:
+            raise answer(self.state, exc, "write") from None
 
     @guarded
     async def flush(self, fh: int) -> None:

@@ -73,6 +73,7 @@ class IndexAgainstADict(RuleBasedStateMachine):
         self.lru: OrderedDict[Tag, None] = OrderedDict()
         self.open: dict[Tag, tuple[int, int]] = {}
         """Being stored: slot and how many pieces."""
+        self.hollow: set[Tag] = set()
         self.retired: set[int] = set()
         self.dropped: set[int] = set()
         """Not to be handed out before their release (R3)."""
@@ -92,8 +93,21 @@ class IndexAgainstADict(RuleBasedStateMachine):
         self.lru.move_to_end(tag)
 
     def gone(self, tag: Tag) -> None:
-        self.dropped.add(self.slot_of.pop(tag))
-        del self.valid[tag], self.lru[tag], self.lived[tag]
+        """A block that somebody stores to keeps its slot, hollow, until they are done."""
+        del self.valid[tag], self.lru[tag]
+        if tag in self.open:
+            self.hollow.add(tag)
+        else:
+            self.dropped.add(self.slot_of.pop(tag))
+            del self.lived[tag]
+
+    def done(self, tag: Tag) -> None:
+        """The last store to the block ended."""
+        if tag in self.hollow:
+            self.hollow.remove(tag)
+            if tag not in self.valid:
+                self.dropped.add(self.slot_of.pop(tag))
+                del self.lived[tag]
 
     def cleared(self, tag: Tag, pages: int) -> None:
         if tag in self.valid:
@@ -131,40 +145,47 @@ class IndexAgainstADict(RuleBasedStateMachine):
             if tag not in self.open:
                 self.begin_store(tag, 1)
             if tag in self.open:
-                slot, pieces = self.open.pop(tag)
+                slot, pieces = self.open[tag]
                 for _ in range(pieces):
                     self.index.stored(slot, 15)
-                if self.slot_of.get(tag) == slot:
+                if slot not in self.retired:
                     self.valid[tag] = 15
                     self.used(tag)
+                del self.open[tag]
+                self.done(tag)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def stored(self, data: st.DataObject) -> None:
         tag = data.draw(st.sampled_from(sorted(self.open)))
-        slot, pieces = self.open.pop(tag)
+        slot, pieces = self.open[tag]
         for _ in range(pieces):
             pages = data.draw(MASKS)
             self.index.stored(slot, pages)
-            if self.slot_of.get(tag) == slot:
+            if slot not in self.retired:
                 self.valid[tag] = self.valid.get(tag, 0) | pages
                 self.used(tag)
+        del self.open[tag]
+        self.done(tag)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data(), clear_first=st.booleans())
     def not_stored(self, data: st.DataObject, clear_first: bool) -> None:
         tag = data.draw(st.sampled_from(sorted(self.open)))
-        slot, pieces = self.open.pop(tag)
+        slot, pieces = self.open[tag]
         if clear_first:
             pages = data.draw(MASKS)
             self.index.clear(*tag, pages)
             self.cleared(tag, pages)
-        for _ in range(pieces):
+        for left in range(pieces - 1, -1, -1):
             spoiled = data.draw(st.sampled_from([0, 0, 1, 8, 15]))
             self.index.not_stored(slot, spoiled)
+            if not left:
+                del self.open[tag]
             if tag in self.valid:
                 self.used(tag)
                 self.cleared(tag, spoiled)
+        self.done(tag)
         if tag in self.slot_of and tag not in self.valid:  # was only reserved: free at once
             del self.slot_of[tag], self.lived[tag]
 
@@ -188,7 +209,8 @@ class IndexAgainstADict(RuleBasedStateMachine):
     def slots_of(self, image: int, from_block: int) -> None:
         found = self.index.slots_of(image, from_block)
         assert found.dtype == np.uint32
-        mine = {self.slot_of[tag] for tag in self.valid if tag[0] == image and tag[1] >= from_block}
+        full = self.valid.keys() | self.hollow
+        mine = {self.slot_of[tag] for tag in full if tag[0] == image and tag[1] >= from_block}
         assert sorted(mine) == found.tolist()
         self.picked = image, found.tolist()
 
@@ -313,7 +335,7 @@ class IndexAgainstADict(RuleBasedStateMachine):
             assert index.valid_pages(*tag) == self.valid.get(tag, 0)
         assert index.used == len(self.slot_of)
         assert index.retired == len(self.retired)
-        away = self.dropped | self.retired
+        away = (self.dropped | self.retired) - set(self.slot_of.values())
         assert index.free == SLOTS - len(self.slot_of) - len(away)
         assert index.leaving == len(self.dropped) - len(self.leaving or ())
         for image in (1, 2, 3):
