@@ -1,6 +1,7 @@
 # make demo   set everything up and show what fusecache does
 # make test   set everything up and pass the tests
-# make bench  measure it on this machine; bench-read, bench-misses and bench-scale are its parts
+# make bench  measure it on this machine; bench-read, bench-writes, bench-misses and bench-scale
+#             are its parts
 # See README.md for the rest.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test test-slow lint bench bench-read bench-misses bench-scale clean system
+.PHONY: demo test test-slow lint bench bench-read bench-writes bench-misses bench-scale clean system
 
 # What a fresh Debian 12 lacks; only what is missing is installed.
 system:
@@ -34,10 +35,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: bench-read bench-misses bench-scale
+bench: bench-read bench-writes bench-misses bench-scale
 
 bench-read: $(VENV)/.installed
 	@$(BIN)/python benchmarks/reads.py
+
+bench-writes: $(VENV)/.installed
+	@$(BIN)/python benchmarks/writes.py
 
 bench-misses: $(VENV)/.installed
 	@$(BIN)/python benchmarks/misses.py

@@ -1,6 +1,7 @@
-"""The yardstick: the least a pyfuse3 filesystem can do, ``os.pread`` in its read handler.
+"""The yardstick: the least a pyfuse3 filesystem can do, ``os.pread`` and ``os.pwrite`` in its
+handlers.
 
-One directory of regular files, read only, no cache, no threads. Run by ``reads.py``.
+One directory of regular files, no cache, no threads. Run by ``reads.py`` and ``writes.py``.
 """
 
 import argparse
@@ -16,16 +17,25 @@ _MAX_BACKGROUND = 32768
 
 
 class Bare(pyfuse3.Operations):
-    """``timeout``: seconds the kernel may keep names and attributes."""
+    """See the module.
 
-    def __init__(self, origin: Path, timeout: float) -> None:
+    Args:
+        timeout: seconds the kernel may keep names and attributes.
+        writable: whether files are opened for writing, too.
+        xattrs: answer questions for extended attributes with "there is none", as whoever passes
+            them on has to. Else the first answer, "not known here", is also the last: the kernel
+            asks no more before a write.
+    """
+
+    def __init__(self, origin: Path, timeout: float, *, writable: bool, xattrs: bool) -> None:
         super().__init__()
         self._timeout = timeout
-        self._fds = {pyfuse3.ROOT_INODE: os.open(origin, os.O_RDONLY)}
+        self._xattrs = xattrs
+        self.fds = {pyfuse3.ROOT_INODE: os.open(origin, os.O_RDONLY)}
         self._inodes: dict[bytes, int] = {}
         for number, path in enumerate(sorted(origin.iterdir()), pyfuse3.ROOT_INODE + 1):
             if path.is_file():
-                self._fds[number] = os.open(path, os.O_RDONLY)
+                self.fds[number] = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
                 self._inodes[os.fsencode(path.name)] = number
         self.serving = trio.Event()
 
@@ -33,7 +43,7 @@ class Bare(pyfuse3.Operations):
         self.serving.set()
 
     def _entry(self, inode: int) -> pyfuse3.EntryAttributes:
-        st = os.fstat(self._fds[inode])
+        st = os.fstat(self.fds[inode])
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode
         entry.entry_timeout = entry.attr_timeout = self._timeout
@@ -54,12 +64,18 @@ class Bare(pyfuse3.Operations):
         return self._entry(inode)
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if not stat.S_ISREG(os.fstat(self._fds[inode]).st_mode):
+        if not stat.S_ISREG(os.fstat(self.fds[inode]).st_mode):
             raise pyfuse3.FUSEError(errno.EISDIR)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return os.pread(self._fds[fh], size, off)
+        return os.pread(self.fds[fh], size, off)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return os.pwrite(self.fds[fh], buf, off)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        raise pyfuse3.FUSEError(errno.ENODATA if self._xattrs else errno.ENOSYS)
 
 
 def _raise_background_limit(mountpoint: Path) -> None:
@@ -80,20 +96,29 @@ async def _serve(operations: Bare, mountpoint: Path) -> None:
         await pyfuse3.main()
 
 
+def serve(operations: Bare, mountpoint: Path, *options: str) -> None:
+    """Mounts and serves until unmounted."""
+    chosen = {"default_permissions", *options}
+    if os.geteuid() == 0:
+        chosen.add("allow_other")  # as fusecache does
+    pyfuse3.init(operations, str(mountpoint), chosen)
+    try:
+        trio.run(_serve, operations, mountpoint)
+    finally:
+        pyfuse3.close(unmount=True)
+
+
 def main() -> None:
     """Serves until unmounted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("origin", type=Path)
     parser.add_argument("mountpoint", type=Path)
     parser.add_argument("--timeout", type=float, default=1.0)
+    parser.add_argument("--write", action="store_true", help="files can be written, too")
+    parser.add_argument("--xattrs", action="store_true", help="extended attributes are there")
     chosen = parser.parse_args()
-    operations = Bare(chosen.origin, chosen.timeout)
-    options = {"fsname=bare", "default_permissions", "ro"}
-    pyfuse3.init(operations, str(chosen.mountpoint), options)
-    try:
-        trio.run(_serve, operations, chosen.mountpoint)
-    finally:
-        pyfuse3.close(unmount=True)
+    operations = Bare(chosen.origin, chosen.timeout, writable=chosen.write, xattrs=chosen.xattrs)
+    serve(operations, chosen.mountpoint, "fsname=bare", *([] if chosen.write else ["ro"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -182,24 +182,23 @@ class Fusecache:
             time.sleep(0.1)
 
 
-class Bare:
-    """The bare pyfuse3 filesystem of ``bare.py``."""
+class Served:
+    """A filesystem of a script in this directory, in a process of its own."""
 
-    def __init__(self, base: Path, origin: Path, timeout: float) -> None:
-        self.name = f"bare pyfuse3, attributes {timeout:.0f} s"
-        self.mountpoint = base / f"bare-{timeout:.0f}"
+    def __init__(self, name: str, mountpoint: Path, script: str, *words: object) -> None:
+        self.name = name
+        self.mountpoint = mountpoint
         self.mountpoint.mkdir()
-        self._command = [sys.executable, str(_HERE / "bare.py"), str(origin), str(self.mountpoint)]
-        self._command += ["--timeout", str(timeout)]
+        self._command = [sys.executable, str(_HERE / script), *map(str, words)]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "Bare":
+    def __enter__(self) -> Self:
         self._process = subprocess.Popen(self._command, start_new_session=True)
         try:
             deadline = time.monotonic() + 20
             while not is_mounted(self.mountpoint):
                 if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise BenchmarkError("the bare filesystem did not mount")
+                    raise BenchmarkError(f"{self.name} did not mount")
                 time.sleep(0.02)
         except BaseException:
             self.__exit__()
@@ -216,18 +215,38 @@ class Bare:
                 self._process.wait()
 
 
-def fio(path: Path, *, seconds: float | None, **options: object) -> dict[str, float]:
-    """One fio read job: thousand IOPS, MB/s and mean latency in microseconds.
+class Bare(Served):
+    """The bare pyfuse3 filesystem of ``bare.py``."""
 
-    ``seconds`` None: once over the file.
+    def __init__(self, base: Path, origin: Path, timeout: float, *options: str) -> None:
+        name = ", ".join(["bare pyfuse3", f"attributes {timeout:.0f} s", *options])
+        mountpoint = base / "-".join(["bare", f"{timeout:.0f}", *options])
+        words = [origin, mountpoint, "--timeout", timeout, *(f"--{word}" for word in options)]
+        super().__init__(name, mountpoint, "bare.py", *words)
+
+
+def fio_command(path: Path, **options: object) -> list[str]:
+    """The words of a fio job, with what all of them have."""
+    words = ["fio", "--name=job", f"--{'directory' if path.is_dir() else 'filename'}={path}"]
+    words += ["--randrepeat=0", "--invalidate=0", "--thread", "--group_reporting"]
+    return words + [f"--{name}={value}" for name, value in options.items()]
+
+
+def fio(path: Path, *, seconds: float | None, **options: object) -> dict[str, float]:
+    """One fio job of reads, or of writes if ``rw`` says so: thousand IOPS, MB/s and mean latency
+    in microseconds, of all its threads together.
+
+    ``path`` may be a directory if ``filename_format`` says which files; ``seconds`` None: once
+    over the file.
     """
-    words = ["fio", "--name=job", f"--filename={path}", "--readonly", "--output-format=json"]
-    words += ["--randrepeat=0", "--norandommap", "--invalidate=0", "--thread"]
+    kind = "write" if "write" in str(options.get("rw")) else "read"
+    words = [*fio_command(path, **options), "--output-format=json"]
+    if kind == "read":
+        words.append("--readonly")
     if seconds is not None:
-        words += ["--time_based", f"--runtime={seconds}"]
-    words += [f"--{name}={value}" for name, value in options.items()]
+        words += ["--norandommap", "--time_based", f"--runtime={seconds}"]
     said = command(*words)
-    job = json.loads(said[said.index("{") :])["jobs"][0]["read"]
+    job = json.loads(said[said.index("{") :])["jobs"][0][kind]
     return {
         "kiops": job["iops"] / 1e3,
         "mb_s": job["bw_bytes"] / 1e6,
