@@ -58,11 +58,15 @@ def start(plan: MountConfig) -> None:
 def _await_readiness(reader: int, pid: int) -> None:
     """Relays what the daemon, libfuse and fusermount3 say until it serves or fails."""
     with open(reader, "rb") as stream:
-        while part := stream.read1(4096):
-            sys.stderr.buffer.write(part.rstrip(b"\0"))
-            sys.stderr.flush()
-            if part.endswith(b"\0"):
-                return
+        try:
+            while part := stream.read1(4096):
+                sys.stderr.buffer.write(part.rstrip(b"\0"))
+                sys.stderr.flush()
+                if part.endswith(b"\0"):
+                    return
+        except KeyboardInterrupt:
+            os.kill(pid, signal.SIGTERM)  # it has a session of its own and saw no interrupt
+            raise
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status < 0:
         name = signal.Signals(-status).name

@@ -113,9 +113,14 @@ def _outcome(answers: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
 def _why(image: dict[str, Any], again: str) -> str:
     """The reason, and what to do."""
     reason = str(image["error"]).rstrip(".")
+    if reason.startswith(name := f"'{image['image']}' "):
+        reason = f"it {reason.removeprefix(name)}"
     give_up = f"fusecache evict {image['image']} --discard-dirty"
     if image["lost"]:
-        return f"{reason}. To give up what was lost, and all the origin does not have: {give_up}"
+        return (
+            f"{reason}. Which bytes: fusecache status {image['image']}. To give up all that the "
+            f"origin does not have: {give_up}"
+        )
     if image["dirty_bytes"]:
         return (
             f"{reason}. {format_size(image['dirty_bytes'])} of it stay on the cache until then. "

@@ -20,6 +20,7 @@ from fusecache.control.protocol import runtime_directory
 from fusecache.control.server import ControlServer
 from fusecache.control.verbs import Mounted, Send
 from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.image import Image
 from fusecache.errors import FusecacheError, LostDataError, MountError
 from fusecache.fuse import mounts
 from fusecache.fuse.operations import Operations
@@ -220,10 +221,7 @@ class Service:
             )
 
     def _why_not(self, failures: Failures) -> str:
-        reasons = [
-            f"'{image.row.path.decode('utf-8', 'backslashreplace')}': {str(exc).rstrip('.')}"
-            for image, exc in failures[:_SHOWN]
-        ]
+        reasons = [_reason(image, exc) for image, exc in failures[:_SHOWN]]
         if len(failures) > _SHOWN:
             reasons.append(f"and {len(failures) - _SHOWN} more images")
         lost = all(isinstance(exc, LostDataError) for _, exc in failures)
@@ -234,10 +232,10 @@ class Service:
         )
 
     def _open_files(self) -> str:
-        files = []
-        for handle in self._operations.handles.values():
-            name = handle.image.row.path.decode("utf-8", "backslashreplace")
-            files.append(f"{name} (pid {handle.pid}{_command(handle.pid)})")
+        files = [
+            f"{handle.image.name} (pid {handle.pid}{_command(handle.pid)})"
+            for handle in self._operations.handles.values()
+        ]
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         return ", ".join(sorted(set(files))[:5]) + more
 
@@ -245,10 +243,16 @@ class Service:
         """Takes the mount out of the tree; with ``force`` its open files fail from then on."""
         unmount = partial(mounts.unmount, self._plan.mountpoint, detach=force)
         await self._cache.threads.kernel(unmount)
+        if force or self._keep:
+            _end_soon()
         if force:
             self._forced = True
-            _end_soon()
             self._session.abandon()
+
+
+def _reason(image: Image, exc: FusecacheError) -> str:
+    reason, name = str(exc).rstrip("."), f"'{image.name}'"
+    return reason if reason.startswith(name) else f"{name}: {reason}"
 
 
 def _end_soon() -> None:

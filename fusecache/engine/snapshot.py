@@ -18,7 +18,7 @@ def cache_snapshot(cache: BlockCache) -> dict[str, Any]:
         "slots_used": core.used,
         "slots_free": core.free,
         "slots_retired": core.retired,
-        "dirty_bytes": cache.dirty_bytes,
+        "dirty_bytes": sum(_dirty_bytes(cache, image) for image in cache.images.all()),
         "state": cache.state.name,
         "trouble": cache.state.trouble,
         "stored_bytes": counters.stored_bytes,
@@ -41,7 +41,7 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
         "size": image.size,
         "cached_bytes": usage.pages << cache.core.geometry.page_shift,
         "cached_blocks": usage.blocks,
-        "dirty_bytes": cache.core.dirty_bytes(image.id),
+        "dirty_bytes": _dirty_bytes(cache, image),
         "dirty_age": _age(cache, image),
         "write_mode": image.write_mode.value,
         "own_write_mode": image.row.write_mode,
@@ -61,6 +61,11 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
         "detached": image.detached,
         "waiting": image.waiting,
     }
+
+
+def _dirty_bytes(cache: BlockCache, image: Image) -> int:
+    """What only the cache has; what a broken cache gave back to the origin no longer counts."""
+    return 0 if image.rescued else cache.core.dirty_bytes(image.id)
 
 
 def _age(cache: BlockCache, image: Image) -> float | None:

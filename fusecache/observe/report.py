@@ -23,7 +23,7 @@ def show(status: dict[str, Any], console: Console) -> None:
     """Prints the whole answer of ``status --json`` as tables."""
     for mount in status["mounts"]:
         for line in _mount(mount):
-            console.print(line)
+            console.print(line, soft_wrap=True)
         console.print(_images(mount))
         for image in mount["images"]:
             for line in _troubles(image, mount["cache"]["path"]):
@@ -54,13 +54,12 @@ def _mount(mount: dict[str, Any]) -> Iterator[str]:
 
 def _remedy(mount: dict[str, Any]) -> str:
     """What to do about a cache that cannot be used any more."""
-    again = f"unmount it (fusecache umount {mount['mountpoint']}"
+    again = f"unmount it (fusecache umount {mount['mountpoint']}), see to the SSD and mount again"
     if not mount["cache"]["dirty_bytes"]:
-        return f"all goes to the origin, nothing is lost. See to the SSD, {again}) and mount again."
+        return f"all goes to the origin, and nothing is lost. To mend it, {again}."
     return (
-        f"all new data goes to the origin; {size_text(mount['cache']['dirty_bytes'])} that only "
-        f"the cache has stay there. See to the SSD, {again} --keep-dirty) and mount again; do not "
-        "format it."
+        f"all new data goes to the origin, and {size_text(mount['cache']['dirty_bytes'])} that "
+        f"only the cache has are brought there. Then {again}; do not format it before."
     )
 
 

@@ -5,6 +5,8 @@ The directory that FUSECACHE_FAULTS names says how, from one call to the next:
 ``fail-write``   while it is there, writes to the origin fail with EIO
 ``slow-write``   holds the seconds that every write to the origin takes longer
 ``hang-write``   while it is there, writes to the origin do not return
+``hang-sync``    while it is there, syncs of the origin do not return
+``fail-read``    while it is there, reads of the cache device fail with EIO
 """
 
 import contextlib
@@ -70,7 +72,8 @@ class FaultyMount(Mount):
 
 
 def _inject() -> None:
-    from fusecache.errors import OriginError
+    from fusecache.errors import CacheDeviceError, OriginError
+    from fusecache.store.cache_device import CacheDevice
     from fusecache.store.origin import OriginImage
 
     faults = Path(os.environ[_VARIABLE])
@@ -85,7 +88,27 @@ def _inject() -> None:
             time.sleep(float((faults / "slow-write").read_text()))
         return write(self, *args, **kwargs)
 
+    sync = OriginImage.sync
+
+    def hanging(self: OriginImage, *args: Any, **kwargs: Any) -> Any:
+        while (faults / "hang-sync").exists():
+            time.sleep(0.01)
+        return sync(self, *args, **kwargs)
+
+    read, try_read = CacheDevice.read, CacheDevice.try_read
+
+    def unreadable(self: CacheDevice, *args: Any) -> bytes:
+        if (faults / "fail-read").exists():
+            raise CacheDeviceError("reading the cache: injected")
+        return read(self, *args)
+
+    def not_cached(self: CacheDevice, *args: Any) -> bool:
+        return not (faults / "fail-read").exists() and try_read(self, *args)
+
+    CacheDevice.read = unreadable  # type: ignore[method-assign]
+    CacheDevice.try_read = not_cached  # type: ignore[method-assign]
     OriginImage.write = faulty  # type: ignore[method-assign]
+    OriginImage.sync = hanging  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

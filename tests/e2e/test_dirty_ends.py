@@ -126,6 +126,41 @@ def test_umount_of_a_stalled_origin_can_be_interrupted_and_the_mount_serves_on(
     assert _origin(faulty) == (2, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["verb", "signal"])
+def test_an_origin_whose_syncs_hang_does_not_keep_the_daemon(faulty: FaultyMount, how: str) -> None:
+    assert faulty.pid is not None
+    with faulty.fault("hang-sync"):
+        if how == "verb":
+            done = faulty.run("umount", faulty.mountpoint, "--keep-dirty")
+            assert (done.returncode, done.stdout) == (0, KEPT.format(cache=faulty.cache) + "\n")
+        else:
+            os.kill(faulty.pid, signal.SIGTERM)
+            wait_for(lambda: _ended(faulty), "the daemon's end", 50)
+        assert not is_mounted(faulty.mountpoint) and _ended(faulty)
+    faulty.start()
+    assert _served(faulty) == (2, 2)
+    faulty.stop()
+    assert _origin(faulty) == (2, 2)
+
+
+def test_on_a_terminal_it_shows_how_much_is_left(faulty: FaultyMount) -> None:
+    master, terminal = os.openpty()
+    try:
+        with faulty.fault("slow-write", "0.3"):
+            for verb in ("flush", "umount"):
+                path = faulty.mountpoint / "vm1.img" if verb == "flush" else faulty.mountpoint
+                command = [*COMMAND, verb, str(path)]
+                with process(*command, env=faulty.environment, stderr=terminal) as shown:
+                    assert shown.wait(60) == 0
+                said = os.read(master, 1 << 16)
+                assert b"left to write back" in said and said.endswith(b"\r\x1b[K"), said
+    finally:
+        os.close(terminal)
+        os.close(master)
+    assert _origin(faulty) == (2, 2)
+
+
 def test_umount_refuses_open_files_also_with_keep_dirty(two: Mount) -> None:
     with open(two.mountpoint / "vm1.img", "rb"):
         done = two.run("umount", two.mountpoint, "--keep-dirty")

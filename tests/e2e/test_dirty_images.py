@@ -82,6 +82,25 @@ def test_evict_of_several_does_all_it_can_and_tells_which_failed(make_faulty: Ma
     mount.stop()
 
 
+def test_dirty_data_that_the_cache_device_does_not_give_back_is_named(
+    make_faulty: MakeFaulty,
+) -> None:
+    mount = make_faulty("fc")
+    dirty_mount(mount, "vm1.img", "vm2.img")
+    with mount.fault("fail-read"):
+        with pytest.raises(OSError):
+            served(mount, "vm1.img", 1)
+        done = mount.run("flush", "vm1.img")
+        refused(done, "'vm1.img' was not flushed", "fusecache status", "--discard-dirty")
+        refused(mount.run("umount", mount.mountpoint), "'vm1.img'", "'vm2.img'", "--keep-dirty")
+        image = mount.image("vm1.img")
+        assert (image["unreadable"], image["lost"]) == ([[0, 4 * BLOCK]], [])
+        assert f"vm1.img: bytes 0-{4 * BLOCK - 1} cannot be read" in mount.run("status").stdout
+    assert served(mount, "vm1.img", 1) == 2
+    mount.stop()
+    assert _origin(mount) == (2, 2)
+
+
 # -- without a daemon ------------------------------------------------------------------------------
 
 

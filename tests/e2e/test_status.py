@@ -1,9 +1,12 @@
 """``fusecache status``: the table and the JSON."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
+from fusecache.observe import report
 from tests.e2e.conftest import MakeMount
 from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import stamped
@@ -12,12 +15,15 @@ pytestmark = pytest.mark.mount
 
 MOUNT_KEYS = {
     "mountpoint", "origin", "pid", "state", "write_mode", "block_size", "cache", "images",
+    "flushing",
 }  # fmt: skip
 CACHE_KEYS = {"path", "uuid", "slots_total", "slots_used", "dirty_bytes", "state"}
 IMAGE_KEYS = {
     "path", "size", "cached_bytes", "dirty_bytes", "read_hit_bytes", "read_miss_bytes",
     "write_bytes", "origin_read_bytes", "origin_write_bytes", "errors", "last_error",
+    "dirty_age", "write_mode", "lost", "unreadable", "clean_error",
 }  # fmt: skip
+NUMBERS = {"cached_blocks", "open_handles", "detached", "waiting"}
 
 
 def test_json_has_every_key_of_the_contract_and_true_numbers(mount: Mount) -> None:
@@ -76,6 +82,35 @@ def test_status_of_one_image_shows_it_alone(mount: Mount) -> None:
         (mount.mountpoint / name).read_bytes()
     (entry,) = json.loads(mount.run("status", "--json", "b.img").stdout)["mounts"]
     assert [image["path"] for image in entry["images"]] == ["b.img"]
+
+
+def test_the_text_names_what_is_wrong_and_what_to_do() -> None:
+    shown = io.StringIO()
+    image = dict.fromkeys(IMAGE_KEYS | NUMBERS, 0) | {
+        "path": "vm [1].img", "dirty_bytes": 8192, "dirty_age": 75.4, "write_mode": "back",
+        "lost": [[65536, 4096]], "unreadable": [[0, 4096]], "clean_error": "the origin is full",
+        "last_error": "",
+    }  # fmt: skip
+    cache = {
+        "path": "/dev/sdb", "slots_total": 9, "slots_used": 3, "dirty_bytes": 8192,
+        "state": "degraded", "trouble": "it broke",
+    }  # fmt: skip
+    mount = {
+        "mountpoint": "/mnt/c", "origin": "/srv", "pid": 7, "state": "flushing", "cache": cache,
+        "write_mode": "through", "block_size": 65536, "images": [image],
+        "flushing": {"left": 8192, "of": 1 << 20, "seconds": 3.0, "error": "no room"},
+    }  # fmt: skip
+    report.show({"mounts": [mount]}, Console(file=shown, width=150, highlight=False))
+    text = shown.getvalue()
+    for words in (
+        "vm [1].img: bytes 65536-69631 were lost by the cache device; ",
+        "vm [1].img: bytes 0-4095 cannot be read from /dev/sdb and are not on the origin",
+        "vm [1].img: 8.0 KiB could not be written back and are tried again: the origin is full",
+        "8.0 KiB 75 s", "write-back", "flushing: 8.0 KiB left of 1.0 MiB; the last error: no room",
+        "degraded: all new data goes to the origin, and 8.0 KiB", "fusecache umount /mnt/c",
+        "last cache error: it broke",
+    ):  # fmt: skip
+        assert words in text, (words, text)
 
 
 def test_a_reader_that_goes_away_is_no_error(mount: Mount) -> None:
