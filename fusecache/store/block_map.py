@@ -216,6 +216,7 @@ class BlockMap:
                 self._tables.put_meta()
         except BaseException:
             self._tables.now = before
+            self._tables.forget_changes()
             raise
         self._watch.note(self._tables.now.commits, stable=stable)
 

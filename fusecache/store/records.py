@@ -8,6 +8,8 @@ from typing import Any
 from fusecache.core.rows import U64, Rows
 from fusecache.store.tallies import Tally, row_hash, values_crc
 
+PART_REGIONS = 64
+"""Regions that share a row of ``part``."""
 WHOLE_IMAGE = -1
 """As a region number: the row stands for every region of the image."""
 
@@ -65,6 +67,8 @@ class Meta:
     region_sum: int = 0
     image_rows: int = 0
     image_sum: int = 0
+    part_rows: int = 0
+    part_sum: int = 0
 
     def copy(self) -> "Meta":
         """The row as it is now."""
@@ -75,7 +79,7 @@ class Meta:
         return _meta_values(self)
 
     def tally(self, table: str) -> Tally:
-        """Of ``block``, ``pending``, ``region`` or ``image``."""
+        """Of ``block``, ``pending``, ``region``, ``image`` or ``part``."""
         return Tally(getattr(self, f"{table}_rows"), getattr(self, f"{table}_sum"))
 
     def set_tally(self, table: str, tally: Tally) -> None:
@@ -110,6 +114,11 @@ def region_hash(image: int, region: int, active: int) -> int:
 def pending_hash(seq: int, crc: int) -> int:
     """For the tally of ``pending``."""
     return row_hash(seq, 0, crc)
+
+
+def part_hash(image: int, part: int, tally: Tally) -> int:
+    """For the tally of ``part``."""
+    return row_hash(image, part << 32 | tally.rows, tally.sum)
 
 
 def block_hash(image: int, region: int, crc: int) -> int:

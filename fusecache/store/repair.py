@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -22,7 +23,7 @@ from fusecache.store import cache_device
 from fusecache.store.block_map import BlockMap
 from fusecache.store.inspection import Inspection, byte_ranges, present, wrong_rows
 from fusecache.store.packing import PackedRegion, region_crc
-from fusecache.store.records import ImageRow, Meta, block_hash
+from fusecache.store.records import PART_REGIONS, ImageRow, Meta, block_hash
 from fusecache.store.salvage import TABLES, Salvaged, salvage
 from fusecache.store.superblock import DATA_OFFSET, Fence, Superblock, Witness
 from fusecache.store.tables import latest
@@ -206,7 +207,7 @@ def _keep(made: Plan, found: Inspection, read: Salvaged) -> None:
         return
     keep_clean = (
         found.left == "clean"
-        and all(read.proven(table) for table in TABLES)
+        and all(read.proven(table) for table in TABLES if table != "part")
         and (found.superblock is None or found.superblock.fence is Fence.NONE)
     )
     valid = rows.valid if keep_clean else sound
@@ -227,17 +228,18 @@ def _believed(made: Plan, found: Inspection, read: Salvaged) -> tuple[Rows, bool
             "the database is not of the same time as the cache device: what was written since it "
             "was saved cannot be named"
         )
-    regions = list(read.regions)
     if read.meta is not None and not read.proven("block"):
-        regions, explained = _explain(made, found, read, read.meta.tally("block"))
-        certain = certain and explained
+        if read.proven("part"):
+            read.regions = _proven_parts(made, found, read)
+        else:
+            certain = False
+            _unnamed_rows(made)
     elif read.meta is None and read.damaged["block"]:
-        _unnamed_rows(made, read)
+        _unnamed_rows(made)
     if read.meta is None and any(not said.startswith("its table meta") for said in read.complaints):
         made.unnamed.append(
             "the database cannot be read whole: what else was dirty, nobody can say"
         )
-    read.regions = regions
     return found_rows(read), certain
 
 
@@ -246,36 +248,59 @@ def found_rows(read: Salvaged) -> Rows:
     return present(read.merged()) if read.regions else present(None)
 
 
-def _explain(
-    made: Plan, found: Inspection, read: Salvaged, expected: Tally
-) -> tuple[list[PackedRegion], bool]:
-    """Which regions to go by when ``block`` is not what it should be, and whether that is all.
+def _proven_parts(made: Plan, found: Inspection, read: Salvaged) -> list[PackedRegion]:
+    """The regions of all parts that hold exactly what was written last; the others are losses."""
+    regions: dict[tuple[int, int], list[PackedRegion]] = {}
+    for row in read.regions:
+        regions.setdefault((row.image, row.region // PART_REGIONS), []).append(row)
+    damaged: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
+    for bad in read.damaged["block"]:
+        if isinstance(bad[0], int) and isinstance(bad[1], int):
+            damaged.setdefault((bad[0], bad[1] // PART_REGIONS), []).append(bad)
+    proven: list[PackedRegion] = []
+    for part in sorted(set(regions) | set(read.parts)):
+        rows = regions.get(part, [])
+        kept = _proven_rows(made, found, read.parts.get(part, Tally()), rows, damaged.get(part, []))
+        if kept is None:
+            image, number = part
+            why = "rows of the block map are missing or outdated: whatever was dirty there"
+            _lose(made, found, image, number * PART_REGIONS, PART_REGIONS, why)
+        proven += kept or []
+    return proven
+
+
+def _proven_rows(
+    made: Plan,
+    found: Inspection,
+    expected: Tally,
+    rows: list[PackedRegion],
+    bad: list[tuple[Any, ...]],
+) -> list[PackedRegion] | None:
+    """The rows of one part to go by; None if nobody can tell.
 
     The tally tells more than that something is wrong: what is left of it when the sound rows are
-    taken away is the sum of the unsound and missing ones.
+    taken away is the sum of the damaged ones, so it tells which side of those is right.
     """
-    regions = list(read.regions)
     rest = expected
-    for row in regions:
+    for row in rows:
         rest = rest.minus(block_hash(row.image, row.region, row.crc))
-    bad = read.damaged["block"]
+    if rest == Tally():
+        return rows
     claimed, healed = Tally(), Tally()
     for damaged in bad:
         claimed = _plus(claimed, damaged, lambda region: region.crc)
         healed = _plus(healed, damaged, _crc_of)
-    if bad and healed == rest:
-        return [*regions, *(_healed(damaged) for damaged in bad)], True
-    if bad and claimed == rest:  # keys and checksums are right: it is known which regions are gone
+    if bad and healed == rest:  # only the checksums were wrong
+        return [*rows, *(_healed(damaged) for damaged in bad)]
+    if bad and claimed == rest:  # keys and checksums are right: only these regions are gone
         for image, number, *_ in bad:
-            _lose_region(made, found, int(image), int(number))
-        return regions, True
-    if bad or rest.rows > 0:
-        _unnamed_rows(made, read, max(rest.rows, len(bad)))
-        return regions, rest.rows >= len(bad)
-    extra = [r for r in regions if rest.plus(block_hash(r.image, r.region, r.crc)) == Tally()]
+            why = "its row of the block map is damaged: whatever was dirty there"
+            _lose(made, found, int(image), int(number), 1, why)
+        return rows
+    extra = [r for r in rows if rest.plus(block_hash(r.image, r.region, r.crc)) == Tally()]
     if len(extra) == 1:  # the one row too many
-        return [row for row in regions if row is not extra[0]], True
-    return regions, False
+        return [row for row in rows if row is not extra[0]]
+    return None
 
 
 def _plus(tally: Tally, row: tuple[object, ...], crc_of: Callable[[PackedRegion], int]) -> Tally:
@@ -295,19 +320,17 @@ def _healed(row: tuple[object, ...]) -> PackedRegion:
     return region._replace(crc=_crc_of(region))
 
 
-def _lose_region(made: Plan, found: Inspection, image: int, region: int) -> None:
+def _lose(made: Plan, found: Inspection, image: int, region: int, count: int, why: str) -> None:
+    """Whole regions."""
     geometry = found.geometry or Geometry.of(DEFAULT_BLOCK_SIZE)
     span = REGION_BLOCKS * geometry.block_size
     name = found.image_names().get(image)
-    why = "its row of the block map is damaged: whatever was dirty there"
-    made.losses.append(Loss(image, name, [(region * span, (region + 1) * span)], why))
+    made.losses.append(Loss(image, name, [(region * span, (region + count) * span)], why))
 
 
-def _unnamed_rows(made: Plan, read: Salvaged, count: int | None = None) -> None:
-    count = len(read.damaged["block"]) if count is None else count
+def _unnamed_rows(made: Plan) -> None:
     made.unnamed.append(
-        f"{count} rows of the block map, each of {REGION_BLOCKS} blocks of some image, are missing "
-        "or damaged: what was dirty there, nobody can say"
+        "rows of the block map are missing or damaged: what was dirty there, nobody can say"
     )
 
 

@@ -26,6 +26,7 @@ from fusecache.store.records import (
     block_hash,
     image_crc,
     image_hash,
+    part_hash,
     pending_hash,
     region_hash,
 )
@@ -33,7 +34,7 @@ from fusecache.store.schema import SCHEMA_VERSION, migrations
 from fusecache.store.tables import Tables
 from fusecache.store.tallies import Tally
 
-TABLES = ("block", "pending", "region", "image")
+TABLES = ("block", "pending", "region", "image", "part")
 _MOST_COMPLAINTS = 20
 _KEYS = {"block": "image {0}, region {0}", "pending": "seq {0}", "region": "image {0}, region {0}"}
 _VALUES = (ValueError, TypeError, OverflowError, AttributeError, struct.error)
@@ -56,6 +57,7 @@ class Salvaged:
     regions: list[PackedRegion] = field(default_factory=list)
     pending: list[tuple[int, Rows]] = field(default_factory=list)
     intents: list[tuple[int, int, int]] = field(default_factory=list)
+    parts: dict[tuple[int, int], Tally] = field(default_factory=dict)
     order: list[tuple[int, U64]] = field(default_factory=list)
     damaged: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     found: dict[str, Tally] = field(default_factory=dict)
@@ -111,6 +113,7 @@ def _read(connection: sqlite3.Connection, read: Salvaged) -> None:
     _read_pending(connection, read)
     _read_region(connection, read)
     _read_image(connection, read)
+    _read_parts(connection, read)
     _read_order(connection, read)
 
 
@@ -213,6 +216,16 @@ def _read_image(connection: sqlite3.Connection, read: Salvaged) -> None:
             read.images.append(ImageRow(*values))
         except _VALUES:
             read.damaged["image"].append((values[0], values[2]))
+
+
+def _read_parts(connection: sqlite3.Connection, read: Salvaged) -> None:
+    for row in _rows(connection, read, "part", "SELECT image, part, rows, sum FROM part"):
+        try:
+            tally = Tally(int(row[2]), int(row[3]))
+            _count(read, "part", part_hash(row[0], row[1], tally))
+            read.parts[int(row[0]), int(row[1])] = tally
+        except _VALUES:
+            read.damaged["part"].append(row)
 
 
 def _read_order(connection: sqlite3.Connection, read: Salvaged) -> None:

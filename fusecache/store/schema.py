@@ -107,9 +107,22 @@ def m002_write_modes(db: Database) -> None:
     # Up to which of them the cache device is known to have been synced.
     db.table("meta").add_column("synced", int, not_null_default=0)
     # How many rows each table has, and the sum of their hashes (tallies.py).
-    for table in ("block", "pending", "region", "image"):
+    for table in ("block", "pending", "region", "image", "part"):
         db.table("meta").add_column(f"{table}_rows", int, not_null_default=0)
         db.table("meta").add_column(f"{table}_sum", int, not_null_default=0)
+    # The same for every 64 regions: when rows of ``block`` are missing or outdated, the others are
+    # proven by their parts. Only repair reads it.
+    db.execute(
+        """
+        CREATE TABLE part (
+            image INTEGER NOT NULL,
+            part INTEGER NOT NULL,      -- region / 64
+            rows INTEGER NOT NULL,
+            sum INTEGER NOT NULL,
+            PRIMARY KEY (image, part)
+        ) WITHOUT ROWID
+        """
+    )
     # Of all other columns but id, in the order of records.META_COLUMNS.
     db.table("meta").add_column("crc", int, not_null_default=0)
     db.execute("UPDATE meta SET schema_version = 2")

@@ -16,11 +16,13 @@ from fusecache.store.packing import PackedRegion, RegionColumns
 from fusecache.store.records import (
     IMAGE_COLUMNS,
     META_COLUMNS,
+    PART_REGIONS,
     ImageRow,
     Meta,
     block_hash,
     image_crc,
     image_hash,
+    part_hash,
     pending_hash,
     region_hash,
 )
@@ -57,12 +59,41 @@ class Tables:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._conn = connection
         self.now = Meta(0, "", 0, 0)
+        self._changed: dict[tuple[int, int], Tally] = {}
+        """By (image, part): what the transaction under way adds to it."""
 
     def _add(self, table: str, hashed: int) -> None:
         self.now.set_tally(table, self.now.tally(table).plus(hashed))
 
     def _remove(self, table: str, hashed: int) -> None:
         self.now.set_tally(table, self.now.tally(table).minus(hashed))
+
+    def _add_block(self, image: int, region: int, crc: int, times: int = 1) -> None:
+        """A row of ``block`` comes, or with -1 goes."""
+        hashed = block_hash(image, region, crc)
+        (self._add if times > 0 else self._remove)("block", hashed)
+        part = (image, region // PART_REGIONS)
+        change = self._changed.get(part, Tally())
+        self._changed[part] = change.plus(hashed) if times > 0 else change.minus(hashed)
+
+    def forget_changes(self) -> None:
+        """The transaction failed."""
+        self._changed = {}
+
+    def _put_parts(self) -> None:
+        changed, self._changed = self._changed, {}
+        where = "WHERE image = ? AND part = ?"
+        for key, change in changed.items():
+            row = self._conn.execute(f"SELECT rows, sum FROM part {where}", key).fetchone()
+            old = Tally() if row is None else Tally(*row)
+            new = old.join(change)
+            if row is not None:
+                self._remove("part", part_hash(*key, old))
+            if new == Tally():
+                self._conn.execute(f"DELETE FROM part {where}", key)
+            else:
+                self._conn.execute("INSERT OR REPLACE INTO part VALUES (?, ?, ?, ?)", (*key, *new))
+                self._add("part", part_hash(*key, new))
 
     # -- meta --------------------------------------------------------------------------------------
 
@@ -82,7 +113,8 @@ class Tables:
         self.now = meta
 
     def put_meta(self) -> None:
-        """Writes ``now``."""
+        """Writes ``now``, and what changed of the parts: the end of every transaction."""
+        self._put_parts()
         self._conn.execute(_PUT_META, (*self.now.values(), self.now.crc()))
 
     # -- block -------------------------------------------------------------------------------------
@@ -100,26 +132,26 @@ class Tables:
     def put_columns(self, image: int, region: int, columns: RegionColumns) -> None:
         """Replaces the region; an empty one has no row."""
         if columns.was is not None:
-            self._remove("block", block_hash(image, region, columns.was.crc))
+            self._add_block(image, region, columns.was.crc, -1)
         if columns.empty:
             sql = "DELETE FROM block WHERE image = ? AND region = ?"
             self._conn.execute(sql, (image, region))
         else:
             row = columns.pack(image, region)
             self._conn.execute(_PUT_BLOCK, row)
-            self._add("block", block_hash(image, region, row.crc))
+            self._add_block(image, region, row.crc)
 
     def add_packed(self, rows: Iterable[PackedRegion]) -> None:
         """Regions that have no row yet."""
         for row in rows:
             self._conn.execute(_PUT_BLOCK, row)
-            self._add("block", block_hash(row.image, row.region, row.crc))
+            self._add_block(row.image, row.region, row.crc)
 
     def delete_regions(self, image: int, first: int) -> None:
         """The image's regions from ``first`` on."""
         where = "FROM block WHERE image = ? AND region >= ?"
         for region, crc in self._conn.execute(f"SELECT region, crc {where}", (image, first)):
-            self._remove("block", block_hash(image, region, crc))
+            self._add_block(image, region, crc, -1)
         self._conn.execute(f"DELETE {where}", (image, first))
 
     def regions_of(self, image: int) -> list[int]:
@@ -277,7 +309,8 @@ class Tables:
 
     def clear(self) -> None:
         """No table but ``meta`` has a row."""
-        for table in ("block", "pending", "region", "image"):
+        self.forget_changes()
+        for table in ("block", "pending", "region", "image", "part"):
             self._conn.execute(f"DELETE FROM {table}")
             self.now.set_tally(table, Tally())
         self._conn.execute("DELETE FROM lru")
@@ -296,7 +329,7 @@ class Tables:
         for intent in self.intents():
             self._add("region", region_hash(*intent))
         for image, region, crc in self._conn.execute("SELECT image, region, crc FROM block"):
-            self._add("block", block_hash(image, region, crc))
+            self._add_block(image, region, crc)
 
 
 def latest(batches: list[tuple[int, Rows]]) -> Rows | None:

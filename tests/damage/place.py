@@ -185,7 +185,7 @@ def named(made: Plan, tag: Tag) -> bool:
 # -- making ----------------------------------------------------------------------------------------
 
 
-class _Maker:
+class Maker:
     def __init__(self, base: Path) -> None:
         base.mkdir(parents=True)
         self.place = Place(base, Truth(), "boot 1")
@@ -257,7 +257,7 @@ class _Maker:
 
 def make(base: Path, how: str) -> Place:
     """A cache that was left clean, kept (clean stop with dirty data), killed or moved."""
-    maker = _Maker(base)
+    maker = Maker(base)
     dirt = 0 if how == "clean" else FULL
     # What will be history: slots 0-5 hold data that moves away.
     maker.put(1, 0, 0, 2, dirty=dirt)
@@ -286,18 +286,48 @@ def make(base: Path, how: str) -> Place:
         maker.map.detach()
         maker.close()
         return maker.place
-    for suffix in ("", "-wal"):
-        shutil.copyfile(f"{maker.place.database}{suffix}", f"{base}/kept{suffix}")
-    maker.close()
-    for suffix in ("", "-wal"):
-        os.replace(f"{base}/kept{suffix}", f"{maker.place.database}{suffix}")
+    kill(maker)
     if how == "moved":
         maker.place.boot = "boot 2"
-        # Of what came after the last barrier no dirty page has to be there, and none is.
     return maker.place
 
 
-def _go_on(maker: _Maker) -> None:
+def kill(maker: Maker) -> Place:
+    """The daemon is killed: database and log stay as they are."""
+    maker.keep_copy(maker.place.base / "kept")
+    maker.close()
+    for suffix in ("", "-wal"):
+        os.replace(f"{maker.place.base}/kept{suffix}", f"{maker.place.database}{suffix}")
+    return maker.place
+
+
+def make_large(base: Path) -> Place:
+    """A killed cache whose map has several database pages, and a log that has only some of them.
+
+    Under this log the older database is a mixture of two times.
+    """
+    maker = Maker(base)
+    slots = range(0, SLOTS, 2)
+    for n in slots:
+        maker.put(2, 64 * n, n, 2, dirty=FULL)
+    maker.barrier()
+    maker.map.checkpoint()
+    maker.keep_copy(maker.place.older)
+    Path(f"{maker.place.older}-wal").unlink(missing_ok=True)
+    for n in slots[:-2]:  # written back and gone, but for the last two
+        maker.put(2, 64 * n, n, 2)
+        maker.gone(2, 64 * n)
+    maker.barrier()
+    for n in slots[:-2]:
+        maker.put(1, 64 * n, n, 5, dirty=FULL)
+    maker.barrier()
+    maker.map.checkpoint()
+    maker.put(3, 1, 1, 4, dirty=1)
+    maker.barrier()
+    return kill(maker)
+
+
+def _go_on(maker: Maker) -> None:
     """Intents and changes after the last barrier; the origin has a write that the cache has not."""
     intents = [(2, 3, 1), (3, 0, 0), (1, WHOLE_IMAGE, 1)]
     maker.map.commit(Batch(intents=intents), stable=True)
