@@ -78,6 +78,7 @@ class Housekeeping:
                 self._busy.add(image.id)
                 nursery.start_soon(self._look_after, image)
         changed = self._committer.anything_since_barrier or self._core.leaving
+        changed = changed or any(image.stable < image.changes for image in images)
         if changed and now - self._last_barrier >= self._tuning.barrier_interval:
             self._last_barrier = now
             await self._committer.barrier()

@@ -159,7 +159,11 @@ class Images:
             async with image.opening:
                 if self.find(identity) is not image:
                     continue  # evicted and forgotten while we waited
-                await self._open(image, path_fd, write=write)
+                try:
+                    await self._open(image, path_fd, write=write)
+                except OriginError:
+                    await self._give_up_lock(image)
+                    raise
                 return image
 
     async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
@@ -218,6 +222,11 @@ class Images:
             if exc.errno not in (errno.EACCES, errno.EROFS):
                 raise
             log.debug("%s is not locked: %s", image.name, exc)
+
+    async def _give_up_lock(self, image: Image) -> None:
+        """If nobody writes the image and nothing of it is dirty."""
+        if not image.writers and not self._core.dirty.pages(image.id):
+            await self.unlock(image)
 
     async def unlock(self, image: Image) -> None:
         """Other hosts may write the image again."""
@@ -349,6 +358,8 @@ class Images:
         async with image.opening:
             if image.writers:
                 await self._end_writing(image)
+        if image.own_pending:
+            await self.cleaned(image)
 
     async def _end_detached(self, image: Image) -> None:
         """The last handle of an evicted or unlinked image is closed: nothing is kept of it.
