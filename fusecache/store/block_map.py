@@ -259,11 +259,10 @@ class BlockMap:
         with _translated(f"Writing {self.path}"):
             if not self._tables.has_pending(mark):
                 return  # overwritten dirty pages alone: no row changed, and nothing to sync
-            told = self._watch.told
             with self._transaction(stable=True):
                 self._merge(mark)
-                # The device was synced after it was told of the mark.
-                self._tables.now.synced = min(mark, told)
+                meta = self._tables.now
+                meta.synced = max(meta.synced, min(mark, self._watch.synced))
 
     def _merge(self, mark: int) -> None:
         rows = latest(self._tables.pending(mark))

@@ -44,6 +44,9 @@ class CacheDevice:
         self.superblock = superblock
         self._fd = fd
         self._can_nowait = True
+        self._told = 0
+        self.synced_commit = 0
+        """The last commit of the database whose note here is surely stable."""
 
     def try_read(self, position: int, buffer: memoryview) -> bool:
         """Fills ``buffer`` if every byte is in the page cache; False if it is not. Never waits.
@@ -88,10 +91,12 @@ class CacheDevice:
 
     def sync(self) -> None:
         """Everything written so far is on stable storage."""
+        told = self._told
         try:
             os.fdatasync(self._fd)
         except OSError as exc:
             raise CacheDeviceError(f"syncing {self.path}: {exc.strerror}") from exc
+        self.synced_commit = max(self.synced_commit, told)
 
     @property
     def fence(self) -> Fence:
@@ -114,8 +119,9 @@ class CacheDevice:
             os.pwrite(self._fd, witness.pack(), WITNESS_OFFSET)
         except OSError as exc:
             raise CacheDeviceError(f"writing {self.path}: {exc.strerror}") from exc
+        self._told = witness.commits
         if stable:
-            CacheDevice.sync(self)
+            self.sync()
 
     def close(self) -> None:
         """Closes and unlocks; twice does nothing."""

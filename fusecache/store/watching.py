@@ -16,6 +16,9 @@ from fusecache.store.superblock import Witness
 class WitnessKeeper(Protocol):
     """What keeps the witness: the cache device."""
 
+    synced_commit: int
+    """The last commit whose note is surely stable."""
+
     def read_witness(self) -> Witness:
         """As it stands there now."""
 
@@ -38,9 +41,9 @@ class Watch:
         self._told = Witness()
 
     @property
-    def told(self) -> int:
-        """The last commit that the device knows of."""
-        return self._told.commits
+    def synced(self) -> int:
+        """The last commit that the device stably knows of, as far as this life can tell."""
+        return 0 if self._keeper is None else self._keeper.synced_commit
 
     def believe(self, meta: Meta, witness: Witness, *, same_boot: bool) -> None:
         """Raises DatabaseError if database and device are not of the same time."""
@@ -74,7 +77,7 @@ class Watch:
         self._keeper = keeper
 
     def note(self, commits: int, *, stable: bool) -> None:
-        """Tells the device of a commit. If that fails, ``told`` stays behind."""
+        """Tells the device of a commit. If that fails, ``synced`` stays behind."""
         if self._keeper is not None:
             witness = Witness(commits, commits if stable else self._told.stable)
             with contextlib.suppress(CacheDeviceError):

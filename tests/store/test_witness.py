@@ -30,6 +30,10 @@ class Keeper:
         self.witness = Witness(blank=True)
         self.stable: list[Witness] = []
         self.fails = False
+        self.synced_commit = 0
+
+    def sync(self) -> None:
+        self.synced_commit = self.witness.commits
 
     def read_witness(self) -> Witness:
         return self.witness
@@ -92,11 +96,15 @@ def test_every_commit_is_told_and_only_a_stable_one_as_stable(path: Path) -> Non
         assert begun.commits == begun.stable == block_map.meta().commits
         mark = block_map.commit(Batch(rows=row(1)), stable=False)
         assert keeper.witness == Witness(mark, begun.stable) and mark == begun.commits + 1
+        keeper.sync()
+        block_map.commit(Batch(heartbeat_ns=1), stable=False)
         block_map.merge(mark)
-        assert keeper.witness == Witness(mark + 1, mark + 1)
+        assert keeper.witness == Witness(mark + 2, mark + 2)
         assert block_map.meta().synced == mark
         block_map.merge(mark)
-        assert keeper.witness.commits == mark + 1, "nothing to merge, no commit"
+        assert keeper.witness.commits == mark + 2, "nothing to merge, no commit"
+        block_map.merge(block_map.commit(Batch(rows=row(2)), stable=True))
+        assert block_map.meta().synced == mark, "no sync of the device since"
 
 
 def test_a_failed_transaction_is_told_nobody_and_leaves_the_count(path: Path) -> None:
@@ -117,7 +125,9 @@ def test_a_device_that_cannot_be_told_does_not_fail_commits(path: Path) -> None:
     with contextlib.closing(start(path, keeper)) as block_map:
         told = keeper.witness.commits
         keeper.fails = True
-        block_map.merge(block_map.commit(Batch(rows=row(1)), stable=False))
+        mark = block_map.commit(Batch(rows=row(1)), stable=False)
+        keeper.sync()
+        block_map.merge(mark)
         assert block_map.meta().synced == told, "what was not told is not called synced"
     keeper.fails = False
     start(path, keeper).close()
@@ -157,6 +167,7 @@ def test_a_power_cut_may_take_light_commits_and_the_witness(
     keeper = Keeper()
     block_map = start(path, keeper)
     mark = block_map.commit(Batch(rows=row(1)), stable=False)
+    keeper.sync()
     at_sync = keeper.witness
     block_map.merge(mark)
     _copy(path, tmp_path / "stable")
@@ -210,7 +221,9 @@ def test_a_device_of_an_older_time_is_refused(path: Path) -> None:
     keeper = Keeper()
     block_map = start(path, keeper)
     older = keeper.witness
-    block_map.merge(block_map.commit(Batch(rows=row(1)), stable=False))
+    mark = block_map.commit(Batch(rows=row(1)), stable=False)
+    keeper.sync()
+    block_map.merge(mark)
     block_map.close()
     keeper.witness = older
     with pytest.raises(DatabaseError, match="newer than the cache device"):

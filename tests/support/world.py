@@ -319,6 +319,7 @@ class DeviceDouble(CacheDevice):
         self._call("sync")
         self._world.device.sync()
         self._world.witness.sync()
+        self.synced_commit = self._told
 
     def read_witness(self) -> Witness:
         return Witness.unpack(bytes(self._world.witness.data))
@@ -326,6 +327,7 @@ class DeviceDouble(CacheDevice):
     def write_witness(self, witness: Witness, *, stable: bool = False) -> None:
         """No step: a kill right before it is as good as one right before the commit."""
         self._world.witness.write(0, witness.pack())
+        self._told = witness.commits
         if stable:
             self._world.witness.sync()
 
