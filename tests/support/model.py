@@ -34,6 +34,7 @@ class ImageModel:
             sector.versions = [version]
         self.next_version = version + 1
         self.discarding = False
+        self._under_way: list[list[int]] = []
 
     # -- changing ----------------------------------------------------------------------------------
 
@@ -69,6 +70,8 @@ class ImageModel:
         self.discarding = True
         for sector in self.sectors:
             sector.acknowledged = sector.stable = 0
+        for oldest in self._under_way:
+            oldest[:] = [0] * len(oldest)
 
     def end_discard(self) -> None:
         """It has gone."""
@@ -76,10 +79,11 @@ class ImageModel:
 
     def begin_fsync(self) -> list[int]:
         """What it will cover."""
-        return [sector.acknowledged for sector in self.sectors]
+        return self.begin_read()
 
     def end_fsync(self, covered: list[int]) -> None:
         """It returned."""
+        self._ended(covered)
         if self.discarding:
             return
         for sector, place in zip(self.sectors, covered, strict=True):
@@ -89,10 +93,16 @@ class ImageModel:
 
     def begin_read(self) -> list[int]:
         """The oldest versions a read that begins now may see."""
-        return [sector.acknowledged for sector in self.sectors]
+        oldest = [sector.acknowledged for sector in self.sectors]
+        self._under_way.append(oldest)
+        return oldest
+
+    def _ended(self, oldest: list[int]) -> None:
+        self._under_way = [other for other in self._under_way if other is not oldest]
 
     def check_read(self, first: int, data: bytes, oldest: list[int]) -> None:
         """Every sector of ``data`` is of this image, this place, and of an allowed version."""
+        self._ended(oldest)
         for at in range(0, len(data) - len(data) % STAMP, STAMP):
             number = first + at // STAMP
             sector = self.sectors[number]
@@ -119,6 +129,7 @@ class ImageModel:
         """
         padded = data.ljust(len(self.sectors) * STAMP, b"\0")
         self.discarding = False
+        self._under_way = []
         oldest = [s.acknowledged if killed else s.stable for s in self.sectors]
         self.check_read(0, padded, oldest)
         for number, sector in enumerate(self.sectors):

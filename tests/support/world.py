@@ -66,10 +66,12 @@ class Pages:
         """All is stable."""
         self.unsynced.clear()
 
-    def cut(self, chance: random.Random) -> None:
-        """Every unsynced page becomes any one of its versions."""
+    def cut(self, chance: random.Random, version: int | None = None) -> None:
+        """Every unsynced page becomes any one of its versions, or the same one of each (0: the
+        stable one, -1: the last)."""
         for page, versions in sorted(self.unsynced.items()):
-            chosen = chance.choice(versions).ljust(PAGE, b"\0")
+            chosen = chance.choice(versions) if version is None else versions[version]
+            chosen = chosen.ljust(PAGE, b"\0")
             end = min(len(self.data), (page + 1) * PAGE)
             if end <= page * PAGE:
                 continue
@@ -86,6 +88,8 @@ class OriginFile:
     ctime_ns: int = 0
     stable_size: int = 0
     stable_times: tuple[int, int] = (0, 0)
+    uncut: bytes | None = None
+    """All that was stable before the file was made shorter, if that is not stable yet."""
 
     @property
     def size(self) -> int:
@@ -95,8 +99,33 @@ class OriginFile:
     def make_stable(self) -> None:
         """Everything, times too, survives a power cut from now on."""
         self.pages.sync()
+        self.uncut = None
         self.stable_size = self.size
         self.stable_times = (self.mtime_ns, self.ctime_ns)
+
+    def shorten(self, size: int) -> None:
+        """Cuts the file; until the next sync it may be found as it was before."""
+        if self.uncut is None:
+            stable = Pages(bytearray(self.pages.data), dict(self.pages.unsynced))
+            stable.cut(random.Random(), 0)
+            self.uncut = bytes(stable.data[: self.stable_size])
+        pages = self.pages
+        del pages.data[size:]
+        for page in [page for page in pages.unsynced if page * PAGE >= size]:
+            del pages.unsynced[page]
+        if size % PAGE:
+            pages.unsynced.pop(size // PAGE, None)
+        self.stable_size = min(self.stable_size, size)
+
+    def go_back(self) -> None:
+        """Everything since the last sync never happened."""
+        if self.uncut is not None:
+            self.pages = Pages(bytearray(self.uncut))
+        else:
+            del self.pages.data[self.stable_size :]
+            self.pages.cut(random.Random(), 0)
+        self.mtime_ns, self.ctime_ns = self.stable_times
+        self.make_stable()
 
 
 class Faults:
@@ -147,7 +176,10 @@ class World:
         """Nothing of the cache device is in memory."""
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
-        """Seconds that calls of a function take before and after they do what they do."""
+        """Seconds that calls of a function take before and after they do what they do; that of a
+        partial has a ``~`` before its name."""
+        self.failed_syncs_lose = False
+        """A failed sync of the origin drops all that was written since the last good one."""
         self.tuning = Tuning(staging_bytes=1 << 20, intent_removal=3.0, barrier_interval=2.0)
         self.snapshots: list[bytes] = []
         self.clock_base = 1_700_000_000.0
@@ -233,7 +265,7 @@ class World:
     ) -> Any:
         """Runs a blocking call in place of a thread: in the limiter's order, and some take long."""
         async with limiter:
-            name = getattr(fn, "__name__", "")
+            name = getattr(fn, "__name__", "") or f"~{getattr(fn, 'func', fn).__name__}"
             await self._wait(self.before.get(name))
             result = fn(*args)
             await self._wait(self.after.get(name))
@@ -268,6 +300,8 @@ class World:
         self.device.cut(self.chance)
         self.witness.cut(self.chance)
         for _, file in sorted(self.files.items()):
+            if file.uncut is not None and not worst and self.chance.random() < 0.5:
+                file.go_back()
             grown = file.size - file.stable_size
             if grown > 0 and not worst and self.chance.random() < 0.5:
                 del file.pages.data[file.stable_size :]
@@ -280,6 +314,24 @@ class World:
         restored = self.snapshots[0] if worst else self.chance.choice(self.snapshots)
         if newest:
             restored = self.snapshots[-1]
+        self._restore(restored)
+
+    def cut_exactly(self, *, device: int, origin: int, database: int) -> None:
+        """A power cut that leaves what was stable (0) or the last version (-1) everywhere. The
+        origin's times go back either way."""
+        self.cut_at = None
+        self._close()
+        self.boots += 1
+        self.device.cut(self.chance, device)
+        self.witness.cut(self.chance, device)
+        for file in self.files.values():
+            if origin == 0:
+                file.go_back()
+            file.mtime_ns, file.ctime_ns = file.stable_times
+            file.make_stable()
+        self._restore(self.snapshots[database])
+
+    def _restore(self, restored: bytes) -> None:
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self._database}{suffix}").unlink(missing_ok=True)
         self._database.write_bytes(restored)
@@ -396,20 +448,19 @@ class OriginDouble(OriginImage):
 
     def truncate(self, size: int) -> None:
         file = self._call("truncate")
-        pages = file.pages
         if size < file.size:
-            del pages.data[size:]
-            for page in [page for page in pages.unsynced if page * PAGE >= size]:
-                del pages.unsynced[page]
-            if size % PAGE:
-                pages.unsynced.pop(size // PAGE, None)
+            file.shorten(size)
         else:
-            pages.data.extend(bytes(size - file.size))
+            file.pages.data.extend(bytes(size - file.size))
         file.mtime_ns = file.ctime_ns = self._world.tick_ns()
-        file.stable_size = min(file.stable_size, size)
 
     def sync(self, *, metadata: bool = True) -> None:
-        self._call("sync").make_stable()
+        try:
+            self._call("sync").make_stable()
+        except OriginError:
+            if self._world.failed_syncs_lose and self._file is not None:
+                self._file.go_back()
+            raise
 
     def close(self) -> None:
         self._reads = self._writes = self._locked = False
