@@ -55,6 +55,9 @@ class Flushing:
                     nursery.start_soon(self._watch)
                     await self._try()
                     nursery.cancel_scope.cancel()
+        except Exception as exc:
+            self._cache.state.unexpected(exc, "flushing")
+            self.kept = True
         finally:
             self.ended.set()
 

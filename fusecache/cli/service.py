@@ -142,8 +142,11 @@ class Service:
             flushing = await self._flush(_FORCED_FLUSH, persistent=True)
             self._keep = self._keep or flushing.kept
             await self._detach(force=True)
-        except FusecacheError as exc:
-            log.error("%s", exc)
+        except Exception as exc:
+            if isinstance(exc, FusecacheError):
+                log.error("%s", exc)
+            else:
+                self._cache.state.unexpected(exc, "ending the mount")
             self._serve_on()
 
     # -- the verb ----------------------------------------------------------------------------------
@@ -213,11 +216,12 @@ class Service:
             log.error("not flushed: %s", exc)
         if failures:
             raise MountError(self._why_not(failures))
-        if flushing.stalled and (kept := kept_by(self._cache)):
+        if flushing.kept and (kept := kept_by(self._cache)):
+            why = "the origin does not answer" if flushing.stalled else "of an unexpected error"
             raise MountError(
-                f"{self._plan.mountpoint} stays mounted: the origin does not answer, and "
-                f"{amount_text(kept)} are not on it yet. "
-                "Try again when it answers, or leave them on the cache with --keep-dirty."
+                f"{self._plan.mountpoint} stays mounted, because {why} and {amount_text(kept)} "
+                "are not on the origin yet. Try again, or leave them on the cache with "
+                "--keep-dirty."
             )
 
     def _why_not(self, failures: Failures) -> str:

@@ -216,6 +216,21 @@ def test_a_signal_gives_up_an_origin_that_makes_no_progress(faulty: FaultyMount)
     _has_it_all_again(faulty)
 
 
+def test_a_signal_takes_over_from_an_umount_that_flushes(faulty: FaultyMount) -> None:
+    assert faulty.pid is not None
+    with faulty.fault("slow-write", "1"), _open(faulty, "vm1.img"):
+        command = [*COMMAND, "umount", str(faulty.mountpoint), "--force"]
+        with process(*command, env=faulty.environment, stderr=subprocess.PIPE) as umount:
+            wait_for(lambda: faulty.status()["state"] == "unmounting", "the flush")
+            end(faulty.pid, signal.SIGTERM)
+            said = umount.communicate(timeout=30)[1].decode()
+            assert umount.returncode == 0 or "ended by a signal" in said, said
+            assert said.count("fusecache: ") <= 1 and "Traceback" not in said
+    nothing_left(faulty)
+    assert _origin(faulty) == (2, 2)
+
+
+@pytest.mark.slow
 def test_a_hanging_origin_does_not_keep_the_daemon_and_nothing_is_lost(
     faulty: FaultyMount,
 ) -> None:

@@ -110,3 +110,39 @@ def test_a_full_ssd_and_a_killed_daemon(full: Mount) -> None:
     full.start()
     _works_with_right_data(full, 4)
     full.stop()
+
+
+def _write_all(mount: Mount, version: int) -> None:
+    for number in (1, 2):
+        with open(mount.mountpoint / f"vm{number}.img", "r+b", buffering=0) as guest:
+            for block in range(BLOCKS):
+                data = stamped(number, block * BLOCK, BLOCK, version)
+                assert os.pwrite(guest.fileno(), data, block * BLOCK) == BLOCK
+            os.fsync(guest.fileno())
+        assert _versions(mount.mountpoint / f"vm{number}.img", number) == {version}
+
+
+def _versions(path: Path, number: int) -> set[int]:
+    return set(check_stamps(path.read_bytes(), number, 0))
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["database elsewhere", "database on it"])
+def test_dirty_data_on_an_ssd_that_fills_up_comes_home(full: Mount, elsewhere: bool) -> None:
+    full.options |= {"write_mode": "back", "dirty_age": "3600", "dirty_limit": "90"}
+    if elsewhere:
+        full.options["db"] = str(full.base / "map.sqlite")
+    full.start()
+    _write_all(full, 2)
+    assert full.status()["cache"]["dirty_bytes"] > 0
+    filler = _fill_up(full.cache.parent)
+    for version in (3, 4):
+        _write_all(full, version)
+    done = full.run("umount", full.mountpoint)
+    assert done.returncode == 0, done.stderr
+    for number in (1, 2):
+        assert _versions(full.origin / f"vm{number}.img", number) == {4}
+    filler.unlink()
+    full.start()
+    for number in (1, 2):
+        assert _versions(full.mountpoint / f"vm{number}.img", number) == {4}
+    full.stop()

@@ -172,7 +172,8 @@ def test_a_dead_mount_is_replaced_by_the_next(mount: Mount) -> None:
     assert is_mounted(mount.mountpoint)
     with pytest.raises(OSError) as caught:
         path.stat()
-    assert caught.value.errno == errno.ENOTCONN
+    # ECONNABORTED while the kernel still takes the connection down.
+    assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     done = mount.run("mount", *mount.arguments())
     assert done.returncode == 0, done.stderr
     assert "detached the dead mount" in done.stderr
