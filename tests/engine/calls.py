@@ -25,6 +25,8 @@ class Calls:
         """By name: how many ran at a time, at most."""
         self.slow: dict[str, float] = {}
         """By name: seconds it takes."""
+        self.times: dict[str, list[float]] = {}
+        """By name: when each call was made."""
         run: Any = self._run
         cache.threads.run = run
 
@@ -38,6 +40,7 @@ class Calls:
         name = (fn.func if isinstance(fn, partial) else fn).__qualname__
         async with limiter:
             self.names.append(name)
+            self.times.setdefault(name, []).append(trio.current_time())
             self.running[name] = self.running.get(name, 0) + 1
             self.most[name] = max(self.most.get(name, 0), self.running[name])
             try:
@@ -53,9 +56,14 @@ class Calls:
         """How often it was called since the last ``forget``."""
         return self.names.count(name)
 
+    def order(self, *names: str) -> list[str]:
+        """Those of these names, in order."""
+        return [name for name in self.names if name in names]
+
     def forget(self) -> None:
         """Begins the record anew."""
         self.names.clear()
+        self.times.clear()
 
     async def begun(self, name: str) -> None:
         """Returns once such a call is under way."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import trio.testing
 
+from fusecache.config import WriteMode
 from tests.support.stamps import stamped
 from tests.support.world import World
 
@@ -22,6 +23,15 @@ def autojump_clock() -> trio.testing.MockClock:
 def world(tmp_path: Path) -> World:
     """Two stamped images, old enough to be trusted, and a cache larger than both."""
     made = World(tmp_path, slots=64, block_size=BLOCK)
+    for number in (1, 2):
+        made.make_file(number, stamped(number, 0, BLOCKS * BLOCK, 1))
+    return made
+
+
+@pytest.fixture
+def back(tmp_path: Path) -> World:
+    """The same, written back."""
+    made = World(tmp_path, slots=64, block_size=BLOCK, write_mode=WriteMode.BACK)
     for number in (1, 2):
         made.make_file(number, stamped(number, 0, BLOCKS * BLOCK, 1))
     return made

@@ -275,7 +275,7 @@ def _every(tmp_path: Path, kind: str, mode: WriteMode, forever: bool, most: int)
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_nth_call_may_fail(tmp_path: Path, kind: str, forever: bool, mode: WriteMode) -> None:
-    most = 4 if mode is not WriteMode.BACK else 12 if kind in OFTEN else 6
+    most = 3 if mode is not WriteMode.BACK else 10 if kind in OFTEN else 5
     _every(tmp_path, kind, mode, forever, most)
 
 

@@ -1,242 +1,467 @@
-"""Write-back on doubles of the devices: what is acknowledged, where it lies, and how it ends."""
+"""Write-back as guests and operators see it: what is acknowledged, where it lies, how it goes."""
 
-from pathlib import Path
+from functools import partial
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from fusecache.config import WriteMode
-from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.dirty_reads import unreadable_ranges
-from fusecache.engine.image import Image
-from fusecache.errors import FusecacheError, LostDataError
+from fusecache.errors import CacheDeviceError, LockedElsewhereError, LostDataError
 from tests.engine.calls import Calls
 from tests.engine.conftest import BLOCK, BLOCKS
-from tests.support.stamps import check_stamps, stamped
-from tests.support.world import PAGE, OriginDouble, World
+from tests.engine.handles import fail, on_origin, opened, tune, versions, write
+from tests.support.stamps import stamped
+from tests.support.world import PAGE, DeviceDouble, OriginDouble, World
+
+ORIGIN = {f"OriginDouble.{call}" for call in ("read", "write", "sync", "truncate", "attributes")}
+
+# -- writes and fsync ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def back(tmp_path: Path) -> World:
-    """Two stamped images, and a cache larger than both that is written back."""
-    made = World(tmp_path, slots=64, block_size=BLOCK, write_mode=WriteMode.BACK)
-    for number in (1, 2):
-        made.make_file(number, stamped(number, 0, BLOCKS * BLOCK, 1))
-    return made
-
-
-def _fail(world: World, *kinds: str) -> None:
-    """From now on these calls fail, and no others."""
-    world.faults.fail = lambda kind, number: kind in kinds
-
-
-async def _open(cache: BlockCache, number: int = 1, *, write: bool = True) -> Image:
-    return await cache.open(b"id%d" % number, b"%d.img" % number, number, write=write)
-
-
-async def _write(cache: BlockCache, image: Image, offset: int, length: int, version: int) -> None:
-    await cache.write(image, offset, stamped(1, offset, length, version))
-
-
-async def _versions(cache: BlockCache, image: Image, offset: int, length: int) -> list[int]:
-    return check_stamps(await cache.read(image, offset, length), 1, offset)
-
-
-# -- a slot that fails -----------------------------------------------------------------------------
-
-
-async def test_a_clean_page_that_cannot_be_read_does_no_harm_to_a_write_beside_it(
+async def test_a_write_and_its_fsync_are_acknowledged_although_the_origin_stalls(
     back: World, autojump_clock: MockClock
 ) -> None:
-    """The slot is retired while the write waits for the rest of its page."""
     async with back.open() as cache:
-        image = await _open(cache)
-        await cache.read(image, 0, 512)
-        await trio.sleep(1)
-        cache.core.clear(image.id, 0, 0b1110)
+        image = await opened(cache)
+        await cache.fsync(image, metadata=False)
+        await cache.read(image, BLOCK, BLOCK)
         calls = Calls(cache)
-        calls.stalled.add("OriginDouble.read")
-        back.cold = True
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_write, cache, image, PAGE, 512, 2)
-            await calls.begun("OriginDouble.read")
-            _fail(back, "device.read")
-            nursery.start_soon(cache.read, image, 0, 512)
-            await trio.sleep(1)
-            calls.stalled.clear()
-        _fail(back)
-        assert await _versions(cache, image, PAGE, 1024) == [2, 1]
-        cache.core.check()
+        calls.stalled |= ORIGIN | {"Cleaner._copy"}
+        with trio.fail_after(1):
+            await write(cache, image, 0, PAGE, 2)
+            await write(cache, image, BLOCK + 512, 512, 2)
+            await cache.fsync(image, metadata=False)
+            assert await versions(cache, image, BLOCK, 1536) == [1, 2, 1]
+        calls.stalled.clear()
+        assert set(on_origin(back, 0, 2 * BLOCK)) == {1}
         await cache.close(image, write=True)
 
 
-async def test_an_overwrite_while_a_page_leaves_its_failing_slot_is_not_lost(
+async def test_a_write_of_part_of_a_page_fetches_that_page_alone(
     back: World, autojump_clock: MockClock
 ) -> None:
-    """Another sector of the same page, written and acknowledged meanwhile."""
     async with back.open() as cache:
-        image = await _open(cache)
-        await _write(cache, image, 0, PAGE, 2)
+        image = await opened(cache)
+        await write(cache, image, BLOCK + PAGE + 512, 512, 2)
+        assert (image.counters.origin_reads, image.counters.origin_read_bytes) == (1, PAGE)
+        assert cache.core.valid_pages(image.id, 1) == cache.core.dirty.mask(image.id, 1) == 0b10
+        assert await versions(cache, image, BLOCK + PAGE, 1536) == [1, 2, 1]
+        assert image.counters.origin_reads == 1
+        await write(cache, image, 2 * BLOCK, 2 * PAGE, 2)
+        assert image.counters.origin_reads == 1
+        await cache.close(image, write=True)
+
+
+async def test_a_write_past_the_end_makes_the_origins_file_longer_at_once(
+    back: World, autojump_clock: MockClock
+) -> None:
+    async with back.open() as cache:
+        image = await opened(cache)
+        end = BLOCKS * BLOCK
+        await write(cache, image, end + PAGE, 512, 2)
+        assert image.size == back.files[1].size == end + PAGE + 512
+        assert set(on_origin(back, end, PAGE + 512)) == {0}
+        assert await versions(cache, image, end - 512, PAGE + 1024) == [1, *[0] * 8, 2]
+        await cache.close(image, write=True)
+
+
+async def test_beyond_the_dirty_limit_new_writes_go_through_and_dirty_pages_stay(
+    back: World, autojump_clock: MockClock
+) -> None:
+    tune(back, dirty_limit=4 / 64)
+    async with back.open() as cache:
+        image = await opened(cache)
+        for block in range(4):
+            await write(cache, image, block * BLOCK, PAGE, 2)
+        assert image.counters.origin_writes == 0
+        await write(cache, image, 4 * BLOCK, PAGE, 2)
+        assert set(on_origin(back, 4 * BLOCK, PAGE)) == {2}
+        assert cache.core.dirty.blocks == 4 and not cache.core.dirty.mask(image.id, 4)
+        written = image.counters.origin_writes
+        await write(cache, image, 0, PAGE, 3)
+        await write(cache, image, BLOCK + 512, 512, 3)
+        assert image.counters.origin_writes == written
+        assert set(on_origin(back, 0, 2 * BLOCK)) == {1}
+        # One write over a dirty page and a clean one: each goes its way.
+        await write(cache, image, 3 * BLOCK, BLOCK, 4)
+        assert set(on_origin(back, 3 * BLOCK, PAGE)) == {1}
+        assert set(on_origin(back, 3 * BLOCK + PAGE, BLOCK - PAGE)) == {4}
+        assert set(await versions(cache, image, 3 * BLOCK, BLOCK)) == {4}
+        await cache.close(image, write=True)
+
+
+async def test_fsyncs_of_many_writers_share_barriers(
+    back: World, autojump_clock: MockClock
+) -> None:
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.fsync(image, metadata=False)
         calls = Calls(cache)
-        calls.stalled.add("OriginDouble.sync")
-        _fail(back, "device.write")
+
+        async def writer(number: int) -> None:
+            await write(cache, image, number * PAGE, PAGE, 2)
+            await cache.fsync(image, metadata=False)
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_write, cache, image, 0, 512, 3)
-            await calls.begun("OriginDouble.sync")
-            _fail(back)
-            nursery.start_soon(_write, cache, image, 512, 512, 4)
-            await trio.sleep(1)
-            calls.stalled.clear()
-        assert await _versions(cache, image, 0, 1536) == [3, 4, 2]
+            for number in range(16):
+                nursery.start_soon(writer, number)
+        # The first writer's, under way before the others wrote, and at most two for the rest.
+        assert 1 <= calls.count("DeviceDouble.sync") <= 3
+        assert not calls.count("OriginDouble.sync")
         await cache.close(image, write=True)
 
 
-async def test_an_unreadable_page_is_forgotten_once_it_was_truncated(
+async def test_an_fsync_makes_a_barrier_only_if_something_changed(
     back: World, autojump_clock: MockClock
 ) -> None:
     async with back.open() as cache:
-        image = await _open(cache)
-        await _write(cache, image, 4 * BLOCK, PAGE, 2)
-        back.cold = True
-        _fail(back, "device.read")
-        with pytest.raises(LostDataError):
-            await cache.read(image, 4 * BLOCK, 512)
-        _fail(back)
-        await cache.truncate(image, BLOCK)
-        await _write(cache, image, 0, PAGE, 2)
-        await cache.flush(image)
-        assert not unreadable_ranges(cache.core, image)
+        image = await opened(cache)
+        await write(cache, image, 0, PAGE, 2)
+        await cache.fsync(image, metadata=False)
+        calls = Calls(cache)
+        await cache.fsync(image, metadata=False)
+        await cache.read(image, 0, BLOCK)
+        await cache.fsync(image, metadata=False)
+        assert not calls.order("DeviceDouble.sync", "BlockMap.merge", "OriginDouble.sync")
+        await write(cache, image, 0, PAGE, 3)  # a dirty page again: no row, but data
+        await cache.fsync(image, metadata=False)
+        assert calls.count("DeviceDouble.sync") == 1
         await cache.close(image, write=True)
 
 
-async def test_an_unreadable_page_is_forgotten_once_the_origin_has_newer_data(
+# -- what goes on purpose --------------------------------------------------------------------------
+
+
+async def test_truncate_drops_a_dirty_tail_and_what_grows_there_is_zeros(
     back: World, autojump_clock: MockClock
 ) -> None:
     async with back.open() as cache:
-        image = await _open(cache)
-        await _write(cache, image, 0, PAGE, 2)
-        back.cold = True
-        _fail(back, "device.read", "device.write")
-        with pytest.raises(LostDataError):
-            await cache.read(image, 0, 512)
-        await _write(cache, image, 0, PAGE, 3)
-        _fail(back)
-        assert set(await _versions(cache, image, 0, PAGE)) == {3}
-        await trio.sleep(20)  # storing paused
-        await _write(cache, image, BLOCK, PAGE, 2)
+        image = await opened(cache)
+        await write(cache, image, BLOCK, 3 * BLOCK, 2)
+        await cache.truncate(image, BLOCK + PAGE + 512)
+        assert image.size == back.files[1].size == BLOCK + PAGE + 512
+        await cache.truncate(image, 5 * BLOCK)
+        found = await versions(cache, image, BLOCK, 4 * BLOCK)
+        assert set(found[:9]) == {2} and set(found[9:]) == {0}
         await cache.flush(image)
-        assert not unreadable_ranges(cache.core, image)
+        assert on_origin(back, BLOCK, 4 * BLOCK) == found
+        await cache.close(image, write=True)
+
+
+async def test_unlink_drops_dirty_data(back: World, autojump_clock: MockClock) -> None:
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, BLOCK, 2)
+        await cache.close(image, write=True)
+        async with cache.removing(b"id1") as known:
+            assert known
+            del back.files[1]
+        assert cache.images.find(b"id1") is None
+        assert not cache.core.dirty.any_held and not cache.core.used
+        assert not image.counters.origin_writes
+        assert cache.block_map.cached(image.id) == (0, False)
+
+
+async def test_unlink_with_an_open_handle_keeps_what_was_written_readable(
+    back: World, autojump_clock: MockClock
+) -> None:
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 512, BLOCK, 2)
+        async with cache.removing(b"id1") as known:
+            assert known
+        assert await versions(cache, image, 0, 1024) == [1, 2]
+        await write(cache, image, 0, 512, 3)
+        assert await versions(cache, image, 0, 1024) == [3, 2]
+        assert not cache.core.used
+        await cache.close(image, write=True)
+
+
+@pytest.mark.parametrize("open_meanwhile", [True, False])
+async def test_evict_leaves_nothing_here_and_everything_on_the_origin(
+    back: World, autojump_clock: MockClock, open_meanwhile: bool
+) -> None:
+    async with back.open() as cache:
+        image = await opened(cache)
+        other = await opened(cache, 2)
+        await write(cache, image, 512, 2 * BLOCK, 2)
+        await write(cache, other, 0, BLOCK, 2, 2)
+        if not open_meanwhile:
+            await cache.close(image, write=True)
+        assert await cache.evict(image, 1) == 3
+        assert not cache.core.usage(image.id).blocks
+        assert cache.block_map.cached(image.id) == (0, False)
+        assert set(on_origin(back, 512, 2 * BLOCK)) == {2}
+        assert not back.files[1].pages.unsynced
+        assert cache.core.dirty.pages(other.id) == 4
+        if open_meanwhile:
+            await write(cache, image, 0, 512, 3)
+            assert on_origin(back, 0, 512) == [3]
+            await cache.close(image, write=True)
+        await cache.close(other, write=True)
+
+
+async def test_evict_with_discard_dirty_leaves_the_origin_as_it_was(
+    back: World, autojump_clock: MockClock
+) -> None:
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, 2 * BLOCK, 2)
+        await cache.fsync(image, metadata=False)
+        await cache.evict(image, discard_dirty=True)
+        assert not cache.core.used and not cache.core.dirty.any_held
+        assert set(await versions(cache, image, 0, BLOCK)) == {1}
+        await cache.close(image, write=True)
+        back.kill()
+        async with back.open() as after:
+            image = await opened(after)
+            assert set(await versions(after, image, 0, BLOCKS * BLOCK)) == {1}
+            await after.close(image, write=True)
+
+
+# -- modes -----------------------------------------------------------------------------------------
+
+
+async def test_a_write_mode_that_was_set_stays_over_restarts_and_an_eviction(
+    back: World, autojump_clock: MockClock
+) -> None:
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.set_write_mode(image, WriteMode.AROUND)
+        await cache.close(image, write=True)
+    back.kill()
+    async with back.open() as cache:
+        image = await opened(cache)
+        assert image.write_mode is WriteMode.AROUND
         await cache.evict(image)
         await cache.close(image, write=True)
+        image = await opened(cache)
+        assert image.write_mode is WriteMode.AROUND
+        await cache.close(image, write=True)
+    back.power_cut(newest=True)
+    async with back.open() as cache:
+        image = await opened(cache)
+        assert image.write_mode is WriteMode.AROUND
+        await cache.set_write_mode(image, None)
+        assert image.row.write_mode == ""
+        await cache.close(image, write=True)
+    async with back.open() as cache:
+        image = await opened(cache)
+        assert image.write_mode is WriteMode.BACK
+        await cache.close(image, write=True)
+        other = await opened(cache, 2)
+        assert other.write_mode is WriteMode.BACK
+        await cache.close(other, write=True)
 
 
-# -- a cache that fails ----------------------------------------------------------------------------
-
-
-async def test_a_lost_page_that_is_written_whole_can_be_read_although_the_cache_is_degraded(
+async def test_leaving_write_back_brings_everything_to_the_origin_first(
     back: World, autojump_clock: MockClock
 ) -> None:
     async with back.open() as cache:
-        image = await _open(cache)
-        await _write(cache, image, 0, PAGE, 2)
-        _fail(back, "device.sync")
-        with pytest.raises(FusecacheError):
-            await cache.fsync(image, metadata=False)
-        _fail(back)
-        with pytest.raises(LostDataError):
-            await cache.read(image, 0, 512)
-        await _write(cache, image, 0, PAGE, 3)
-        assert set(await _versions(cache, image, 0, PAGE)) == {3}
+        image = await opened(cache)
+        await write(cache, image, 0, BLOCK, 2)
+        await cache.set_write_mode(image, WriteMode.THROUGH)
+        assert not cache.core.dirty.pages(image.id)
+        assert set(on_origin(back, 0, BLOCK)) == {2}
+        await write(cache, image, 0, PAGE, 3)
+        assert set(on_origin(back, 0, PAGE)) == {3}
         await cache.close(image, write=True)
 
 
-@pytest.mark.parametrize("mode", list(WriteMode))
-@pytest.mark.parametrize("kind", ["device.sync", "database"])
-async def test_a_changed_image_opens_although_the_cache_fails_at_that_moment(
-    back: World, autojump_clock: MockClock, kind: str, mode: WriteMode
+# -- over a stop -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [False, True])
+async def test_dirty_data_of_an_image_nobody_opens_is_written_back_after_a_restart(
+    back: World, autojump_clock: MockClock, power: bool
 ) -> None:
-    """Nothing of it is dirty; its end lies within a block."""
-    back.write_mode = mode
-    back.make_file(1, stamped(1, 0, BLOCK + 512, 1))
-    for nth in range(4):
-        async with back.open() as cache:
-            image = await _open(cache, write=False)
-            await cache.read(image, 0, BLOCK + 512)
-            await trio.sleep(6)
-            await cache.close(image, write=False)
-            back.change_outside(1, 0, stamped(1, 0, 512, 2 + nth))
-            first = back.faults.calls.get(kind, 0) + nth
-            back.faults.fail = lambda called, number, first=first: (  # type: ignore[misc]
-                called == kind and number >= first
-            )
-            image = await _open(cache, write=False)
-            assert await _versions(cache, image, 0, 1024) == [2 + nth, 1]
-            await cache.close(image, write=False)
-            _fail(back)
-        back.kill()
-        await trio.sleep(100)
+    tune(back, dirty_age=10.0)
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 512, 2 * BLOCK, 2)
+        await cache.fsync(image, metadata=False)
+        back.power_cut() if power else back.kill()
+        async with back.open() as after:
+            await trio.sleep(20)
+            assert not after.core.dirty.any_held
+            assert set(on_origin(back, 512, 2 * BLOCK)) == {2}
+            assert not back.files[1].pages.unsynced
+            known = after.images.find(b"id1")
+            assert known is not None and not known.handles and not known.origin.locked
 
 
-async def test_what_was_truncated_does_not_come_back_although_the_cache_cannot_be_fenced(
+async def test_dirty_data_past_the_origins_end_is_dropped_and_zeros_grow_there(
     back: World, autojump_clock: MockClock
 ) -> None:
-    """The row that says the page is clean was never stable: the next start may believe the old."""
     async with back.open() as cache:
-        image = await _open(cache)
-        await _write(cache, image, 0, PAGE, 2)
+        image = await opened(cache)
+        await write(cache, image, 0, 3 * BLOCK, 2)
         await cache.fsync(image, metadata=False)
-        calls = Calls(cache)
-        calls.stalled.add("OriginDouble.sync")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_refused, cache, image)
-            await calls.begun("OriginDouble.sync")
-            _fail(back, "database", "device.fence")
-            calls.stalled.clear()
-        assert not cache.core.dirty.pages(image.id) and cache.core.dirty.held(image.id, 0)
-        try:
-            await cache.truncate(image, 0)
-        except FusecacheError:
-            expected = {2}
-        else:
-            await cache.truncate(image, BLOCK)
-            expected = {0}
         back.kill()
-        _fail(back)
+        del back.files[1].pages.data[BLOCK + PAGE + 512 :]
+        back.change_outside(1, 4 * PAGE, stamped(1, 4 * PAGE, 512, 9))
         async with back.open() as after:
-            again = await _open(after)
-            data = await after.read(again, 0, PAGE)
-            assert (set(check_stamps(data, 1, 0)) if any(data) else {0}) == expected
-            await after.close(again, write=True)
+            image = await opened(after)
+            assert image.size == BLOCK + PAGE + 512
+            assert set(await versions(after, image, 0, 3 * BLOCK)) == {2}
+            await after.truncate(image, 3 * BLOCK)
+            found = await versions(after, image, 0, 3 * BLOCK)
+            assert set(found[:41]) == {2} and set(found[41:]) == {0}
+            await after.flush(image)
+            assert on_origin(back, 0, 3 * BLOCK) == found
+            await after.close(image, write=True)
 
 
-async def _refused(cache: BlockCache, image: Image) -> None:
-    with pytest.raises(FusecacheError):
-        await cache.flush(image)
+async def test_a_page_that_was_stable_is_not_lost_by_fitting_it_to_the_origins_end(
+    back: World, autojump_clock: MockClock
+) -> None:
+    """The file ends within a dirty page. No guest writes to it; only the next start does."""
+    back.make_file(1, stamped(1, 0, BLOCK + 512, 1))
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, BLOCK, 512, 2)
+        await cache.fsync(image, metadata=False)
+        back.kill()
+        async with back.open() as after:
+            fail(back, "device.sync")
+            image = await opened(after)
+            fail(back)
+            assert after.core.lost_ranges(image.id) == []
+            assert await versions(after, image, BLOCK, 512) == [2]
+            await after.close(image, write=True)
 
 
-# -- removal ---------------------------------------------------------------------------------------
+# -- dirty data that cannot be read ----------------------------------------------------------------
 
 
-async def test_unlink_with_a_handle_for_reading_brings_an_earlier_lifes_data_to_the_origin(
+class BadPages:
+    """Pages of the cache device that cannot be read until they are written again."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.bad: set[int] = set()
+        read, written = DeviceDouble.read, DeviceDouble.write
+
+        def failing(device: DeviceDouble, position: int, length: int) -> bytes:
+            if self.bad & set(range(position // PAGE, (position + length - 1) // PAGE + 1)):
+                raise CacheDeviceError("bad sectors")
+            return read(device, position, length)
+
+        def mending(device: DeviceDouble, position: int, data: bytes | memoryview) -> None:
+            written(device, position, data)
+            if position % PAGE == 0:
+                self.bad -= set(range(position // PAGE, (position + len(data)) // PAGE))
+
+        patch.setattr(DeviceDouble, "read", failing)
+        patch.setattr(DeviceDouble, "write", mending)
+        patch.setattr(DeviceDouble, "try_read", lambda *args: False)
+
+
+async def test_a_dirty_page_that_cannot_be_read_is_an_error_listed_exactly_and_can_be_overwritten(
     back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The origin must be open for writing by then: the double would not notice."""
-    write = OriginDouble.write
-
-    def checked(self: OriginDouble, offset: int, data: bytes | memoryview) -> None:
-        assert self.writable, "EBADF"
-        write(self, offset, data)
-
-    monkeypatch.setattr(OriginDouble, "write", checked)
+    pages = BadPages(monkeypatch)
     async with back.open() as cache:
-        image = await _open(cache)
-        await _write(cache, image, 0, PAGE, 2)
-        await cache.fsync(image, metadata=False)
-        back.kill()
+        image = await opened(cache)
+        await cache.read(image, 0, 2 * BLOCK)
+        await trio.sleep(0.1)
+        await write(cache, image, PAGE, 2 * PAGE, 2)
+        located = cache.core.locate(image.id, 0)
+        assert located is not None
+        pages.bad = {located.slot * 4 + 1, located.slot * 4 + 3}  # a dirty one and a clean one
+        with pytest.raises(LostDataError):
+            await versions(cache, image, 0, BLOCK)
+        assert unreadable_ranges(cache.core, image) == [(PAGE, PAGE)]
+        assert set(await versions(cache, image, 0, PAGE)) == {1}
+        assert set(await versions(cache, image, 2 * PAGE, PAGE)) == {2}
+        assert set(await versions(cache, image, 3 * PAGE, PAGE)) == {1}
+        with pytest.raises(LostDataError):
+            await cache.flush(image)
+        with pytest.raises(LostDataError):
+            await cache.evict(image)
+        assert set(on_origin(back, PAGE, PAGE)) == {1}
+        assert set(on_origin(back, 2 * PAGE, PAGE)) == {2}, "what can be read is brought home"
+        await write(cache, image, PAGE, PAGE, 3)
+        assert set(await versions(cache, image, PAGE, PAGE)) == {3}
+        await cache.flush(image)
+        assert unreadable_ranges(cache.core, image) == []
+        assert set(on_origin(back, PAGE, PAGE)) == {3}
+        await cache.close(image, write=True)
+
+
+# -- locks -----------------------------------------------------------------------------------------
+
+
+async def test_an_image_locked_elsewhere_opens_for_reading_alone(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: OriginDouble, path_fd: int) -> None:
+        raise LockedElsewhereError(11, "another host has it")
+
+    async with back.open() as cache:
+        with monkeypatch.context() as patch:
+            patch.setattr(OriginDouble, "lock", refused)
+            with pytest.raises(LockedElsewhereError):
+                await opened(cache)
+            reader = await opened(cache, write=False)
+            assert set(await versions(cache, reader, 0, BLOCK)) == {1}
+        writer = await opened(cache)
+        assert writer is reader and writer.origin.locked
+        await cache.close(writer, write=True)
+        await cache.close(reader, write=False)
+
+
+async def test_the_lock_is_held_while_dirty_after_the_close_and_given_up_once_clean(
+    back: World, autojump_clock: MockClock
+) -> None:
+    tune(back, dirty_age=30.0)
+    async with back.open() as cache:
+        image = await opened(cache)
+        assert image.origin.locked
+        await write(cache, image, 0, PAGE, 2)
+        await cache.close(image, write=True)
+        await trio.sleep(20)
+        assert cache.core.dirty.pages(image.id) and image.origin.locked
+        await trio.sleep(20)
+        assert not cache.core.dirty.pages(image.id) and not image.origin.locked
+
+
+@pytest.mark.parametrize("discard", [False, True])
+async def test_evict_gives_up_the_lock_of_a_closed_and_of_an_open_image(
+    back: World, autojump_clock: MockClock, discard: bool
+) -> None:
+    async with back.open() as cache:
+        images = [await opened(cache, number) for number in (1, 2)]
+        for number, image in enumerate(images, 1):
+            await write(cache, image, 0, PAGE, 2, number)
+        await cache.close(images[0], write=True)
+        for number, image in enumerate(images, 1):
+            assert image.origin.locked
+            await cache.evict(image, number, discard_dirty=discard)
+            assert not image.origin.locked
+        await cache.close(images[1], write=True)
+
+
+async def test_writers_of_many_images_are_all_stable_after_their_fsyncs(
+    back: World, autojump_clock: MockClock
+) -> None:
+    for number in range(3, 9):
+        back.make_file(number, stamped(number, 0, BLOCK, 1))
+    async with back.open() as cache:
+
+        async def writer(number: int) -> None:
+            image = await opened(cache, number)
+            for version in range(2, 6):
+                await write(cache, image, 0, PAGE, version, number)
+                await cache.fsync(image, metadata=False)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(1, 9):
+                nursery.start_soon(partial(writer, number))
+        back.power_cut()
         async with back.open() as after:
-            again = await _open(after, write=False)
-            async with after.removing(b"id1") as known:
-                assert known
-            assert set(await _versions(after, again, 0, PAGE)) == {2}
-            await after.close(again, write=False)
+            for number in range(1, 9):
+                image = await opened(after, number)
+                assert set(await versions(after, image, 0, PAGE, number)) == {5}
+                await after.close(image, write=True)
