@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from fusecache.store.cache_device import CacheDevice
 from fusecache.store.tree import Tree
 
 _LOOK = 0.2
+_GRACE = 5.0
+"""Seconds that a stalled origin has after an interrupt."""
 
 
 def write_back(
@@ -146,11 +150,17 @@ class _Work:
             await trio.sleep(_LOOK)
 
     async def _obey_signals(self, scope: trio.CancelScope) -> None:
-        """The first one ends the work, and what is left stays on the cache; the second one ends
-        the process, if the origin hangs: that is as if it were killed."""
+        """A signal ends the work; what is left stays on the cache."""
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
-                if self._interrupted:
-                    os._exit(1)
                 self._interrupted = True
+                threading.Thread(target=_end_anyway, daemon=True).start()
                 scope.cancel()
+
+
+def _end_anyway() -> None:
+    """A call that hangs on a stalled origin cannot be left behind otherwise. The cache is then as
+    after a kill: the next start recovers it."""
+    time.sleep(_GRACE)
+    os.write(2, b"fusecache: interrupted; the origin does not answer\n")
+    os._exit(1)

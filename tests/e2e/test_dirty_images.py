@@ -1,13 +1,17 @@
 """evict, flush and format where there is dirty data, with and without a daemon."""
 
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import MakeFaulty
 from tests.e2e.dirty import BLOCKS, dirty_mount, images, on_origin, served, write
-from tests.e2e.helpers import nothing_left, refused, refused_mount, run
+from tests.e2e.faulty import COMMAND
+from tests.e2e.helpers import nothing_left, process, refused, refused_mount, run
 from tests.support.daemon import BLOCK, Mount
 
 pytestmark = pytest.mark.mount
@@ -175,6 +179,26 @@ def test_a_cache_with_dirty_data_is_not_mounted_over_another_origin(kept: Mount)
     done = kept.run("mount", *args)
     assert done.returncode == 0, done.stderr
     kept.stop()
+
+
+def test_an_interrupted_flush_keeps_what_is_left(make_faulty: MakeFaulty) -> None:
+    mount = make_faulty("fc")
+    dirty_mount(mount, "vm1.img", "vm2.img", aged=True)
+    mount.stop("--keep-dirty")
+    command = [*COMMAND, "flush", "--cache", str(mount.cache)]
+    with (
+        mount.fault("hang-write"),
+        process(*command, env=mount.environment, stderr=subprocess.PIPE) as flush,
+    ):
+        time.sleep(2)
+        flush.send_signal(signal.SIGINT)
+        said = flush.communicate(timeout=30)[1].decode()
+        assert flush.returncode == 1, said
+        assert said.strip().startswith("fusecache: interrupted"), said
+    mount.start()
+    assert (served(mount, "vm1.img", 1), served(mount, "vm2.img", 2)) == (2, 2)
+    mount.stop()
+    assert _origin(mount) == (2, 2)
 
 
 # -- format ----------------------------------------------------------------------------------------
