@@ -25,6 +25,7 @@ from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
+from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Clock, Invalidate, Pin, Threads, no_image, no_pages
 from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
@@ -72,7 +73,7 @@ class BlockCache:
         self._rescuing = trio.CancelScope()
         self._background_ended = trio.Event()
         self.images = Images(
-            core, self.state, threads, clock, tuning, write_mode, new_origin, invalidate, pin
+            core, self.state, threads, clock, tuning, write_mode, new_origin, invalidate
         )
         self.committer = Committer(
             core,
@@ -86,6 +87,9 @@ class BlockCache:
             self.state.unusable,
         )
         self.images.committer = self.committer
+        self.images.ownership = Ownership(
+            self.images, core, self.state, threads, clock, tuning, pin
+        )
         self._intents = WriteIntents(
             self.committer,
             threads,
@@ -99,7 +103,13 @@ class BlockCache:
         origin = OriginWrites(core, self.state, threads, clock.monotonic)
         dirty = DirtyWrites(core, self.state, self.committer, self._intents, threads, slots)
         self._degraded = Degraded(
-            core, self.state, self.committer, self._intents, origin, threads, self.images.adopted
+            core,
+            self.state,
+            self.committer,
+            self._intents,
+            origin,
+            threads,
+            self.images.ownership.adopted,
         )
         self._reads = Reads(core, self.state, self._fills, self._degraded, threads)
         self._writes = Writes(

@@ -162,11 +162,11 @@ class Cleaner:
     async def _recorded(self, image: Image) -> AsyncIterator[None]:
         """Around batches: the image can be written on the origin, and afterwards what this made
         of its attributes is recorded as ours (P3)."""
-        await self._images.adopted(image)
+        await self._images.ownership.adopted(image)
         try:
             yield
         finally:
-            await self._images.cleaned(image)
+            await self._images.ownership.cleaned(image)
 
     async def finish(self, image: Image, progress: Progress | None = None) -> None:
         """The rest, for a caller that holds ``cleaning`` and all of ``lock``: nobody writes.

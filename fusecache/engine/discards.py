@@ -124,7 +124,7 @@ class Discards:
             yield False
             return
         if image.handles and self._core.dirty.pages(image.id):
-            await self._images.adopted(image)
+            await self._images.ownership.adopted(image)
         async with image.opening, image.cleaning, image.lock.everything():
             if image.handles and self._core.dirty.pages(image.id):
                 # Whoever has it open goes on with it: its data must be where they will read it.
@@ -132,7 +132,7 @@ class Discards:
             yield True
             image.detached = True
             await self._images.drop(image, 0, dirty=True)
-            await self._images.unlock(image)
+            await self._images.ownership.unlock(image)
             if not image.handles:
                 await self._images.forget(image, gone=True)
 
@@ -177,13 +177,13 @@ class Discards:
         finally:
             image.draining -= 1
             if image.own_pending:
-                await self._images.cleaned(image)
+                await self._images.ownership.cleaned(image)
         await self._threads.kernel(self._invalidate, image.row.identity)
         async with image.opening:
             if self._images.find(image.row.identity) is image:
                 async with image.lock.everything():
                     await self.sync(image, path_fd)
-                await self._images.unlock(image)
+                await self._images.ownership.unlock(image)
                 if not image.handles:
                     await self._images.forget(image)
         self._refuse_broken()
@@ -210,7 +210,7 @@ class Discards:
                     await self._cleaner.finish(image, progress)
         finally:
             image.draining -= 1
-        await self._images.cleaned(image)
+        await self._images.ownership.cleaned(image)
 
     async def sync(self, image: Image, path_fd: int | None = None) -> None:
         """Origin sync if anything was written since the last; see ``evict`` for ``path_fd``.

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -14,13 +13,12 @@ from fusecache.config import Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine.committer import Committer
 from fusecache.engine.image import Image, Intent
-from fusecache.engine.ports import Clock, Invalidate, Pin, Threads
+from fusecache.engine.ownership import Ownership
+from fusecache.engine.ports import Clock, Invalidate, Threads
 from fusecache.engine.state import CacheState
 from fusecache.errors import (
     CacheDeviceError,
     DatabaseError,
-    LockedElsewhereError,
-    LocksUnsupportedError,
     OriginError,
 )
 from fusecache.store.block_map import WHOLE_IMAGE, ImageRow
@@ -48,7 +46,6 @@ class Images:
         write_mode: WriteMode,
         new_origin: Callable[[], OriginImage],
         invalidate: Invalidate,
-        pin: Pin,
     ) -> None:
         self._core = core
         self._state = state
@@ -58,11 +55,10 @@ class Images:
         self._write_mode = write_mode
         self._new_origin = new_origin
         self._invalidate = invalidate
-        self._pin = pin
-        self._warned_of_locks = False
         self._by_identity: dict[bytes, Image] = {}
         self._next_id = 1
         self.committer: Committer
+        self.ownership: Ownership
 
     def load(self, rows: Iterable[ImageRow], intents: Iterable[tuple[int, int, int]]) -> None:
         """Takes over what the database knows."""
@@ -162,14 +158,14 @@ class Images:
                 try:
                     await self._open(image, path_fd, write=write)
                 except OriginError:
-                    await self._give_up_lock(image)
+                    await self.ownership.release(image)
                     raise
                 return image
 
     async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
         seen: Attributes | None = None
         if write and not image.detached:
-            await self._lock(image, path_fd)
+            await self.ownership.lock(image, path_fd)
         if image.writers == 0 or not image.origin.readable:
             try:
                 seen = await self.open_side(image, path_fd, write=False)
@@ -182,11 +178,11 @@ class Images:
         # While the cleaner's changes are not recorded yet, its handle is one open for writing.
         if seen is not None and image.writers == 0 and not image.own_pending:
             image.kernel_true = await self.check(image, seen)
-        await self._adopt(image)
+        await self.ownership.adopt(image)
         if write:
             if image.writers == 0:
                 image.wrote = False
-                await self._begin_writing(image)
+                await self.begin_writing(image)
             image.writers += 1
         else:
             image.readers += 1
@@ -200,116 +196,7 @@ class Images:
             image.counters.failed(exc)
             raise
 
-    async def _lock(self, image: Image, path_fd: int) -> None:
-        """No other host may write the image as long as we do, or have dirty data of it (P8).
-
-        Raises:
-            LockedElsewhereError: one does.
-        """
-        try:
-            await self._threads.harmless(image.limiter, image.origin.lock, path_fd)
-        except LockedElsewhereError as exc:
-            log.error("%s cannot be opened for writing: %s", image.name, exc)
-            image.counters.failed(exc)
-            raise
-        except LocksUnsupportedError as exc:
-            if not self._warned_of_locks:
-                self._warned_of_locks = True
-                log.warning(
-                    "the origin has no locks (%s): nothing keeps two hosts from one image", exc
-                )
-        except OriginError as exc:
-            if exc.errno not in (errno.EACCES, errno.EROFS):
-                raise
-            log.debug("%s is not locked: %s", image.name, exc)
-
-    async def _give_up_lock(self, image: Image) -> None:
-        """If nobody writes the image and nothing of it is dirty."""
-        if not image.writers and not self._core.dirty.pages(image.id):
-            await self.unlock(image)
-
-    async def unlock(self, image: Image) -> None:
-        """Other hosts may write the image again."""
-        if image.origin.locked:
-            await self._threads.harmless(image.limiter, image.origin.unlock)
-
-    async def _adopt(self, image: Image) -> None:
-        """Fits an earlier life's dirty data to the origin: what lies past its end goes.
-
-        The origin is synced first: a truncate of that life may not have been.
-
-        Raises:
-            OriginError: the origin failed.
-        """
-        if image.adopted or not self._state.serves(image):
-            return
-        await self._threads.harmless(image.limiter, image.origin.sync)
-        seen = await self._threads.harmless(image.limiter, image.origin.attributes)
-        async with image.cleaning, image.lock.everything():
-            await self.fit(image, seen.size)
-        image.size = seen.size
-        image.adopted = True
-
-    async def adopted(self, image: Image) -> None:
-        """The image's dirty data can be written back: the origin is open for writing, locked,
-        and has been compared with what is recorded.
-
-        Raises:
-            OriginError: not so, for now.
-        """
-        if image.adopted and image.origin.writable:
-            return
-        async with image.opening:
-            if image.adopted and image.origin.writable:
-                return
-            path_fd = await self._pinned(image)
-            try:
-                await self._lock(image, path_fd)
-                seen = await self.open_side(image, path_fd, write=False)
-                await self.open_side(image, path_fd, write=True)
-            finally:
-                os.close(path_fd)
-            if image.writers == 0 and not image.own_pending:
-                await self.check(image, seen)
-            await self._adopt(image)
-            await self._begin_writing(image)
-
-    async def _pinned(self, image: Image) -> int:
-        """A new descriptor of an image that nobody has open."""
-        try:
-            where = (image.row.path, image.row.identity)
-            path_fd = await self._threads.harmless(image.limiter, self._pin, *where)
-        except OSError as exc:
-            raise OriginError(exc.errno or 5, f"finding '{image.name}': {exc.strerror}") from exc
-        if path_fd is None:
-            raise OriginError(
-                errno.ENOENT,
-                f"'{image.name}' is not where it was on the origin. If it was moved, open it once "
-                "below the mount; if nobody needs its data: fusecache evict --discard-dirty",
-            )
-        return path_fd
-
-    async def cleaned(self, image: Image) -> None:
-        """The cleaner has done what it could for now: records what it made of the origin (P3),
-        and gives up the lock if nothing is dirty."""
-        async with image.opening:
-            if image.writers or self.find(image.row.identity) is not image:
-                image.own_pending = False  # recorded when the last writer closes
-                return
-            if image.own_pending:
-                try:
-                    seen = await self._threads.harmless(image.limiter, image.origin.attributes)
-                except OriginError as exc:
-                    image.counters.failed(exc)
-                else:
-                    image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
-                image.own_pending = False
-            if not self._core.dirty.pages(image.id):
-                image.row.writing = 0
-                image.row_owed = True
-                await self.unlock(image)
-
-    async def _begin_writing(self, image: Image) -> None:
+    async def begin_writing(self, image: Image) -> None:
         """From here on a killed daemon's successor may take young changes for ours (P3)."""
         if not image.row.writing and self._state.serves(image):
             image.row.writing = 1
@@ -344,7 +231,7 @@ class Images:
         image.row_owed = True
         if not self._core.dirty.pages(image.id):
             image.row.writing = 0
-            await self.unlock(image)
+            await self.ownership.unlock(image)
 
     async def _attributes_at_close(self, image: Image) -> Attributes:
         """As of the last close(2). The kernel tells us of the end of a handle only later, and
@@ -359,7 +246,7 @@ class Images:
             if image.writers:
                 await self._end_writing(image)
         if image.own_pending:
-            await self.cleaned(image)
+            await self.ownership.cleaned(image)
 
     async def _end_detached(self, image: Image) -> None:
         """The last handle of an evicted or unlinked image is closed: nothing is kept of it.

@@ -1,0 +1,157 @@
+"""Ownership: which images this host may write, and dirty data that an earlier life left (P8).
+
+The images themselves are opened and compared with their records by ``images``; here is what
+write-back needs besides: the lock on the origin, a place in it for data nobody has open, and the
+record of what the cleaner did.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from fusecache.config import Tuning
+from fusecache.core.index import CacheIndex
+from fusecache.engine.image import Image
+from fusecache.engine.ports import Clock, Pin, Threads
+from fusecache.engine.state import CacheState
+from fusecache.errors import LockedElsewhereError, LocksUnsupportedError, OriginError
+
+if TYPE_CHECKING:
+    from fusecache.engine.images import Images
+
+log = logging.getLogger(__name__)
+
+
+class Ownership:
+    """See the module."""
+
+    def __init__(
+        self,
+        images: Images,
+        core: CacheIndex,
+        state: CacheState,
+        threads: Threads,
+        clock: Clock,
+        tuning: Tuning,
+        pin: Pin,
+    ) -> None:
+        self._images = images
+        self._core = core
+        self._state = state
+        self._threads = threads
+        self._clock = clock
+        self._tuning = tuning
+        self._pin = pin
+        self._warned_of_locks = False
+
+    async def lock(self, image: Image, path_fd: int) -> None:
+        """No other host may write the image as long as we do, or have dirty data of it (P8).
+
+        Raises:
+            LockedElsewhereError: one does.
+        """
+        try:
+            await self._threads.harmless(image.limiter, image.origin.lock, path_fd)
+        except LockedElsewhereError as exc:
+            log.error("%s cannot be opened for writing: %s", image.name, exc)
+            image.counters.failed(exc)
+            raise
+        except LocksUnsupportedError as exc:
+            if not self._warned_of_locks:
+                self._warned_of_locks = True
+                log.warning(
+                    "the origin has no locks (%s): nothing keeps two hosts from one image", exc
+                )
+        except OriginError as exc:
+            if exc.errno not in (errno.EACCES, errno.EROFS):
+                raise
+            log.debug("%s is not locked: %s", image.name, exc)
+
+    async def release(self, image: Image) -> None:
+        """If nobody writes the image and nothing of it is dirty."""
+        if not image.writers and not self._core.dirty.pages(image.id):
+            await self.unlock(image)
+
+    async def unlock(self, image: Image) -> None:
+        """Other hosts may write the image again."""
+        if image.origin.locked:
+            await self._threads.harmless(image.limiter, image.origin.unlock)
+
+    async def adopt(self, image: Image) -> None:
+        """Fits an earlier life's dirty data to the origin: what lies past its end goes.
+
+        The origin is synced first: a truncate of that life may not have been.
+
+        Raises:
+            OriginError: the origin failed.
+        """
+        if image.adopted or not self._state.serves(image):
+            return
+        await self._threads.harmless(image.limiter, image.origin.sync)
+        seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+        async with image.cleaning, image.lock.everything():
+            await self._images.fit(image, seen.size)
+        image.size = seen.size
+        image.adopted = True
+
+    async def adopted(self, image: Image) -> None:
+        """The image's dirty data can be written back: the origin is open for writing, locked,
+        and has been compared with what is recorded.
+
+        Raises:
+            OriginError: not so, for now.
+        """
+        if image.adopted and image.origin.writable:
+            return
+        async with image.opening:
+            if image.adopted and image.origin.writable:
+                return
+            path_fd = await self._pinned(image)
+            try:
+                await self.lock(image, path_fd)
+                seen = await self._images.open_side(image, path_fd, write=False)
+                await self._images.open_side(image, path_fd, write=True)
+            finally:
+                os.close(path_fd)
+            if image.writers == 0 and not image.own_pending:
+                await self._images.check(image, seen)
+            await self.adopt(image)
+            await self._images.begin_writing(image)
+
+    async def _pinned(self, image: Image) -> int:
+        """A new descriptor of an image that nobody has open."""
+        try:
+            where = (image.row.path, image.row.identity)
+            path_fd = await self._threads.harmless(image.limiter, self._pin, *where)
+        except OSError as exc:
+            raise OriginError(exc.errno or 5, f"finding '{image.name}': {exc.strerror}") from exc
+        if path_fd is None:
+            raise OriginError(
+                errno.ENOENT,
+                f"'{image.name}' is not where it was on the origin. If it was moved, open it once "
+                "below the mount; if nobody needs its data: fusecache evict --discard-dirty",
+            )
+        return path_fd
+
+    async def cleaned(self, image: Image) -> None:
+        """The cleaner has done what it could for now: records what it made of the origin (P3),
+        and gives up the lock if nothing is dirty."""
+        async with image.opening:
+            if image.writers or self._images.find(image.row.identity) is not image:
+                image.own_pending = False  # recorded when the last writer closes
+                return
+            if image.own_pending:
+                try:
+                    seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+                except OriginError as exc:
+                    image.counters.failed(exc)
+                else:
+                    image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
+                image.own_pending = False
+            if not self._core.dirty.pages(image.id):
+                image.row.writing = 0
+                image.row_owed = True
+                await self.unlock(image)
