@@ -247,6 +247,7 @@ async def test_a_write_mode_that_was_set_stays_over_restarts_and_an_eviction(
         await cache.set_write_mode(image, None)
         assert image.row.write_mode == ""
         await cache.close(image, write=True)
+    back.kill()
     async with back.open() as cache:
         image = await opened(cache)
         assert image.write_mode is WriteMode.BACK
