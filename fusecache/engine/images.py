@@ -367,23 +367,28 @@ class Images:
         self._core.supersede(image.id, block, beyond & ~last)
         self._core.clear(image.id, block, last)
         if self._core.dirty.mask(image.id, block) & last:
-            located = self._core.locate(image.id, block)
-            assert located is not None
-            end = (tail | geometry.page_size - 1) + 1
-            position = (located.slot << geometry.block_shift) + tail
-            zeros = bytes(end - tail)
-            try:
-                await self._threads.device(self._state.device.write, position, zeros)
-                self._core.dirty.written(located.slot, last)
-            except CacheDeviceError as exc:
-                self._state.device_failed(exc)
-                self._core.dirty.lose(located.slot, last)  # rather than show what was cut off
+            await self._zero_from(image, block, tail, last)
         if self._state.usable:
             try:
                 await self.committer.barrier()
             except (DatabaseError, CacheDeviceError):
                 log.debug("rows stay: the cache is unusable")
         await self._state.passable()
+
+    async def _zero_from(self, image: Image, block: int, tail: int, page: int) -> None:
+        """A dirty page (a mask) holds zeros from ``tail`` (in the block) on."""
+        geometry = self._core.geometry
+        located = self._core.locate(image.id, block)
+        assert located is not None
+        length = (tail | geometry.page_size - 1) + 1 - tail
+        position = (located.slot << geometry.block_shift) + tail
+        try:
+            if any(await self._threads.device(self._state.device.read, position, length)):
+                await self._threads.device(self._state.device.write, position, bytes(length))
+                self._core.dirty.written(located.slot, page)
+        except CacheDeviceError as exc:
+            self._state.device_failed(exc)
+            self._core.dirty.lose(located.slot, page)  # rather than show what was cut off
 
     @asynccontextmanager
     async def own_change(self, identity: bytes, path_fd: int) -> AsyncIterator[None]:
