@@ -299,6 +299,11 @@ class BlockCache:
         if leaving and image.write_mode is not WriteMode.BACK:
             await self.flush(image)
 
+    async def _end_image(self, image: Image) -> None:
+        await self.images.end(image)
+        await self._sync_at_end(image)
+        await self._intents.remove_old(image, older_than=0)
+
     async def _sync_at_end(self, image: Image) -> None:
         try:
             await self._discards.sync(image)
@@ -416,10 +421,9 @@ class BlockCache:
         if draining.cancelled_caught:
             log.error("reads still wait for the origin: the cache is left as after a kill")
             return
-        for image in self.images.all():
-            await self.images.end(image)
-            await self._sync_at_end(image)
-            await self._intents.remove_old(image, older_than=0)
+        async with trio.open_nursery() as nursery:
+            for image in self.images.all():
+                nursery.start_soon(self._end_image, image)
         if self.state.usable:
             try:
                 await self.housekeeping.save_order()

@@ -303,9 +303,10 @@ class Images:
             async with image.cleaning, image.lock.everything():
                 await self.fit(image, seen.size)
         elif row.recorded_ns:
-            if self._core.dirty.pages(image.id):
-                log.error("%s changed on the origin while it is dirty here", image.name)
-            log.info("%s changed on the origin, its clean blocks are dropped", image.name)
+            if not image.matches(seen):
+                log.info("%s changed on the origin, its clean blocks are dropped", image.name)
+                if self._core.dirty.pages(image.id):
+                    log.error("%s changed on the origin while it is dirty here", image.name)
             async with image.cleaning, image.lock.everything():
                 await self.drop(image, 0, dirty=False)
                 await self.fit(image, seen.size)
