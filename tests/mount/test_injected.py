@@ -150,7 +150,8 @@ _CASES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "create": ("Tree.create", _at_once(lambda at: (at / "new").touch())),
     "read": ("BlockCache.read_slowly", _direct_read),
     "read (hit)": ("HitPath.try_read", _second_direct_read),
-    "write": ("BlockCache.write", _with_handle(lambda fd: os.pwrite(fd, b"x", 0))),
+    "write": ("BlockCache.write_slowly", _with_handle(lambda fd: os.pwrite(fd, b"x", 0))),
+    "write (hit)": ("HitPath.try_write", _with_handle(lambda fd: os.pwrite(fd, b"x", 0))),
     "fsync": ("BlockCache.fsync", _with_handle(os.fsync)),
     "flush": ("Images.before_close", _close_fails),
 }  # fmt: skip

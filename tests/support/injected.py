@@ -4,6 +4,7 @@ The directory that FUSECACHE_FAULTS names says what happens, from one call to th
 
 ``fail``             holds ``Class.method``: that method raises KeyError
 ``hang-INODE``       while it is there, reads of that origin file wait
+``stall-INODE``      while it is there, whatever is done to that origin file waits
 ``unreadable-INODE`` while it is there, reads of that origin file fail with EIO
 """
 
@@ -125,11 +126,12 @@ def _inject() -> None:
                  "rename", "chmod", "readlink", "getxattr", "setxattr", "listxattr",
                  "removexattr", "statvfs", "sync_directory"):  # fmt: skip
         _wrap(Tree, name)
-    for name in ("open", "close", "read_slowly", "write", "fsync", "truncate"):
+    for name in ("open", "close", "read_slowly", "write_slowly", "fsync", "truncate"):
         _wrap(BlockCache, name)
     for name in ("noticed", "before_close"):
         _wrap(Images, name)
-    _wrap(HitPath, "try_read")
+    for name in ("try_read", "try_write"):
+        _wrap(HitPath, name)
     _wrap(Inodes, "forget")
     _wrap(Operations, "_new_listing")
 
@@ -151,6 +153,24 @@ def _inject() -> None:
         return read(self, offset, length)
 
     OriginImage.read = faulty  # type: ignore[method-assign]
+    for name in ("open", "lock", "attributes", "read", "write", "truncate", "sync"):
+        _stalling(OriginImage, name)
+
+
+def _stalling(owner: type, name: str) -> None:
+    """Every call waits while the file is stalled that the object, or else the first argument (the
+    pinned descriptor of ``open`` and ``lock``), stands for."""
+    inner: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(inner)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fd = args[0] if name in ("open", "lock") else self._any()
+        stall = _faults() / f"stall-{os.fstat(fd).st_ino}"
+        while stall.exists():
+            time.sleep(0.01)
+        return inner(self, *args, **kwargs)
+
+    setattr(owner, name, waiting)
 
 
 if __name__ == "__main__":
