@@ -1,8 +1,9 @@
-"""kill -9 of the real daemon under a stamped workload of several processes (P1, P3, P4).
+"""kill -9 of the real daemon under a stamped workload of several processes and under fio
+(P1 to P4).
 
 Workers write stamped data through the mount with direct I/O and tell, over a pipe, what was
-acknowledged. After every kill the image is read through a new mount and from the origin: all
-that was acknowledged is there, whether it was fsynced or not.
+acknowledged. After every kill the image is read through a new mount and, once all is evicted,
+from the origin: all that was acknowledged is there, whether it was fsynced or not.
 """
 
 import contextlib
@@ -56,6 +57,10 @@ except OSError:
 """
 
 
+Allowed = dict[tuple[int, int], set[int]]
+"""By (image, piece): the versions it may have."""
+
+
 class Workers:
     """Processes at work on one mount, and what they were told."""
 
@@ -74,7 +79,7 @@ class Workers:
             for share in (0, 1)
         ]
 
-    def finish(self, allowed: dict[tuple[int, int], set[int]]) -> int:
+    def finish(self, allowed: Allowed) -> int:
         """Takes their reports into ``allowed`` versions by (image, piece); counts the writes."""
         writes = 0
         for number, child in enumerate(self._children):
@@ -98,41 +103,110 @@ class Workers:
 
 
 @pytest.fixture
-def busy(mount: Mount) -> Iterator[Mount]:
+def busy(mount: Mount) -> Mount:
     """A mount of two images that its cache holds not quite."""
     mount.size = "7M"
     for image in (1, 2):
         path = mount.origin / f"{image}.img"
         path.write_bytes(stamped(image, 0, BLOCKS * BLOCK, 1))
-        old(path)
-    yield mount
+    for image in (1, 2):
+        old(mount.origin / f"{image}.img")
+    return mount
 
 
-def _kill_again_and_again(mount: Mount, times: int, seed: int, mode: str) -> None:
-    chance = random.Random(seed)
-    allowed = {(image, piece): {1} for image in (1, 2) for piece in range(BLOCKS * BLOCK // PIECE)}
-    mount.options["write_mode"] = mode
-    writes = 0
-    for life in range(times):
+class Lives:
+    """One life of the daemon after the other; every one but the last is ended by kill -9.
+
+    After each kill everything is read through the next mount. What was read then is what there
+    is: it must be there after further kills, and on the origin once all is evicted (P2: no page
+    goes back in time).
+    """
+
+    def __init__(self, mount: Mount, mode: str, seed: int) -> None:
+        self._mount, self._seed = mount, seed
+        self._chance = random.Random(seed)
+        self._allowed: Allowed = {
+            (image, piece): {1} for image in (1, 2) for piece in range(BLOCKS * BLOCK // PIECE)
+        }
+        self.kills = 0
+        self.writes = 0
+        mount.options["write_mode"] = mode
+        if mode == "back":
+            mount.options["dirty_age"] = "1"
+
+    def _kill(self) -> None:
+        self._mount.kill()
+        self.kills += 1
+
+    def _look(self, *, origin: bool = False) -> None:
+        directory = self._mount.origin if origin else self._mount.mountpoint
+        _compare(directory, self._allowed, settle=not origin)
+
+    def one(self) -> None:
+        """Work, a kill in the middle of it, and everything compared."""
+        mount, chance = self._mount, self._chance
         mount.start()
-        workers = Workers(mount, seed + life, 1000 * (life + 1))
+        self._look()
+        workers = Workers(mount, self._seed + self.kills, 1000 * (self.kills + 1))
         try:
-            time.sleep(0.3 + chance.random() * 1.2)
-            mount.kill()
-            writes += workers.finish(allowed)
+            time.sleep(0.5 + chance.random() * 2)
+            if chance.random() < 0.3:
+                with _beside(mount, *chance.choice((["flush"], ["evict", "--all"]))):
+                    time.sleep(0.2 + chance.random() * 0.8)
+                    self._kill()
+            else:
+                self._kill()
+            self.writes += workers.finish(self._allowed)
         finally:
             workers.stop()
         mount.start()
-        _compare(mount.mountpoint, allowed, settle=True)
+        self._look()
+        if chance.random() < 0.3:
+            time.sleep(chance.random())  # the cleaner may be at what an earlier life left
+            self._kill()
+            mount.start()
+            self._look()
+        if chance.random() < 0.7:
+            done = mount.run("evict", "--all")
+            assert done.returncode == 0, done.stderr
+            self._look(origin=True)
+            self._look()
         if chance.random() < 0.5:
-            mount.kill()
+            self._kill()
         else:
             mount.stop()
-        _compare(mount.origin, allowed, settle=False)
-    assert writes > 20 * times, "the workers hardly wrote anything"
+            self._look(origin=True)
+
+    def until(self, kills: int) -> None:
+        """As many lives as have that many kills; then all is on the origin."""
+        lives = 0
+        while self.kills < kills:
+            self.one()
+            lives += 1
+        self._mount.start()
+        self._look()
+        self._mount.stop()
+        self._look(origin=True)
+        assert self.writes > 20 * lives, "the workers hardly wrote anything"
 
 
-def _compare(directory: Path, allowed: dict[tuple[int, int], set[int]], *, settle: bool) -> None:
+@contextlib.contextmanager
+def _beside(mount: Mount, *args: str) -> Iterator[None]:
+    """A command under way, which need not come to its end."""
+    command = subprocess.Popen(
+        [sys.executable, "-m", "fusecache", *args, "-m", str(mount.mountpoint)],
+        env={**os.environ, "FUSECACHE_RUNTIME_DIR": str(mount.runtime)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        command.kill()
+        command.wait()
+
+
+def _compare(directory: Path, allowed: Allowed, *, settle: bool) -> None:
     for image in (1, 2):
         data = (directory / f"{image}.img").read_bytes()
         assert len(data) == BLOCKS * BLOCK
@@ -146,16 +220,16 @@ def _compare(directory: Path, allowed: dict[tuple[int, int], set[int]], *, settl
                 allowed[image, piece] = found
 
 
-@pytest.mark.parametrize("mode", ["through", "around"])
-def test_what_was_acknowledged_survives_a_killed_daemon(busy: Mount, mode: str) -> None:
-    _kill_again_and_again(busy, 5, 1, mode)
+@pytest.mark.parametrize(("mode", "kills"), [("through", 1), ("around", 1), ("back", 6)])
+def test_what_was_acknowledged_survives_a_killed_daemon(busy: Mount, mode: str, kills: int) -> None:
+    Lives(busy, mode, 1).until(kills)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("mode", ["through", "around"])
-def test_it_survives_fifty_killed_daemons(busy: Mount, mode: str) -> None:
-    _kill_again_and_again(busy, 50, 100, mode)
+@pytest.mark.parametrize(("mode", "kills"), [("through", 20), ("around", 10), ("back", 90)])
+def test_it_survives_a_hundred_killed_daemons(busy: Mount, mode: str, kills: int) -> None:
+    Lives(busy, mode, 100).until(kills)
 
 
 def test_losing_cache_and_database_loses_nothing_written_through(busy: Mount) -> None:
@@ -197,3 +271,114 @@ def test_the_cache_is_warm_after_a_kill(busy: Mount) -> None:
     image = busy.image("1.img")
     assert image["origin_read_bytes"] <= BLOCK, image
     busy.stop()
+
+
+# -- fio ---------------------------------------------------------------------------------------
+
+_FIO_SIZE = 8 << 20
+
+
+def _fio(path: Path, *args: str, seed: int, bs: str) -> list[str]:
+    """fio's command; the same seed and size write, and expect, the same."""
+    return [
+        *("fio", "--name=kill", f"--filename={path}", "--thread", "--direct=1", f"--bs={bs}"),
+        *("--rw=randwrite", "--ioengine=libaio", "--iodepth=16", f"--randseed={seed}"),
+        *("--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", *args),
+    ]
+
+
+def _fio_passes(path: Path, *args: str, seed: int, bs: str) -> None:
+    done = subprocess.run(
+        _fio(path, *args, seed=seed, bs=bs),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=path.parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, (args, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def scratch(mount: Mount) -> Mount:
+    """A mount in write-back whose cleaner is at work, with an empty image for fio."""
+    mount.options |= {"write_mode": "back", "dirty_age": "1"}
+    (mount.origin / "fio.img").touch()
+    os.truncate(mount.origin / "fio.img", _FIO_SIZE)
+    return mount
+
+
+def _finished_fio(mount: Mount, times: int, seed: int) -> None:
+    """Kills the daemon directly after fio's last write, which nobody synced."""
+    path = mount.mountpoint / "fio.img"
+    size = f"--size={_FIO_SIZE}"
+    for seed_now in range(seed, seed + times):
+        bs = ("4k", "16k", "64k", "12k")[seed_now % 4]
+        mount.start()
+        _fio_passes(path, size, "--do_verify=0", "--end_fsync=0", seed=seed_now, bs=bs)
+        mount.kill()
+        mount.start()
+        _fio_passes(path, size, "--verify_only", seed=seed_now, bs=bs)
+        if seed_now % 2:
+            time.sleep(0.7)
+            mount.kill()
+            mount.start()
+            _fio_passes(path, size, "--verify_only", seed=seed_now, bs=bs)
+        done = mount.run("evict", "--all")
+        assert done.returncode == 0, done.stderr
+        _fio_passes(mount.origin / "fio.img", size, "--verify_only", seed=seed_now, bs=bs)
+        mount.stop()
+
+
+def _interrupted_fio(mount: Mount, times: int, seed: int) -> None:
+    """Kills the daemon while a fio writes; what an earlier one had written stays."""
+    chance = random.Random(seed)
+    path = mount.mountpoint / "fio.img"
+    half = f"--size={_FIO_SIZE // 2}"
+    for seed_now in range(seed, seed + times):
+        bs = ("4k", "16k", "64k", "8k")[seed_now % 4]
+        mount.start()
+        _fio_passes(path, half, "--do_verify=0", "--end_fsync=0", seed=seed_now, bs=bs)
+        other = ("--offset=50%", half, "--do_verify=0", "--loops=10000")
+        with subprocess.Popen(
+            _fio(path, *other, seed=seed_now, bs="4k"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=mount.base,
+        ) as writer:
+            try:
+                time.sleep(0.7 + chance.random() * 1.5)
+                assert writer.poll() is None, writer.communicate()
+                mount.kill()
+                writer.communicate(timeout=30)
+                assert writer.returncode != 0
+            finally:
+                writer.kill()
+        mount.start()
+        _fio_passes(path, half, "--verify_only", seed=seed_now, bs=bs)
+        done = mount.run("evict", "--all")
+        assert done.returncode == 0, done.stderr
+        _fio_passes(mount.origin / "fio.img", half, "--verify_only", seed=seed_now, bs=bs)
+        mount.stop()
+
+
+def test_what_a_finished_fio_wrote_survives_a_kill(scratch: Mount) -> None:
+    _finished_fio(scratch, 1, 1)
+
+
+def test_what_a_finished_fio_wrote_survives_a_kill_during_the_next_one(scratch: Mount) -> None:
+    _interrupted_fio(scratch, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_what_a_finished_fio_wrote_survives_twenty_kills(scratch: Mount) -> None:
+    _finished_fio(scratch, 20, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_what_a_finished_fio_wrote_survives_twenty_kills_during_the_next_one(
+    scratch: Mount,
+) -> None:
+    _interrupted_fio(scratch, 20, 100)
