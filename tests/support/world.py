@@ -187,8 +187,8 @@ class World:
         """Numbers of files by the descriptors ``pin`` gave out."""
         self._open_map: RecordedBlockMap | None = None
         self._database = directory / "map.sqlite"
-        with BlockMapHere(BlockMap.create(self._database, self.superblock)) as made:
-            self.snapshots = [made.snapshot()]
+        self.snapshots = [_new_database(self._database, self.superblock)]
+        self._database.write_bytes(self.snapshots[0])
 
     # -- time and steps ----------------------------------------------------------------------------
 
@@ -317,8 +317,8 @@ class World:
         self._restore(restored)
 
     def cut_exactly(self, *, device: int, origin: int, database: int) -> None:
-        """A power cut that leaves what was stable (0) or the last version (-1) everywhere. The
-        origin's times go back either way."""
+        """A power cut that leaves what was stable (0) or the last version (-1) everywhere, of the
+        database any (-2: all but the last). The origin's times go back either way."""
         self.cut_at = None
         self._close()
         self.boots += 1
@@ -329,7 +329,7 @@ class World:
                 file.go_back()
             file.mtime_ns, file.ctime_ns = file.stable_times
             file.make_stable()
-        self._restore(self.snapshots[database])
+        self._restore(self.snapshots[max(database, -len(self.snapshots))])
 
     def _restore(self, restored: bytes) -> None:
         for suffix in ("", "-wal", "-shm"):
@@ -477,9 +477,12 @@ class RecordedBlockMap(BlockMap):
         block_map = cls.open(path, world.superblock)
         assert isinstance(block_map, RecordedBlockMap)
         block_map.world = world
+        # What is stable is kept here; the disk below need not sync for it.
+        block_map._conn.execute("PRAGMA synchronous = OFF")
         return block_map
 
     def _transaction(self, *, stable: bool) -> Any:
+        self._stable = stable  # so that the base class does not set ``synchronous``
         return _recorded(self, super()._transaction(stable=stable), stable)
 
     def snapshot(self) -> bytes:
@@ -514,21 +517,16 @@ class _recorded:
         return result
 
 
-class BlockMapHere:
-    """A block map that is closed at the end of a block."""
+_new: dict[Superblock, bytes] = {}
+"""Databases of new caches: to make one takes longer than a short life."""
 
-    def __init__(self, block_map: BlockMap) -> None:
-        self._map = block_map
 
-    def __enter__(self) -> "BlockMapHere":
-        return self
-
-    def snapshot(self) -> bytes:
-        """See ``RecordedBlockMap``."""
-        return _serialized(self._map)
-
-    def __exit__(self, *exc: object) -> None:
-        self._map.close()
+def _new_database(path: Path, superblock: Superblock) -> bytes:
+    if superblock not in _new:
+        block_map = BlockMap.create(path, superblock)
+        _new[superblock] = _serialized(block_map)
+        block_map.close()
+    return _new[superblock]
 
 
 def _serialized(block_map: BlockMap) -> bytes:
