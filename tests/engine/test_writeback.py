@@ -54,6 +54,38 @@ async def test_a_write_of_part_of_a_page_fetches_that_page_alone(
         await cache.close(image, write=True)
 
 
+async def test_rows_come_before_the_data_of_clean_pages_and_after_that_of_others(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R2: a killed daemon's successor takes no new bytes for the origin's, nor rows for data."""
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.read(image, 0, BLOCK)
+        await trio.sleep(0.1)
+        calls = Calls(cache)
+        written = DeviceDouble.write
+
+        def noted(self: DeviceDouble, position: int, data: bytes | memoryview) -> None:
+            calls.names.append("data")
+            written(self, position, data)
+
+        monkeypatch.setattr(DeviceDouble, "write", noted)
+        for offset, length, expected in (
+            (0, PAGE, ["BlockMap.commit", "data"]),  # clean
+            (PAGE + 512, 512, ["BlockMap.commit", "data"]),
+            (0, PAGE, ["data"]),  # dirty
+            (BLOCK, PAGE, ["data", "BlockMap.commit"]),  # not valid
+            (BLOCK, 512, ["data"]),
+        ):
+            await trio.sleep(0.2)
+            calls.forget()
+            await write(cache, image, offset, length, 2)
+            order = calls.order("BlockMap.commit", "data")
+            assert order[-len(expected) :] == expected
+            assert order.count("data") == 1
+        await cache.close(image, write=True)
+
+
 async def test_a_write_past_the_end_makes_the_origins_file_longer_at_once(
     back: World, autojump_clock: MockClock
 ) -> None:
