@@ -4,16 +4,34 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.mount.modes import stop_and_compare
 from tests.support.daemon import Mount
 from tests.support.place import Place
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The shared mount is in write-through, unless a test says ``both_modes``."""
+    modes = getattr(metafunc.function, "modes", ())
+    if modes:
+        metafunc.parametrize("served", modes, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """One mount for a whole file of tests, started."""
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mount]:
+    """One mount for a whole file of tests, started.
+
+    In write-back the cleaner is at work all the time, and at the end the origin has everything.
+    """
     made = Mount(tmp_path_factory.mktemp("shared") / "fc")
+    mode = getattr(request, "param", "through")
+    if mode != "through":
+        made.options |= {"write_mode": mode, "dirty_age": "1"}
     try:
         yield made.start()
+        if mode != "through":
+            stop_and_compare(made)
     finally:
         made.cleanup()
     assert "unexpected error" not in made.log(), made.log()

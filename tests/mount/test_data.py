@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount.modes import both_modes, home
 from tests.support.daemon import BLOCK, Mount
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.place import Place
@@ -32,6 +33,7 @@ def _image(place: Place, name: str, number: int, blocks: int) -> bytes:
 # -- direct ------------------------------------------------------------------------------------
 
 
+@both_modes
 def test_direct_reads_and_writes_are_true_on_both_sides(place: Place) -> None:
     data = bytearray(_image(place, "image", 1, 8))
     with opened(place.cached / "image", os.O_RDWR | os.O_DIRECT) as fd:
@@ -44,7 +46,7 @@ def test_direct_reads_and_writes_are_true_on_both_sides(place: Place) -> None:
             piece = stamped(1, offset, length, version)
             assert write_direct(fd, offset, piece) == length
             data[offset : offset + length] = piece
-            assert (place.origin / "image").read_bytes() == data
+            assert home(place, "image") == data
             assert read_direct(fd, 0, len(data)) == data
         assert read_direct(fd, len(data), 4096) == b""
         assert read_direct(fd, len(data) - 4096, 8192) == data[-4096:]
@@ -64,6 +66,7 @@ def test_a_direct_read_never_costs_the_origin_more_than_once(place: Place) -> No
 # -- appending, truncating ---------------------------------------------------------------------
 
 
+@both_modes
 def test_two_appending_handles_never_overwrite_each_other(place: Place) -> None:
     flags = os.O_CREAT | os.O_APPEND | os.O_RDWR
     with (
@@ -78,9 +81,10 @@ def test_two_appending_handles_never_overwrite_each_other(place: Place) -> None:
         data = os.pread(two, 100 * STAMP, 0)
     assert len(data) == 41 * STAMP
     check_stamps(data, 1, 0)
-    assert (place.origin / "log").read_bytes() == data
+    assert home(place, "log") == data
 
 
+@both_modes
 def test_two_appending_processes_lose_nothing(place: Place) -> None:
     code = (
         "import os, sys; f = os.open(sys.argv[1], os.O_CREAT | os.O_APPEND | os.O_WRONLY)\n"
@@ -95,7 +99,7 @@ def test_two_appending_processes_lose_nothing(place: Place) -> None:
             writer.kill()
             writer.wait()
     data = (place.cached / "log").read_bytes()
-    assert data == (place.origin / "log").read_bytes()
+    assert data == home(place, "log")
     found = [data[at : at + 8] for at in range(0, len(data), 8)]
     for who in (b"A", b"B"):
         mine = [piece for piece in found if piece.startswith(who)]
@@ -103,6 +107,7 @@ def test_two_appending_processes_lose_nothing(place: Place) -> None:
     assert len(found) == 400
 
 
+@both_modes
 def test_what_was_truncated_at_open_never_returns(place: Place) -> None:
     data = _image(place, "image", 1, 8)
     with opened(place.cached / "image", os.O_RDWR) as held:
@@ -118,6 +123,7 @@ def test_what_was_truncated_at_open_never_returns(place: Place) -> None:
         assert read_direct(fd, 0, len(data)) == bytes(len(data))
 
 
+@both_modes
 def test_creating_with_truncation_replaces_what_was_there(place: Place) -> None:
     _image(place, "image", 1, 2)
     flags = os.O_CREAT | os.O_TRUNC | os.O_RDWR
@@ -245,6 +251,7 @@ class _Model:
         assert (self.place.origin / name).stat().st_size == size
 
 
+@both_modes
 @pytest.mark.parametrize("seed", range(4))
 def test_thousands_of_reads_and_writes_agree_with_a_model(place: Place, seed: int) -> None:
     model = _Model(place, seed)
@@ -253,7 +260,7 @@ def test_thousands_of_reads_and_writes_agree_with_a_model(place: Place, seed: in
             model.step()
         for name, content in model.contents.items():
             assert (place.cached / name).read_bytes() == content
-            assert (place.origin / name).read_bytes() == content
+            assert home(place, name) == content
     finally:
         model.close()
 
@@ -330,6 +337,7 @@ def test_a_plain_write_is_synced_by_fsync_and_fdatasync_only(place: Place, tmp_p
 # -- mappings ----------------------------------------------------------------------------------
 
 
+@both_modes
 def test_a_shared_mapping_shows_what_handles_write(place: Place) -> None:
     data = _image(place, "image", 1, 4)
     path = place.cached / "image"
@@ -347,6 +355,7 @@ def test_a_shared_mapping_shows_what_handles_write(place: Place) -> None:
         assert mapped[2 * BLOCK : 2 * BLOCK + 4096] == newest
 
 
+@both_modes
 def test_what_is_written_in_a_shared_mapping_is_seen_by_others_after_msync(place: Place) -> None:
     _image(place, "image", 1, 4)
     newer = stamped(1, BLOCK, 4096, 2)
@@ -358,13 +367,14 @@ def test_what_is_written_in_a_shared_mapping_is_seen_by_others_after_msync(place
     ):
         mapped[BLOCK : BLOCK + 4096] = newer
         mapped.flush()
-        assert (place.origin / "image").read_bytes()[BLOCK : BLOCK + 4096] == newer
+        assert home(place, "image")[BLOCK : BLOCK + 4096] == newer
         assert os.pread(fd, 4096, BLOCK) == newer
         assert read_direct(direct, BLOCK, 4096) == newer
         with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as other:
             assert other[BLOCK : BLOCK + 4096] == newer
 
 
+@both_modes
 def test_a_mapping_that_outlives_its_descriptor_is_written_back(place: Place) -> None:
     data = bytearray(_image(place, "image", 1, 2))
     with opened(place.cached / "image", os.O_RDWR) as fd:
@@ -379,6 +389,7 @@ def test_a_mapping_that_outlives_its_descriptor_is_written_back(place: Place) ->
     assert (place.cached / "image").read_bytes() == data
 
 
+@both_modes
 def test_pages_written_in_a_mapping_reach_the_origin_when_the_image_is_evicted(
     place: Place,
 ) -> None:
@@ -420,6 +431,7 @@ print(" ".join(f"{place}:{version}" for place, version in last.items()))
 """
 
 
+@both_modes
 def test_several_processes_read_and_write_one_image_as_one_truth(place: Place) -> None:
     _image(place, "image", 7, 16)
     path, root = place.cached / "image", Path(__file__).parents[2]
@@ -447,7 +459,7 @@ def test_several_processes_read_and_write_one_image_as_one_truth(place: Place) -
                 if stream is not None:
                     stream.close()
     assert len(expected) > 100
-    for data in (path.read_bytes(), (place.origin / "image").read_bytes()):
+    for data in (path.read_bytes(), home(place, "image")):
         for at in range(0, len(data), 4096):
             assert read_stamp(data[at : at + STAMP]) == (7, at, expected.get(at, 1))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.mount.modes import both_modes
 from tests.support.daemon import BLOCK, old
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.others import as_user
@@ -131,6 +132,7 @@ def test_rename_keeps_the_blocks_of_an_image(place: Place) -> None:
     assert place.image("new")["origin_read_bytes"] == len(data)
 
 
+@both_modes
 def test_rename_over_an_existing_image_shows_the_new_one_only(place: Place) -> None:
     first, second = _image(place, "first", 1), _image(place, "second", 2)
     with opened(place.cached / "second", os.O_RDONLY) as held:
@@ -156,6 +158,7 @@ def test_rename_without_replacing_refuses_and_changes_nothing(place: Place) -> N
     assert sorted(os.listdir(place.origin)) == ["second", "third"]
 
 
+@both_modes
 def test_exchange_swaps_two_images_and_their_blocks_follow(place: Place) -> None:
     first, second = _image(place, "first", 1), _image(place, "second", 2)
     with (
@@ -171,6 +174,7 @@ def test_exchange_swaps_two_images_and_their_blocks_follow(place: Place) -> None
     assert (place.origin / "first").read_bytes() == second
 
 
+@both_modes
 def test_directories_are_renamed_with_what_they_hold(place: Place) -> None:
     (place.cached / "a" / "b").mkdir(parents=True)
     (place.cached / "a" / "b" / "image").write_bytes(stamped(1, 0, BLOCK, 1))
@@ -185,6 +189,7 @@ def test_directories_are_renamed_with_what_they_hold(place: Place) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
+@both_modes
 def test_hard_links_share_their_blocks(place: Place) -> None:
     data = _image(place, "one", 1)
     os.link(place.cached / "one", place.cached / "two")
@@ -227,6 +232,7 @@ def test_symbolic_links_are_made_read_and_followed(place: Place) -> None:
     assert (st.st_uid, st.st_gid) == (12, 34)
 
 
+@both_modes
 def test_an_unlinked_image_that_is_open_keeps_working(place: Place) -> None:
     data = _image(place, "image", 1, blocks=4)
     with opened(place.cached / "image", os.O_RDWR) as fd:
@@ -248,6 +254,7 @@ def test_an_unlinked_image_that_is_open_keeps_working(place: Place) -> None:
         assert os.fstat(fd).st_mode & 0o777 == 0o640
 
 
+@both_modes
 def test_an_unlinked_image_gives_its_blocks_back(place: Place) -> None:
     data = _image(place, "image", 1, blocks=4)
     used = place.mount.status()["cache"]["slots_used"]
@@ -260,6 +267,7 @@ def test_an_unlinked_image_gives_its_blocks_back(place: Place) -> None:
         assert place.mount.status()["cache"]["slots_used"] == used
 
 
+@both_modes
 def test_a_file_made_again_under_an_old_name_shows_nothing_of_the_old_one(place: Place) -> None:
     for version in range(1, 6):
         data = stamped(1, 0, 2 * BLOCK, version)
