@@ -36,6 +36,10 @@ class CacheDeviceError(FusecacheError):
     """The cache device failed a read, a write or a sync."""
 
 
+class RetiredSlotError(CacheDeviceError):
+    """A slot that failed before holds dirty data, and takes no more."""
+
+
 class DatabaseError(FusecacheError):
     """The block map's database is missing, damaged, foreign or cannot be written."""
 

@@ -117,8 +117,9 @@ class DirtyPages:
         slots = self._slots
         if not self._pages_of.get(image):
             return []
-        lost = (slots.image_of == image) & ((slots.dirty_of & ~slots.valid_of) != 0)
-        found = np.flatnonzero(lost)
+        found = self._dirty_slots()
+        found = found[slots.image_of[found] == image]
+        found = found[(slots.dirty_of[found] & ~slots.valid_of[found]) != 0]
         by_block = sorted(
             (slots.block[s], slots.dirty[s] & ~slots.valid[s]) for s in found.tolist()
         )
@@ -201,7 +202,7 @@ class DirtyPages:
     # -- going back --------------------------------------------------------------------------------
 
     def _dirty_slots(self) -> U32:
-        """Slots with dirty pages and no writeback. About 0.3 ms a million slots."""
+        """Slots with dirty pages that no writeback has. About 0.3 ms a million slots."""
         return np.flatnonzero(self._slots.state_of == State.DIRTY).astype(np.uint32)
 
     def _since(self, older_than: float) -> int:
@@ -252,8 +253,9 @@ class DirtyPages:
         if not self._pages_of.get(image):
             return None
         slots = self._slots
-        found = np.flatnonzero(slots.dirty_of)
-        stamps = slots.dirtied_of[found[slots.image_of[found] == image]]
+        found = np.flatnonzero(slots.state_of >= State.DIRTY)
+        found = found[slots.image_of[found] == image]
+        stamps = slots.dirtied_of[found[slots.dirty_of[found] != 0]]
         return (self._stamp - int(stamps.min())) * PERIOD
 
     def snapshot(self, slots: U32) -> list[Writeback]:

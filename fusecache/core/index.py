@@ -321,6 +321,10 @@ class CacheIndex:
         if self._slots.state[slot] >= State.VALID:
             self._clear(slot, self.geometry.full_mask)
 
+    def is_retired(self, slot: int) -> bool:
+        """Whether the slot failed: nothing new is to be written to it."""
+        return slot in self._retired
+
     def _drop(self, slot: int, event: Event) -> None:
         slots = self._slots
         state = step(slots.state[slot], event)

@@ -189,7 +189,7 @@ class BlockCache:
         errors: list[FusecacheError] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._make_stable, image, errors)
-            if image.synced < image.written:
+            if image.synced < image.guest_written:
                 try:
                     await self._intents.sync_origin(image, metadata=metadata)
                 except OriginError as exc:
@@ -290,12 +290,19 @@ class BlockCache:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: not all is on the origin,
                 or the mode is not stable in the database.
         """
-        async with image.cleaning, image.lock.everything():
-            leaving = image.write_mode is WriteMode.BACK
-            image.write_mode = mode or self.write_mode
-            image.row.write_mode = "" if mode is None else mode.value
-            image.row_owed = True
-        await self.committer.commit(Batch, stable=True)
+        while True:
+            async with image.opening:
+                known = self.images.known(image.row.identity, image.row.path)
+                if known is not image:
+                    image = known  # it was evicted and forgotten while we waited
+                    continue
+                async with image.cleaning, image.lock.everything():
+                    leaving = image.write_mode is WriteMode.BACK
+                    image.write_mode = mode or self.write_mode
+                    image.row.write_mode = "" if mode is None else mode.value
+                    image.row_owed = True
+                await self.committer.commit(Batch, stable=True)
+                break
         if leaving and image.write_mode is not WriteMode.BACK:
             await self.flush(image)
 
@@ -385,34 +392,34 @@ class BlockCache:
             self._nursery.start_soon(self._rescue_all)
 
     async def _rescue_all(self) -> None:
-        """Image by image, again and again with growing pauses, until the origin has everything."""
-        pause = self.tuning.clean_pause
+        """Every image by itself, again and again with growing pauses, until the origin has
+        everything."""
         with self._rescuing:
-            while True:
-                left = [i for i in self.images.all() if not await self._rescued(i)]
-                if not left:
-                    break
-                await trio.sleep(pause)
-                pause = min(self.tuning.clean_pause_most, pause * 2)
+            async with trio.open_nursery() as nursery:
+                for image in self.images.all():
+                    if self.core.dirty.slots(image.id).size:
+                        nursery.start_soon(self._rescue, image)
             empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
             self.state.emptied = await self.committer.fence(empty)
             if self.state.emptied:
                 log.warning("everything that was dirty is on the origin")
 
-    async def _rescued(self, image: Image) -> bool:
-        if image.rescued or not self.core.dirty.slots(image.id).size:
-            return True
-        try:
-            await self._degraded.rescue(image)
-        except FusecacheError as exc:
-            self.cleaner.failed(image, exc)
-        return image.rescued
+    async def _rescue(self, image: Image) -> None:
+        pause = self.tuning.clean_pause
+        while not image.rescued and self.core.dirty.slots(image.id).size:
+            try:
+                await self._degraded.rescue(image)
+            except FusecacheError as exc:
+                self.cleaner.failed(image, exc)
+                await trio.sleep(pause)
+                pause = min(self.tuning.clean_pause_most, pause * 2)
 
     async def aclose(self) -> None:
         """The clean stop; nobody uses the cache any more. Never raises for a cache in trouble.
 
         First everything that makes rows ends, so that the last barrier takes in all of them.
         """
+        await self.housekeeping.settle_all()
         self._background.cancel()
         self._rescuing.cancel()
         await self._background_ended.wait()
@@ -431,8 +438,9 @@ class BlockCache:
                 await self.committer.run_database(self.block_map.detach)
             except FusecacheError as exc:
                 log.error("the cache could not be closed cleanly: %s", exc)
-        for image in self.images.all():
-            image.origin.close()
+        async with trio.open_nursery() as nursery:
+            for image in self.images.all():
+                nursery.start_soon(self.threads.harmless, image.limiter, image.origin.close)
 
 
 @asynccontextmanager

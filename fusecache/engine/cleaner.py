@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+import numpy as np
 import trio
 
 from fusecache.config import Tuning
@@ -39,8 +40,10 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Is told the dirty bytes left."""
 
-_BATCH = 512
-"""Blocks of one image that share two barriers and one origin sync."""
+_BATCH = 32 << 20
+"""Bytes of one image that share two barriers and one origin sync."""
+_BY_CLOCK = 8 << 20
+"""The same by the clock: between batches the cleaner steps aside, and truncates get through."""
 _RUN = 1 << 20
 """The largest writeback; neighbouring dirty pages up to this become one write."""
 _WATCH = 0.5
@@ -74,7 +77,8 @@ class Cleaner:
         self._tuning = tuning
         self._pace = Pace(tuning.clean_rate, clock.monotonic, images.all)
         self._reads = DirtyReads(core, state)
-        self._limiters: dict[int, trio.CapacityLimiter] = {}
+        self._batch_blocks = max(1, _BATCH >> core.geometry.block_shift)
+        self._clock_blocks = max(1, _BY_CLOCK >> core.geometry.block_shift)
         self._busy: set[int] = set()
         self._low = max(1, int(core.slot_count * tuning.dirty_low))
 
@@ -95,29 +99,39 @@ class Cleaner:
         """Whether younger data has to go as well."""
         return self._dirty.blocks > self._low or self._state.draining
 
+    @property
+    def _age(self) -> float:
+        return 0 if self._crowded else self._tuning.dirty_age
+
+    def _due_bytes(self, image: Image) -> int:
+        """How much the next batch by the clock is at most."""
+        slots = self._dirty.due(image.id, self._clock_blocks, older_than=self._age)
+        pages = sum(item.pages.bit_count() for item in self._dirty.snapshot(slots))
+        return pages << self._geometry.page_shift
+
     def _due(self) -> list[Image]:
         if not self._dirty.blocks:
             return []
         now = self._clock.monotonic()
-        due = set(self._dirty.due_images(0 if self._crowded else self._tuning.dirty_age))
+        # Dirty data of an earlier life is locked on the origin at once, however young (P8).
+        due = set(self._dirty.due_images(self._age))
         return [
             image
             for image in self._images.all()
-            if image.id in due and image.id not in self._busy and now >= image.clean_after
+            if (image.id in due or not image.adopted)
+            and image.id not in self._busy
+            and now >= image.clean_after
         ]
 
     async def _clean_by_clock(self, image: Image) -> None:
         """Batches until nothing of the image is due; pauses, longer each time, after an error."""
         try:
             async with self._recorded(image):
-                while self._state.usable:
-                    age = 0 if self._crowded else self._tuning.dirty_age
+                while self._state.usable and (size := self._due_bytes(image)):
+                    await self._pace.wait(size, yielding=not self._crowded)
                     async with image.cleaning:
-                        slots = self._dirty.due(image.id, _BATCH, older_than=age)
-                        if not slots.size:
-                            break
-                        await self._batch(image, slots, background=True)
-                    await trio.lowlevel.checkpoint()
+                        slots = self._dirty.due(image.id, self._clock_blocks, older_than=self._age)
+                        await self._batch(image, slots)
         except FusecacheError as exc:
             self.failed(image, exc)
         except Exception as exc:
@@ -146,7 +160,7 @@ class Cleaner:
         Raises:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.
         """
-        async with self._recorded(image), image.cleaning:
+        async with self._recorded(image):
             await self._pass(image, progress)
         self._refuse_lost(image)
 
@@ -155,8 +169,7 @@ class Cleaner:
         async with self._recorded(image):
             for _ in range(_PASSES):
                 if self._dirty.pages(image.id):
-                    async with image.cleaning:
-                        await self._pass(image, progress)
+                    await self._pass(image, progress)
 
     @asynccontextmanager
     async def _recorded(self, image: Image) -> AsyncIterator[None]:
@@ -174,7 +187,7 @@ class Cleaner:
         Raises:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: some of it stays dirty.
         """
-        await self._pass(image, progress)
+        await self._pass(image, progress, alone=True)
         self._refuse_lost(image)
         assert not self._dirty.pages(image.id) or not self._state.usable
 
@@ -183,7 +196,7 @@ class Cleaner:
         slots = self._dirty.slots(image.id)
         mine = [slot for slot in slots.tolist() if self._dirty.place(slot)[0] == block]
         if mine:
-            await self._batch(image, slots[slots == mine[0]], background=False)
+            await self._batch(image, slots[slots == mine[0]])
         if self._dirty.mask(image.id, block):
             raise LostDataError("dirty data cannot be read from the cache device")
 
@@ -197,27 +210,57 @@ class Cleaner:
                 f"cache device, the first at {offset}, {length} bytes long"
             )
 
-    async def _pass(self, image: Image, progress: Progress | None) -> None:
-        """Once over all that is dirty now. ``cleaning`` is held."""
+    async def _pass(self, image: Image, progress: Progress | None, *, alone: bool = False) -> None:
+        """Once over all that is dirty now.
+
+        Args:
+            alone: the caller holds ``cleaning`` and all of ``lock``; else each batch takes what
+                it needs, so that a truncate gets through in between.
+
+        Raises:
+            OriginError, DatabaseError, CacheDeviceError: at once; what is left stays dirty.
+            LostDataError: at the end; all that can be read is on the origin.
+        """
         slots = self._dirty.due(image.id, 1 << 32)
-        for first in range(0, slots.size, _BATCH):
-            await self._batch(image, slots[first : first + _BATCH], background=False)
+        lost: LostDataError | None = None
+        for first in range(0, slots.size, self._batch_blocks):
+            try:
+                await self._part(image, slots[first : first + self._batch_blocks], alone=alone)
+            except LostDataError as exc:
+                lost = exc
             if progress is not None:
                 progress(self._dirty.all_pages << self._geometry.page_shift)
+        if lost is not None:
+            raise lost
+
+    async def _part(self, image: Image, slots: U32, *, alone: bool) -> None:
+        """One batch of a pass, and what it left out because somebody was just writing there."""
+        if alone:
+            await self._batch(image, slots)
+            return
+        async with image.cleaning:
+            skipped = await self._batch(image, slots)
+            for item in skipped:
+                async with image.lock.span(item.block, item.block + 1):
+                    await self._batch(image, np.array([item.slot], np.uint32))
 
     # -- one batch ---------------------------------------------------------------------------------
 
-    async def _batch(self, image: Image, slots: U32, *, background: bool) -> None:
-        """Steps 1 to 4 for some slots of one image, in the order of their blocks."""
+    async def _batch(self, image: Image, slots: U32) -> list[Writeback]:
+        """Steps 1 to 4 for some slots of one image, in the order of their blocks.
+
+        Returns what was left out because somebody was writing to it.
+        """
         noted = self._dirty.snapshot(slots)
         await self._committer.barrier()  # 1. rows stable
         failed_syncs = image.failed_syncs
         taken: list[int] = []
+        skipped: list[Writeback] = []
         errors: list[FusecacheError] = []
         settling = False
         try:
             image.own_pending = True
-            await self._write_runs(image, noted, taken, errors, background=background)  # 2.
+            await self._write_runs(image, noted, taken, skipped, errors)  # 2.
             if taken:
                 await self._intents.sync_origin(image)  # 3.
             if image.failed_syncs != failed_syncs:
@@ -225,7 +268,8 @@ class Cleaner:
             for slot in taken:
                 self._dirty.cleaned(slot)  # 4. rows, then stably
             settling = True
-            await self._committer.barrier()
+            with trio.CancelScope(shield=True):  # what gave up must not settle before it is stable
+                await self._committer.barrier()
         finally:
             if image.writers:
                 image.own_pending = False  # recorded when the last of them closes
@@ -237,23 +281,23 @@ class Cleaner:
             raise errors[0]
         image.clean_failures = 0
         image.clean_error = ""
+        return skipped
 
     async def _write_runs(
         self,
         image: Image,
         noted: list[Writeback],
         taken: list[int],
+        skipped: list[Writeback],
         errors: list[FusecacheError],
-        *,
-        background: bool,
     ) -> None:
         """All runs of a batch, some at a time; what failed is left out of ``taken``."""
         limiter = trio.CapacityLimiter(self._tuning.clean_writes)
 
         async def one(run: list[Writeback]) -> None:
             try:
-                if not errors:
-                    await self._write_run(image, run, taken, errors)
+                if not any(isinstance(error, OriginError) for error in errors):
+                    await self._write_run(image, run, taken, skipped, errors)
             except FusecacheError as exc:
                 errors.append(exc)
             finally:
@@ -262,9 +306,6 @@ class Cleaner:
         async with trio.open_nursery() as nursery:
             for run in self._runs(noted):
                 await limiter.acquire_on_behalf_of(run[0])
-                if background:
-                    size = sum(item.pages.bit_count() for item in run) << self._geometry.page_shift
-                    await self._pace.wait(size, yielding=not self._crowded)
                 nursery.start_soon(one, run)
 
     def _runs(self, noted: list[Writeback]) -> list[list[Writeback]]:
@@ -283,13 +324,16 @@ class Cleaner:
         image: Image,
         run: list[Writeback],
         taken: list[int],
+        skipped: list[Writeback],
         errors: list[FusecacheError],
     ) -> None:
         begun = [(item, pages) for item in run if (pages := self._dirty.begin_writeback(item))]
+        started = {item.slot for item, _ in begun}
+        skipped += [item for item in run if item.slot not in started]
         done = False
         try:
             copy = partial(self._copy, image.origin, begun, image.size)
-            failed, count = await self._threads.run(copy, limiter=self._limiter(image))
+            failed, count = await self._threads.run(copy, limiter=image.cleaner_limiter)
             image.counters.origin_writes += count
             image.counters.origin_write_bytes += sum(
                 (pages & ~failed.get(item.block, 0)).bit_count() << self._geometry.page_shift
@@ -313,12 +357,6 @@ class Cleaner:
                 errors.append(LostDataError("dirty data cannot be read from the cache device"))
                 self._dirty.keep_pages(item.slot, bad)
             taken.append(item.slot)
-
-    def _limiter(self, image: Image) -> trio.CapacityLimiter:
-        """Its own, so that writebacks never keep a guest's calls waiting."""
-        if image.id not in self._limiters:
-            self._limiters[image.id] = trio.CapacityLimiter(self._tuning.clean_writes)
-        return self._limiters[image.id]
 
     def _copy(
         self, origin: OriginImage, begun: list[tuple[Writeback, int]], size: int

@@ -134,9 +134,7 @@ class Committer:
         if rows.slot.size:
             self.anything_since_barrier = True
         try:
-            mark = await self._threads.database(
-                partial(self._block_map.commit, batch, stable=stable)
-            )
+            mark = await self._database(partial(self._block_map.commit, batch, stable=stable))
         except Exception as exc:
             self._core.give_back_owed(rows)
             for image in owing:
@@ -311,7 +309,7 @@ class Committer:
         try:
             await self._sync_device()  # 2. data
             async with self._lock:
-                await self._threads.database(self._block_map.merge, mark)  # 3. rows, stably
+                await self._database(partial(self._block_map.merge, mark))  # 3. rows, stably
         except Exception:
             self._core.give_back_leaving(leaving)
             for image in changed:
@@ -340,12 +338,20 @@ class Committer:
         """A call on the block map that is not a commit, in its turn."""
         async with self._lock:
             self._check()
-            return await self._threads.database(work)
+            return await self._database(work)
 
     async def fence(self, work: Callable[[], T]) -> T:
         """The one call on the block map that a broken cache still makes."""
         async with self._lock:
-            return await self._threads.database(work)
+            return await self._database(work)
+
+    async def _database(self, work: Callable[[], T]) -> T:
+        """In the database's thread. A caller that gives up does so afterwards: what was taken
+        for a transaction must not be lost before it began."""
+        scope = trio.CancelScope(shield=True)
+        with scope:
+            result = await self._threads.database(work)
+        return result
 
 
 def _unforeseen(exc: Exception) -> DatabaseError:

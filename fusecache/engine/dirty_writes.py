@@ -17,7 +17,7 @@ from fusecache.engine.intents import WriteIntents
 from fusecache.engine.ports import Threads
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
-from fusecache.errors import LostDataError, OriginError
+from fusecache.errors import LostDataError, OriginError, RetiredSlotError
 
 
 @dataclass(slots=True)
@@ -81,8 +81,11 @@ class DirtyWrites:
             OriginError: a page written in part could not be completed; nothing was written.
             LostDataError: the same, because the cache device had lost the rest of it.
             DatabaseError: the rows are not committed, or nobody knows.
+            RetiredSlotError: nothing was written.
             CacheDeviceError: the data is in the slots in part.
         """
+        if any(self._core.is_retired(part.slot) for part in parts):
+            raise RetiredSlotError("a slot that failed takes no more data")
         for part in parts:
             await self._complete_edges(image, part)
         for part in parts:

@@ -4,8 +4,11 @@ Each excludes all other slow work on the image, takes the blocks out of the core
 database stably, and only then lets anything past the cache.
 """
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+import trio
 
 from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
@@ -17,6 +20,8 @@ from fusecache.engine.intents import WriteIntents
 from fusecache.engine.ports import Invalidate, Threads
 from fusecache.engine.state import CacheState
 from fusecache.errors import DatabaseError, OriginError
+
+log = logging.getLogger(__name__)
 
 
 class Discards:
@@ -74,8 +79,10 @@ class Discards:
 
     def _refuse_held(self, image: Image, size: int) -> None:
         """A broken cache cannot forget dirty pages, and they would come back in a longer file."""
-        held = self._core.dirty.slots(image.id).size
-        if size < image.size and self._degraded.holds(image) and held:
+        first = size >> self._core.geometry.block_shift
+        slots = self._core.dirty.slots(image.id).tolist()
+        held = any(self._core.dirty.place(slot)[0] >= first for slot in slots)
+        if held and self._degraded.holds(image):
             raise OriginError(5, "the cache is degraded and holds data past the new end")
 
     async def _truncate_cached(self, image: Image, size: int) -> None:
@@ -110,6 +117,7 @@ class Discards:
             raise
         finally:
             image.written += 1
+            image.guest_written = image.written
         await self._intents.sync_origin(image)
 
     @asynccontextmanager
@@ -130,8 +138,12 @@ class Discards:
                 # Whoever has it open goes on with it: its data must be where they will read it.
                 await self._cleaner.finish(image)
             yield True
-            image.detached = True
-            await self._images.drop(image, 0, dirty=True)
+            image.detached = image.gone = True
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._images.drop(image, 0, dirty=True)
+                except DatabaseError as exc:
+                    log.error("rows of a removed image stay: %s", exc)
             await self._images.ownership.unlock(image)
             if not image.handles:
                 await self._images.forget(image, gone=True)
@@ -171,9 +183,12 @@ class Discards:
                 if not discard_dirty and self._core.dirty.pages(image.id):
                     await self._cleaner.finish(image, progress)
                 blocks = self._core.usage(image.id).blocks
-                image.detached = True
-                await self._images.drop(image, 0, dirty=True)
-                image.unreadable.clear()
+                # All or nothing, also if whoever asked gives up: a write past the cache must not
+                # meet rows or pages that are left.
+                with trio.CancelScope(shield=True):
+                    await self._images.drop(image, 0, dirty=True)
+                    image.detached = True
+                    image.unreadable.clear()
         finally:
             image.draining -= 1
             if image.own_pending:
@@ -210,7 +225,7 @@ class Discards:
                     await self._cleaner.finish(image, progress)
         finally:
             image.draining -= 1
-        await self._images.ownership.cleaned(image)
+            await self._images.ownership.cleaned(image)
 
     async def sync(self, image: Image, path_fd: int | None = None) -> None:
         """Origin sync if anything was written since the last; see ``evict`` for ``path_fd``.

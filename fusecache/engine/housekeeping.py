@@ -74,7 +74,7 @@ class Housekeeping:
         await self._intents.clear_idle(images)
         # Everything that asks an origin runs beside, one task an image: one may stall (P6).
         for image in images:
-            if image.id not in self._busy and (image.intents or image.origin_open):
+            if image.id not in self._busy and self._needs_a_look(image):
                 self._busy.add(image.id)
                 nursery.start_soon(self._look_after, image)
         changed = self._committer.anything_since_barrier or self._core.leaving
@@ -91,9 +91,14 @@ class Housekeeping:
             self._last_order = now
             nursery.start_soon(self._save_order_now)
 
+    def _needs_a_look(self, image: Image) -> bool:
+        return bool(image.intents or image.origin_open or image.origin.locked)
+
     async def _look_after(self, image: Image) -> None:
         try:
             await self._intents.remove_old(image)
+            if image.own_pending and not image.cleaning.locked():
+                await self._images.ownership.cleaned(image)  # a flush that was given up left this
             await self._images.settle(image)
             await self._images.close_idle(image)
         except Exception as exc:

@@ -46,6 +46,8 @@ class Image:
     row: ImageRow
     origin: OriginImage
     limiter: trio.CapacityLimiter
+    cleaner_limiter: trio.CapacityLimiter
+    """Its own, so that writebacks never keep a guest's calls waiting."""
     write_mode: WriteMode
     max_waiting: int
     size: int = 0
@@ -64,6 +66,8 @@ class Image:
     waiting: int = 0
     detached: bool = False
     """Evicted or unlinked while open: uncached until the last handle closes."""
+    gone: bool = False
+    """Its last name was removed."""
     draining: int = 0
     """Somebody wants it clean: no page becomes dirty that was not."""
     adopted: bool = True
@@ -101,6 +105,9 @@ class Image:
     """``changes`` as of when the barrier that runs, or ran last, began."""
     stable: int = 0
     """``changes`` that a completed barrier has made stable."""
+    guest_written: int = 1
+    """``written`` as of the last change a guest made there: what the guest's fsync must cover. What
+    the cleaner wrote stays dirty here until it is synced."""
     written: int = 1
     """Origin writes ended, ever, and one for what an earlier life may have left unsynced."""
     synced: int = 0

@@ -77,6 +77,7 @@ class Images:
             row=row,
             origin=self._new_origin(),
             limiter=self._threads.new_image_limiter(),
+            cleaner_limiter=trio.CapacityLimiter(self._tuning.clean_writes),
             write_mode=WriteMode(row.write_mode or self._write_mode),
             max_waiting=self._tuning.max_waiting_per_image,
             size=row.size,
@@ -112,7 +113,7 @@ class Images:
         Args:
             gone: the image itself is removed, so that its setting goes as well.
         """
-        image.origin.close()
+        await self._close_origin(image)
         image.row_owed = False
         if self._by_identity.get(image.row.identity) is image:
             del self._by_identity[image.row.identity]
@@ -181,7 +182,7 @@ class Images:
         await self.ownership.adopt(image)
         if write:
             if image.writers == 0:
-                image.wrote = False
+                image.wrote = image.own_pending
                 await self.begin_writing(image)
             image.writers += 1
         else:
@@ -190,7 +191,7 @@ class Images:
     async def open_side(self, image: Image, path_fd: int, *, write: bool) -> Attributes:
         """Opens the origin's file anew for reading or for writing. Raises OriginError."""
         try:
-            opening = partial(image.origin.open, path_fd, write=write)
+            opening = image.origin.opener(path_fd, write=write)
             return await self._threads.harmless(image.limiter, opening)
         except OriginError as exc:
             image.counters.failed(exc)
@@ -259,7 +260,7 @@ class Images:
             except OriginError as exc:
                 image.counters.failed(exc)
                 log.warning("%s could not be synced at its last close: %s", image.name, exc)
-        await self.forget(image)
+        await self.forget(image, gone=image.gone)
 
     async def before_close(self, image: Image) -> None:
         """At a guest's close(2): waits until a change made after it cannot share our last change
@@ -289,6 +290,11 @@ class Images:
         of what they belonged to: a stop in between must not leave old blocks with a new record.
         """
         row = image.row
+        if self._core.dirty.pages(image.id):
+            # What is dirty is about to be fitted to what we see, which may be an earlier life's
+            # truncate that is not synced.
+            await self._threads.harmless(image.limiter, image.origin.sync)
+            seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         now = self._clock.origin_ns()
         age = self._tuning.settle_age
         if image.matches(seen) and row.trusted:
@@ -336,14 +342,21 @@ class Images:
         Args:
             dirty: whole blocks go, for a caller that holds ``image.cleaning``; else what is
                 held stays.
+
+        Raises:
+            DatabaseError: dirty pages were to go and their rows stay; nothing was dropped.
         """
-        held = not dirty and self._core.dirty.slots(image.id).size > 0
+        held = bool(self._core.dirty.slots(image.id).size)
+        if dirty and held:
+            # Rows first: were they to stay, these pages must stay as well, or the rows would
+            # bring them back over what comes after.
+            await self.committer.drop(image, from_block)
         none = self._core.usage(image.id).blocks == 0
         slots = np.empty(0, np.uint32) if none else self._core.slots_of(image.id, from_block)
         for first in range(0, slots.size, _DROP_PART):
             self._core.drop(image.id, slots[first : first + _DROP_PART], dirty=dirty)
             await trio.lowlevel.checkpoint()
-        if self._state.usable:
+        if self._state.usable and not (dirty and held):
             try:
                 if held:
                     await self.committer.barrier()
@@ -360,8 +373,11 @@ class Images:
         """
         geometry = self._core.geometry
         block, tail = divmod(size, geometry.block_size)
-        await self.drop(image, block + (1 if tail else 0), dirty=True)
-        if not tail:
+        try:
+            await self.drop(image, block + (1 if tail else 0), dirty=True)
+        except DatabaseError:
+            await self._state.passable()
+        if not tail or not self._state.usable:
             return
         beyond = geometry.touched(tail, geometry.block_size)
         last = geometry.touched(tail - 1, tail) & beyond
@@ -442,11 +458,15 @@ class Images:
         """Closes the origin's descriptors of an image that nobody has open or needs."""
         if self._needs_origin(image) or image.settles:
             return
-        if image.opening.locked() or not image.origin_open:
+        if image.opening.locked() or not (image.origin_open or image.origin.locked):
             return
         async with image.opening:
             if not self._needs_origin(image) and await self._synced(image):
-                image.origin.close()
+                await self._close_origin(image)
+
+    async def _close_origin(self, image: Image) -> None:
+        """In a thread: on a network filesystem a close asks the server."""
+        await self._threads.harmless(image.limiter, image.origin.close)
 
     async def _synced(self, image: Image) -> bool:
         """Whether the origin has all we wrote, synced: nobody could do it later."""
@@ -466,8 +486,16 @@ class Images:
         unsettled = image.intents or image.whole_intent
         return bool(image.handles or dirty or unsettled or not image.lock.idle)
 
+    def moved(self, identity: bytes, path: bytes) -> None:
+        """The image has a new name: that is where its dirty data will be brought."""
+        image = self.find(identity)
+        if image is not None and image.row.path != path:
+            image.row.path = path
+            image.row_owed = image.row_owed or image.row.recorded_ns != 0
+
     def attributes_changed(self, identity: bytes) -> None:
         """Owner, mode or times were set on the origin: the next fsync has something to sync."""
         image = self.find(identity)
         if image is not None:
             image.written += 1
+            image.guest_written = image.written

@@ -39,13 +39,15 @@ class OriginWrites:
                 return
             image.wrote = True
             try:
-                await self._threads.run(image.origin.truncate, size, limiter=image.limiter)
-                image.size = size
+                image.size = await self._threads.run(
+                    image.origin.extend, size, limiter=image.limiter
+                )
             except OriginError as exc:
                 image.counters.failed(exc)
                 raise
             finally:
                 image.written += 1
+                image.guest_written = image.written
                 image.last_write = self._now()
 
     def storing(self, image: Image, offset: int, data: bytes) -> Storing:
@@ -98,6 +100,7 @@ class OriginWrites:
             raise
         finally:
             image.written += 1
+            image.guest_written = image.written
             image.last_write = self._now()
         image.size = max(image.size, offset + len(data))
         image.counters.origin_writes += 1

@@ -54,7 +54,7 @@ class Ownership:
             LockedElsewhereError: one does.
         """
         try:
-            await self._threads.harmless(image.limiter, image.origin.lock, path_fd)
+            await self._threads.harmless(image.limiter, image.origin.locker(path_fd))
         except LockedElsewhereError as exc:
             log.error("%s cannot be opened for writing: %s", image.name, exc)
             image.counters.failed(exc)
@@ -139,6 +139,8 @@ class Ownership:
     async def cleaned(self, image: Image) -> None:
         """The cleaner has done what it could for now: records what it made of the origin (P3),
         and gives up the lock if nothing is dirty."""
+        if image.cleaning.locked():
+            return  # somebody is at it again, and will record what comes of it
         async with image.opening:
             if image.writers or self._images.find(image.row.identity) is not image:
                 image.own_pending = False  # recorded when the last writer closes

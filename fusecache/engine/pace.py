@@ -8,7 +8,7 @@ from fusecache.engine.image import Image
 
 _ASIDE = 0.02
 _ASIDE_MOST = 1.0
-"""Seconds the cleaner steps aside for guests at most before each run: it must get on, too."""
+"""Seconds the cleaner steps aside for guests at most before a batch: it must get on, too."""
 
 
 class Pace:
@@ -25,9 +25,10 @@ class Pace:
         self._now = now
         self._images = images
         self._next = 0.0
+        self._stuck: dict[int, int] = {}
 
     async def wait(self, size: int, *, yielding: bool) -> None:
-        """Returns when ``size`` bytes may go to the origin.
+        """Returns when ``size`` bytes may go to the origin. Hold no lock meanwhile.
 
         Args:
             yielding: while guests wait for the origin, wait as well.
@@ -37,10 +38,19 @@ class Pace:
             self._next = begin + size / self._rate
             await trio.sleep(max(0.0, begin - self._now()))
         until = self._now() + _ASIDE_MOST
-        while yielding and self._guests_wait():  # nobody tells when they end
+        while yielding and (busy := self._guests_waiting()):
             if self._now() >= until:
+                self._stuck = busy
                 break
             await trio.sleep(_ASIDE)
 
-    def _guests_wait(self) -> bool:
-        return any(image.limiter.borrowed_tokens for image in self._images())
+    def _guests_waiting(self) -> dict[int, int]:
+        """Images whose guests wait for the origin, with how much it did for them so far. One that
+        got nothing in all the time we waited for it is stalled, and not worth waiting for."""
+        return {
+            image.id: done
+            for image in self._images()
+            if image.limiter.borrowed_tokens
+            and self._stuck.get(image.id)
+            != (done := image.counters.origin_reads + image.counters.origin_writes)
+        }

@@ -17,7 +17,7 @@ from fusecache.engine.image import Image
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.state import CacheState
-from fusecache.errors import CacheDeviceError, DatabaseError, OriginError
+from fusecache.errors import CacheDeviceError, DatabaseError, OriginError, RetiredSlotError
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Writes:
                 try:
                     await self._write(image, offset, data)
                 except CacheDeviceError as exc:
-                    self._state.store_failed(exc)
+                    if not isinstance(exc, RetiredSlotError):
+                        self._state.store_failed(exc)
                     torn = exc
             if torn is not None:
                 await self._degraded.supersede(image, offset, data)

@@ -9,6 +9,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusecache.errors import LockedElsewhereError, LocksUnsupportedError, OriginError
@@ -45,6 +46,8 @@ class OriginImage:
         self._read_fd = -1
         self._write_fd = -1
         self._lock_fd = -1
+        self._era = 0
+        """Closed so often: what began before a close takes no effect after it."""
 
     def open(self, path_fd: int, *, write: bool) -> Attributes:
         """Opens anew from a pinned descriptor and returns the attributes as of that open.
@@ -55,12 +58,18 @@ class OriginImage:
         Raises:
             OriginError: ``path_fd`` is not a regular file, or the origin refused.
         """
+        return self._open(path_fd, write=write, era=self._era)
+
+    def _open(self, path_fd: int, *, write: bool, era: int) -> Attributes:
         try:
             if not stat.S_ISREG(os.fstat(path_fd).st_mode):
                 raise OriginError(22, "only regular files are opened")
             flags = (os.O_WRONLY if write else os.O_RDONLY) | os.O_CLOEXEC
             fd = os.open(f"/proc/self/fd/{path_fd}", flags)
             seen = Attributes.of(os.fstat(fd))
+            if era != self._era:
+                os.close(fd)
+                return seen
             old = self._write_fd if write else self._read_fd
             if old >= 0:
                 # In place, so that a read under way in another thread never meets a closed
@@ -74,6 +83,32 @@ class OriginImage:
             return seen
         except OSError as exc:
             raise _translated(exc, "opening the image") from exc
+
+    def opener(self, path_fd: int, *, write: bool) -> Callable[[], Attributes]:
+        """``open`` for a thread that may be left behind: it has a descriptor of its own, since
+        the caller may close ``path_fd`` and its number be another file's by then; and it takes
+        no effect if the image was closed meanwhile."""
+        own, era = os.dup(path_fd), self._era
+
+        def run() -> Attributes:
+            try:
+                return self._open(own, write=write, era=era)
+            finally:
+                os.close(own)
+
+        return run
+
+    def locker(self, path_fd: int) -> Callable[[], None]:
+        """``lock`` for a thread that may be left behind, see ``opener``."""
+        own, era = os.dup(path_fd), self._era
+
+        def run() -> None:
+            try:
+                self._lock(own, era)
+            finally:
+                os.close(own)
+
+        return run
 
     def attributes(self) -> Attributes:
         """The attributes as the open descriptor sees them now."""
@@ -128,6 +163,16 @@ class OriginImage:
         except OSError as exc:
             raise _translated(exc, "truncating") from exc
 
+    def extend(self, size: int) -> int:
+        """Makes the file at least ``size`` long, and never shorter; returns how long it is."""
+        try:
+            now = os.fstat(self._write_fd).st_size
+            if now < size:
+                os.ftruncate(self._write_fd, size)
+            return max(now, size)
+        except OSError as exc:
+            raise _translated(exc, "making the image longer") from exc
+
     def sync(self, *, metadata: bool = True) -> None:
         """Everything written is on the origin's stable storage. Needs either descriptor."""
         try:
@@ -154,6 +199,9 @@ class OriginImage:
             LocksUnsupportedError: the origin has no locks.
             OriginError: the origin refused to open the file.
         """
+        self._lock(path_fd, self._era)
+
+    def _lock(self, path_fd: int, era: int) -> None:
         if self._lock_fd >= 0:
             return
         try:
@@ -172,7 +220,10 @@ class OriginImage:
             if exc.errno in _NO_LOCKS:
                 raise LocksUnsupportedError(exc.errno, f"locking: {exc.strerror}") from exc
             raise _translated(exc, "locking the image") from exc
-        self._lock_fd = fd
+        if era == self._era:
+            self._lock_fd = fd
+        else:
+            os.close(fd)
 
     def unlock(self) -> None:
         """Gives the lock up; twice does nothing."""
@@ -182,6 +233,7 @@ class OriginImage:
 
     def close(self) -> None:
         """Closes both descriptors and gives up the lock; twice does nothing."""
+        self._era += 1
         self.unlock()
         for fd in (self._read_fd, self._write_fd):
             if fd >= 0:
