@@ -177,7 +177,7 @@ class _Fixed:
         busy = self.busy
         await busy.write(96, 40)
         await busy.truncate(100)
-        await busy.write(150, 2)
+        await busy.write(150, 3)
         await busy.read(96, 60)
         await busy.fsync()
 
