@@ -250,8 +250,15 @@ class DirtyPagesAgainstADict(RuleBasedStateMachine):
             self.noted[tag] = noted
 
     @precondition(lambda self: self.noted)
-    @rule(data=st.data())
-    def begin_writeback(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), before=st.sampled_from(["", "", "pin", "lose", "write"]), pages=MASKS)
+    def begin_writeback(self, data: st.DataObject, before: str, pages: int) -> None:
+        """Much may happen between the snapshot and the time it is stable."""
+        if before == "pin":
+            self.pin(data.draw(st.sampled_from(sorted(self.noted))))
+        elif before == "lose":
+            self.lose(data, pages)
+        elif before == "write":
+            self.write_whole(data, pages)
         tag = data.draw(st.sampled_from(sorted(self.noted)))
         noted, block = self.noted.pop(tag), self.blocks[tag]
         expected = noted.pages & block.dirty & block.valid
@@ -362,6 +369,7 @@ class DirtyPagesAgainstADict(RuleBasedStateMachine):
         for tag in set(able) - set(left):
             self.gone(tag)
 
+    @precondition(lambda self: len(self.blocks) > 2)
     @rule(image=IMAGES, first=st.integers(0, 2), dirty=st.booleans())
     def drop(self, image: int, first: int, dirty: bool) -> None:
         mine = [tag for tag in self.blocks if tag[0] == image and tag[1] >= first]
@@ -412,7 +420,7 @@ class DirtyPagesAgainstADict(RuleBasedStateMachine):
         self.index.release(leaving)
         self.leaving.clear()
 
-    @precondition(lambda self: self.taken is None)
+    @precondition(lambda self: self.taken is None and len(self.blocks) > 3)
     @rule()
     def restart(self) -> None:
         """A killed daemon's successor has what the rows say: nothing is pinned or taken."""
@@ -575,6 +583,14 @@ def test_pages_dirtied_after_the_snapshot_are_not_taken() -> None:
     (noted,) = index.dirty.snapshot(np.array([slot], np.uint32))
     soiled(index, 1, 0, 0b0010)
     assert index.dirty.begin_writeback(noted) == 0b0001
+
+
+def test_pages_lost_after_the_snapshot_are_not_taken() -> None:
+    index = CacheIndex(GEOMETRY, SLOTS)
+    slot = soiled(index, 1, 0, 0b0011)
+    (noted,) = index.dirty.snapshot(np.array([slot], np.uint32))
+    index.dirty.lose(slot, 0b0001)
+    assert index.dirty.begin_writeback(noted) == 0b0010
 
 
 def test_an_overwrite_of_several_blocks_is_all_or_nothing() -> None:
