@@ -362,12 +362,14 @@ class BlockCache:
         self._nursery.start_soon(self._fence_when_broken)
 
     async def _run_background(self) -> None:
-        with self._background:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._reclaimer.run)
-                nursery.start_soon(self.housekeeping.run)
-                nursery.start_soon(self.cleaner.run)
-        self._background_ended.set()
+        try:
+            with self._background:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._reclaimer.run)
+                    nursery.start_soon(self.housekeeping.run)
+                    nursery.start_soon(self.cleaner.run)
+        finally:
+            self._background_ended.set()
 
     async def _fence_when_broken(self) -> None:
         """Once the cache is unusable: no write may pass it before the next start is warned.
