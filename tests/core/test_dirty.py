@@ -185,6 +185,11 @@ class DirtyPagesAgainstADict(RuleBasedStateMachine):
             block.reserved = False
         self.perhaps_gone(tag)
 
+    @rule(data=st.data(), tag=TAGS, pages=MASKS)
+    def fill(self, data: st.DataObject, tag: Tag, pages: int) -> None:
+        self.pin(tag)
+        self.stored(data, pages)
+
     @rule(data=st.data())
     def unpin(self, data: st.DataObject) -> None:
         tag = self.draw(data, pins=True)
@@ -593,6 +598,28 @@ def test_pages_lost_after_the_snapshot_are_not_taken() -> None:
     assert index.dirty.begin_writeback(noted) == 0b0010
 
 
+def test_pages_that_did_not_get_to_the_origin_stay_dirty() -> None:
+    index = CacheIndex(GEOMETRY, SLOTS)
+    slot = soiled(index, 1, 0, 0b0111)
+    assert written_back(index, slot) == 0b0111
+    index.dirty.keep_pages(slot, 0b1010)
+    assert index.dirty.cleaned(slot) == 0b0101
+    index.dirty.settled(slot)
+    assert index.dirty.held(1, 0) == 0b0010
+    index.check()
+
+
+def test_a_pinned_block_that_loses_its_last_page_keeps_its_slot_for_what_is_written() -> None:
+    index = CacheIndex(GEOMETRY, SLOTS)
+    slot = filled(index, 1, 0, FULL)
+    index.begin_store(1, 0)
+    index.clear(1, 0, FULL)
+    index.stored_dirty(slot, 0b0001)
+    index.unpin(slot)
+    index.check()
+    assert index.valid_pages(1, 0) == index.dirty.mask(1, 0) == 0b0001
+
+
 def test_an_overwrite_of_several_blocks_is_all_or_nothing() -> None:
     index = CacheIndex(GEOMETRY, SLOTS)
     first, second = soiled(index, 1, 0, FULL), soiled(index, 1, 1, 0b0111)
@@ -747,10 +774,11 @@ def test_pages_are_due_once_they_are_old_enough_and_not_a_period_later() -> None
     index = CacheIndex(GEOMETRY, SLOTS)
     dirty = index.dirty
     dirty.advance(1000.0)
+    dirty.advance(1001.9)
     slot = soiled(index, 1, 0, 0b0001)
     due_from = None
     for tenth in range(400):
-        dirty.advance(1000.0 + tenth / 10)
+        dirty.advance(1001.9 + tenth / 10)
         due = dirty.due(1, SLOTS, older_than=30.0).tolist()
         assert (dirty.due_images(30.0) == [1]) == (due == [slot])
         if due and due_from is None:
