@@ -79,6 +79,8 @@ class Tuning:
     """After a failed writeback the image is left alone for this long, then twice as long ..."""
     clean_pause_most: float = 60.0
     """... and at most this long."""
+    commits_in_place: bool = True
+    """Small light commits are made in the event loop, as long as they are quick."""
     attribute_timeout: float = 1.0
     """How long the kernel may keep names and attributes."""
 

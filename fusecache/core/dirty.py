@@ -199,6 +199,19 @@ class DirtyPages:
             self._touch(slot)
         return runs
 
+    def soil_valid(self, image: int, block: int, start: int, stop: int) -> int | None:
+        """Makes the pages of ``start:stop`` of a block dirty if all of them are valid and nobody
+        has the slot pinned; returns the slot. None, and nothing is changed, otherwise."""
+        slot = self._find(image, block)
+        if slot is None or self._slots.pins[slot]:
+            return None
+        pages = self._geometry.touched(start, stop)
+        if self._slots.valid[slot] & pages != pages:
+            return None
+        self.soil(slot, pages)
+        self._touch(slot)
+        return slot
+
     # -- going back --------------------------------------------------------------------------------
 
     def _dirty_slots(self) -> U32:

@@ -83,7 +83,7 @@ class BlockCache:
             threads,
             self.state.counters,
             clock,
-            tuning.whole_image_after,
+            tuning,
             self.state.unusable,
         )
         self.images.committer = self.committer

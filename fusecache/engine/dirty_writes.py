@@ -74,6 +74,27 @@ class DirtyWrites:
                 if part.slot >= 0:
                     self._core.unpin(part.slot)
 
+    def at_once(self, length: int) -> bool:
+        """Whether neither a commit nor a write of so many bytes needs a thread now."""
+        return self._committer.commits_now and self._slots.in_place(length)
+
+    def write_at_once(self, image: Image, block: int, start: int, data: bytes) -> bool:
+        """Row, then data, of one block's valid pages, without any await; False if there is
+        anything else to do. The caller has asked ``at_once`` in the same breath.
+
+        Raises:
+            DatabaseError: the row is not committed, or nobody knows; no data was written.
+            CacheDeviceError: the data is in the slot in part.
+        """
+        slot = self._core.dirty.soil_valid(image.id, block, start, start + len(data))
+        if slot is None:
+            return False
+        self._committer.commit_now()
+        position = (slot << self._geometry.block_shift) + start
+        self._slots.write_now(position, memoryview(data))
+        image.changes += 1
+        return True
+
     async def write(self, image: Image, parts: list[Part]) -> None:
         """Writes parts whose slots are pinned; acknowledged as far as the cache goes.
 

@@ -73,6 +73,20 @@ class WriteIntents:
                 intent.in_flight -= 1
                 intent.last = now
 
+    def began(self, image: Image, region: int) -> bool:
+        """Whether a write that makes pages dirty, and is over at once, may happen in a region: its
+        row is stable already. Noted as ``writing`` would."""
+        now = self._now()
+        if not image.whole_intent:
+            intent = image.intents.get(region)
+            if intent is None or not intent.stable:
+                return False
+            intent.begun += 1
+            intent.last = now
+        image.begun += 1
+        image.last_intent = now
+        return True
+
     async def clear_idle(self, images: list[Image]) -> None:
         """Clears ``active`` where nothing was written for a while.
 

@@ -16,26 +16,44 @@ _APART = 0.5
 """After a write that took longer than ``_TOO_LONG`` seconds, others go to threads for so long."""
 
 
+class InPlace:
+    """``with in_place:`` around short blocking work; ``allowed`` unless it took too long lately."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._apart_until = float("-inf")
+        self._began = 0.0
+
+    @property
+    def allowed(self) -> bool:
+        """Whether to do it without a thread now."""
+        return self._now() >= self._apart_until
+
+    def __enter__(self) -> None:
+        self._began = self._now()
+
+    def __exit__(self, *exc: object) -> None:
+        ended = self._now()
+        if ended - self._began > _TOO_LONG:
+            self._apart_until = ended + _APART
+
+
 class SlotIO:
     """See the module."""
 
     def __init__(self, device: CacheDevice, threads: Threads, now: Callable[[], float]) -> None:
         self._device = device
         self._threads = threads
-        self._now = now
-        self._apart_until = float("-inf")
+        self._in_place = InPlace(now)
 
     def in_place(self, length: int) -> bool:
         """Whether to write so many bytes without a thread now."""
-        return length <= _IN_PLACE and self._now() >= self._apart_until
+        return length <= _IN_PLACE and self._in_place.allowed
 
     def write_now(self, position: int, data: memoryview) -> None:
         """Writes without a thread. Raises CacheDeviceError."""
-        began = self._now()
-        self._device.write(position, data)
-        ended = self._now()
-        if ended - began > _TOO_LONG:
-            self._apart_until = ended + _APART
+        with self._in_place:
+            self._device.write(position, data)
 
     async def write(self, pieces: list[tuple[int, memoryview]]) -> None:
         """Writes (position in slot space, data), one after another.
