@@ -400,7 +400,11 @@ class Images:
         length = (tail | geometry.page_size - 1) + 1 - tail
         position = (located.slot << geometry.block_shift) + tail
         try:
-            if any(await self._threads.device(self._state.device.read, position, length)):
+            something = any(await self._threads.device(self._state.device.read, position, length))
+        except CacheDeviceError:
+            something = True  # for all we know
+        try:
+            if something:
                 await self._threads.device(self._state.device.write, position, bytes(length))
                 self._core.dirty.written(located.slot, page)
         except CacheDeviceError as exc:
