@@ -749,6 +749,15 @@ def test_a_page_lost_on_its_way_to_the_origin_is_not_made_clean() -> None:
     index.check()
 
 
+def test_a_page_lost_on_its_way_to_the_origin_is_listed_at_once() -> None:
+    """After a barrier that failed during a writeback its slots stay where they are."""
+    index = CacheIndex(GEOMETRY, SLOTS)
+    slot = soiled(index, 1, 0, 0b0011)
+    written_back(index, slot)
+    index.dirty.lose(slot, 0b0001)
+    assert index.lost_ranges(1) == [(0, PAGE)]
+
+
 def test_a_failed_sync_loses_the_dirty_pages_written_since_the_last_good_one() -> None:
     index = CacheIndex(GEOMETRY, SLOTS)
     dirty = index.dirty
