@@ -80,7 +80,7 @@ class Tuning:
     clean_pause_most: float = 60.0
     """... and at most this long."""
     commits_in_place: bool = True
-    """Small light commits are made in the event loop, as long as they are quick."""
+    """Commits and syncs of the cache are made in the event loop, as long as they are quick."""
     attribute_timeout: float = 1.0
     """How long the kernel may keep names and attributes."""
 

@@ -26,6 +26,7 @@ from fusecache.core.geometry import Geometry, Run
 from fusecache.core.rows import U16, U32
 from fusecache.core.slots import SlotTable
 from fusecache.core.states import Event, State, step
+from fusecache.errors import IllegalStep
 
 PERIOD = 2.0
 """Seconds. Ages are kept in 16 bits, in periods: 36 hours, after which they only grow less."""
@@ -117,7 +118,7 @@ class DirtyPages:
         slots = self._slots
         if not self._pages_of.get(image):
             return []
-        found = self._dirty_slots()
+        found = np.flatnonzero(slots.state_of >= State.DIRTY)
         found = found[slots.image_of[found] == image]
         found = found[(slots.dirty_of[found] & ~slots.valid_of[found]) != 0]
         by_block = sorted(
@@ -319,8 +320,8 @@ class DirtyPages:
 
     def settled(self, slot: int) -> None:
         """The row that says so is stable. What is dirty still was written to meanwhile."""
-        self._slots.dirtied[slot] = self._stamp
         self._end(slot)
+        self._slots.dirtied[slot] = self._stamp
 
     def kept(self, slot: int) -> None:
         """The writeback did not happen: all of it stays dirty, as old as it is."""
@@ -328,10 +329,12 @@ class DirtyPages:
 
     def _end(self, slot: int) -> None:
         slots = self._slots
-        slots.cleaning[slot] = 0
-        self.in_writeback -= 1
+        if slots.state[slot] != State.WRITEBACK:
+            raise IllegalStep(f"no writeback of slot {slot} is under way")
         event = Event.KEEP if slots.dirty[slot] else Event.SETTLE
         slots.state[slot] = step(slots.state[slot], event)
+        slots.cleaning[slot] = 0
+        self.in_writeback -= 1
 
     # -- going on purpose --------------------------------------------------------------------------
 

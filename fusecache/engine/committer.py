@@ -15,8 +15,8 @@ from fusecache.config import Tuning
 from fusecache.core.index import CacheIndex
 from fusecache.core.rows import Rows
 from fusecache.engine.image import Image
+from fusecache.engine.in_place import InPlace, Proven
 from fusecache.engine.ports import Clock, Threads
-from fusecache.engine.slot_io import InPlace
 from fusecache.errors import CacheDeviceError, DatabaseError, FusecacheError
 from fusecache.observe.counters import CacheCounters
 from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap
@@ -36,6 +36,7 @@ class _Barrier:
 
     def __init__(self) -> None:
         self.done = trio.Event()
+        self.joined = 0
         self.error: FusecacheError | None = None
 
     def fail(self, error: FusecacheError) -> None:
@@ -103,6 +104,8 @@ class Committer:
         self._tuning = tuning
         self._report = failed
         self._in_place = InPlace(clock.monotonic)
+        self._syncs = Proven(clock.monotonic, allowed=tuning.commits_in_place)
+        self._merges = Proven(clock.monotonic, allowed=tuning.commits_in_place)
         self.broken: FusecacheError | None = None
         """The error after which nothing is committed any more."""
         self._lock = trio.Lock()
@@ -285,6 +288,7 @@ class Committer:
             CacheDeviceError, DatabaseError: the cache cannot be made stable any more.
         """
         joined = self._barrier
+        joined.joined += 1
         self._barrier_wanted.set()
         await joined.done.wait()
         if joined.error is not None:
@@ -313,12 +317,21 @@ class Committer:
         try:
             while True:
                 await self._barrier_wanted.wait()
+                await self._gathered()
                 self._barrier_wanted = trio.Event()
                 current, self._barrier = self._barrier, _Barrier()
                 await self._run_one(current)
         finally:
             # Whoever waits, or asks from now on, is told at once.
             self._barrier.fail(DatabaseError("no barrier: fusecache is stopping"))
+
+    async def _gathered(self) -> None:
+        """Lets others join as long as they come one after the other: a turn of the event loop
+        costs less than another barrier."""
+        joined = 0
+        while joined < self._barrier.joined:
+            joined = self._barrier.joined
+            await trio.lowlevel.checkpoint()
 
     async def _run_one(self, barrier: _Barrier) -> None:
         self._running = barrier
@@ -355,7 +368,8 @@ class Committer:
         try:
             await self._sync_device()  # 2. data
             async with self._lock:
-                await self._database(partial(self._block_map.merge, mark))  # 3. rows, stably
+                merge = partial(self._block_map.merge, mark)
+                await self._merges.run(merge, self._database)  # 3. rows, stably
         except Exception:
             self._core.give_back_leaving(leaving)
             for image in changed:
@@ -370,7 +384,7 @@ class Committer:
     async def _sync_device(self) -> None:
         began = self._core.dirty.sync_begins()
         try:
-            await self._threads.device(self._device.sync)
+            await self._syncs.run(self._device.sync, self._threads.device)
         except CacheDeviceError:
             if lost := self._core.dirty.sync_failed(began):
                 log.error("the cache device lost %d pages that the origin has not", lost)

@@ -1,41 +1,12 @@
-"""SlotIO: writes to slots, in place while the device keeps up, else in a thread.
-
-A buffered write of a few pages costs less than the way to a thread and back (about 10 us against
-100, measured), and every microsecond is shared by all guests. But a device that is behind makes
-writers wait: then the event loop must not be the one that waits.
-"""
+"""SlotIO: writes to slots, in place while the device keeps up, else in a thread."""
 
 from collections.abc import Callable
 
+from fusecache.engine.in_place import InPlace
 from fusecache.engine.ports import Threads
 from fusecache.store.cache_device import CacheDevice
 
 _IN_PLACE = 128 << 10
-_TOO_LONG = 0.004
-_APART = 0.5
-"""After a write that took longer than ``_TOO_LONG`` seconds, others go to threads for so long."""
-
-
-class InPlace:
-    """``with in_place:`` around short blocking work; ``allowed`` unless it took too long lately."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._apart_until = float("-inf")
-        self._began = 0.0
-
-    @property
-    def allowed(self) -> bool:
-        """Whether to do it without a thread now."""
-        return self._now() >= self._apart_until
-
-    def __enter__(self) -> None:
-        self._began = self._now()
-
-    def __exit__(self, *exc: object) -> None:
-        ended = self._now()
-        if ended - self._began > _TOO_LONG:
-            self._apart_until = ended + _APART
 
 
 class SlotIO:

@@ -42,6 +42,10 @@ class Inodes:
         """The node. KeyError for an id the kernel cannot have: a bug, answered with EIO."""
         return self._by_id[node_id]
 
+    def get(self, node_id: int) -> Node | None:
+        """The node, if there is one."""
+        return self._by_id.get(node_id)
+
     def find(self, identity: bytes) -> Node | None:
         """The node of an inode, if the kernel knows it."""
         return self._by_identity.get(identity)

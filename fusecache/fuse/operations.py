@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _LISTING_PART = 64
 _OVERTAKING = 0.0002
 _CAPABILITY = b"security.capability"
+_NO_DATA = FUSEError(errno.ENODATA)
 
 
 @dataclass(slots=True)
@@ -353,12 +354,15 @@ class Operations(pyfuse3.Operations):
         """The origin's space."""
         return statvfs_of(await self._metadata(self._tree.statvfs))
 
-    @guarded
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Images have no file capabilities: the kernel asks before every write, so answer fast."""
+        if name == _CAPABILITY and (node := self.inodes.get(inode)) is not None and node.regular:
+            raise _NO_DATA.with_traceback(None)
+        return await self._getxattr(inode, name)
+
+    @guarded
+    async def _getxattr(self, inode: int, name: bytes) -> bytes:
         node = self.inodes[inode]
-        if name == _CAPABILITY and node.regular:
-            raise FUSEError(errno.ENODATA)
         self._with_xattrs(node)
         return await self._metadata(self._tree.getxattr, node.fd, name)
 
