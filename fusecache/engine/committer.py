@@ -223,8 +223,11 @@ class Committer:
 
     async def commit_owed(self) -> None:
         """A light commit, if anything is owed."""
-        if self._core.owes or any(image.row_owed for image in self._images()):
+        if self._owing():
             await self.commit(Batch)
+
+    def _owing(self) -> bool:
+        return self._core.owes or any(image.row_owed for image in self._images())
 
     async def heartbeat(self) -> None:
         """A sign of life: a change up to now, and shortly after, may be our own (P3)."""
@@ -361,7 +364,9 @@ class Committer:
                 image.covered = image.changes
             self.anything_since_barrier = False
             try:
-                mark = await self._commit(Batch(), stable=False)  # 1. rows owed, and the mark
+                mark = self._block_map.mark  # 1. rows owed, and the mark
+                if self._owing():
+                    mark = await self._commit(Batch(), stable=False)
             except DatabaseError:
                 self._core.give_back_leaving(leaving)
                 raise

@@ -245,6 +245,11 @@ class BlockMap:
                 tables.now.heartbeat_ns = batch.heartbeat_ns
         return tables.now.commits
 
+    @property
+    def mark(self) -> int:
+        """As ``commit`` returns it: everything committed up to now."""
+        return self._tables.now.commits
+
     def _put_order(self, order: list[tuple[int, U64]]) -> None:
         self._conn.executemany(
             "INSERT OR REPLACE INTO lru (first_slot, ticks) VALUES (?, ?)",

@@ -88,7 +88,8 @@ async def test_rows_are_stable_before_and_the_origin_is_synced_before_pages_are_
         await cache.cleaner.flush(image)
         barrier = ["BlockMap.commit", "DeviceDouble.sync", "BlockMap.merge"]
         order = calls.order(*barrier, COPY, "OriginDouble.sync")
-        assert order[:8] == [*barrier, COPY, "OriginDouble.sync", *barrier]
+        # The row is in a commit since the write was acknowledged: the first barrier makes none.
+        assert order[:7] == [*barrier[1:], COPY, "OriginDouble.sync", *barrier]
         await cache.close(image, write=True)
 
 
