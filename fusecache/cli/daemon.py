@@ -30,6 +30,9 @@ from fusecache.store.tree import Tree
 
 log = logging.getLogger("fusecache")
 
+NO_XATTRS = "noxattr"
+"""As a mount option: no extended attributes. The kernel asks for one before every write."""
+
 _FORMAT = "%(levelname)s %(message)s"
 _SYSLOG = Path("/dev/log")
 
@@ -216,9 +219,10 @@ async def _serve(
     ) as cache:
         gc.collect()
         gc.freeze()  # what lives as long as the mount need not be looked at again
-        operations = Operations(cache, tree)
+        operations = Operations(cache, tree, xattrs=NO_XATTRS not in plan.options)
         session = Session(operations, plan.mountpoint, plan.tuning)
-        session.mount(plan.origin, plan.options, read_only=tree.read_only)
+        options = tuple(option for option in plan.options if option != NO_XATTRS)
+        session.mount(plan.origin, options, read_only=tree.read_only)
         try:
             await Service(plan, cache, tree, operations, session).run(ready)
         finally:

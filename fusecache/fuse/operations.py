@@ -52,8 +52,9 @@ class Operations(pyfuse3.Operations):
     """See ``pyfuse3.Operations`` for what each handler is asked; docstrings here say what is
     particular. The kernel's write-back cache stays off: every write reaches us at once."""
 
-    def __init__(self, cache: BlockCache, tree: Tree) -> None:
+    def __init__(self, cache: BlockCache, tree: Tree, *, xattrs: bool = True) -> None:
         super().__init__()
+        self._xattrs = xattrs
         self.state = cache.state
         self._cache = cache
         self._tree = tree
@@ -356,6 +357,8 @@ class Operations(pyfuse3.Operations):
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Images have no file capabilities: the kernel asks before every write, so answer fast."""
+        if not self._xattrs:
+            raise FUSEError(errno.ENOSYS)  # said once, and the kernel never asks again
         if name == _CAPABILITY and (node := self.inodes.get(inode)) is not None and node.regular:
             raise _NO_DATA.with_traceback(None)
         return await self._getxattr(inode, name)
@@ -367,6 +370,8 @@ class Operations(pyfuse3.Operations):
         return await self._metadata(self._tree.getxattr, node.fd, name)
 
     def _with_xattrs(self, node: Node) -> None:
+        if not self._xattrs:
+            raise FUSEError(errno.ENOSYS)
         if node.fmt == stat.S_IFLNK:
             raise FUSEError(errno.EOPNOTSUPP)  # their descriptors cannot be followed
 
@@ -384,8 +389,9 @@ class Operations(pyfuse3.Operations):
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         """As on the origin; symbolic links have none."""
         node = self.inodes[inode]
-        if node.fmt == stat.S_IFLNK:
+        if node.fmt == stat.S_IFLNK and self._xattrs:
             return []
+        self._with_xattrs(node)
         return await self._metadata(self._tree.listxattr, node.fd)
 
     @guarded
