@@ -1,11 +1,14 @@
 """A mount that the tests of one file share; each works in a directory of its own."""
 
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.mount.modes import stop_and_compare
 from tests.support.daemon import Mount
+from tests.support.injected import InjectedMount
 from tests.support.place import Place
 
 
@@ -43,3 +46,18 @@ def place(served: Mount, request: pytest.FixtureRequest) -> Place:
     name = str(request.node.name).replace("/", "_")[:100]
     (served.origin / name).mkdir()
     return Place(served, name)
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[InjectedMount]:
+    """A mount with faults, not started; its log may hold unexpected errors."""
+    made = InjectedMount(tmp_path / "fc")
+    # Whoever waits in the kernel, this process too, is released when the daemon is gone.
+    watchdog = threading.Timer(60, made.cleanup)
+    watchdog.start()
+    try:
+        yield made
+    finally:
+        watchdog.cancel()
+        watchdog.join()
+        made.cleanup()

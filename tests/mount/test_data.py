@@ -4,18 +4,16 @@ import fcntl
 import mmap
 import os
 import random
-import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.mount.modes import both_modes, home
+from tests.mount.tracing import syncs, traced
 from tests.support.daemon import BLOCK, Mount
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.place import Place
@@ -278,31 +276,6 @@ def test_holes_read_as_zeros_and_stay_holes(place: Place) -> None:
 # -- syncing -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def _traced(pid: int, output: Path) -> Iterator[None]:
-    """The daemon's fsync and fdatasync calls, with the paths, go to ``output``."""
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync", "-p", str(pid), "-o", str(output)],
-        stderr=subprocess.PIPE,
-    )
-    try:
-        assert tracer.stderr is not None
-        assert b"attached" in tracer.stderr.readline()
-        yield
-        tracer.send_signal(signal.SIGINT)
-        tracer.wait(timeout=20)
-    finally:
-        if tracer.poll() is None:
-            tracer.kill()
-            tracer.wait()
-        if tracer.stderr is not None:
-            tracer.stderr.close()
-
-
-def _syncs(trace: Path, name: str) -> int:
-    return len(re.findall(rf"f(?:data)?sync\(\d+<[^>]*/{re.escape(name)}>", trace.read_text()))
-
-
 @pytest.mark.parametrize("direct", [0, os.O_DIRECT], ids=["buffered", "direct"])
 @pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["O_SYNC", "O_DSYNC"])
 def test_a_write_through_a_synchronous_descriptor_is_synced_before_its_answer(
@@ -312,11 +285,11 @@ def test_a_write_through_a_synchronous_descriptor_is_synced_before_its_answer(
     pid = place.mount.pid
     assert pid is not None
     trace = tmp_path / "trace"
-    with opened(place.cached / "image", os.O_RDWR | flag | direct) as fd, _traced(pid, trace):
+    with opened(place.cached / "image", os.O_RDWR | flag | direct) as fd, traced(pid, trace):
         for number in range(1, 4):
             assert write_direct(fd, 0, stamped(1, 0, 4096, number)) == 4096
             # strace writes a call's line before the call's caller goes on
-            assert _syncs(trace, "image") >= number
+            assert syncs(trace, "image") >= number
 
 
 def test_a_plain_write_is_synced_by_fsync_and_fdatasync_only(place: Place, tmp_path: Path) -> None:
@@ -324,14 +297,14 @@ def test_a_plain_write_is_synced_by_fsync_and_fdatasync_only(place: Place, tmp_p
     pid = place.mount.pid
     assert pid is not None
     trace = tmp_path / "trace"
-    with opened(place.cached / "image", os.O_RDWR) as fd, _traced(pid, trace):
+    with opened(place.cached / "image", os.O_RDWR) as fd, traced(pid, trace):
         assert os.pwrite(fd, stamped(1, 0, 4096, 2), 0) == 4096
-        assert _syncs(trace, "image") == 0
+        assert syncs(trace, "image") == 0
         os.fdatasync(fd)
-        assert _syncs(trace, "image") == 1
+        assert syncs(trace, "image") == 1
         assert os.pwrite(fd, stamped(1, 0, 4096, 3), 0) == 4096
         os.fsync(fd)
-        assert _syncs(trace, "image") == 2
+        assert syncs(trace, "image") == 2
 
 
 # -- mappings ----------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ import mmap
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,21 +21,6 @@ pytestmark = pytest.mark.mount
 
 _SOON = 5.0
 """Seconds; what does not wait for the stalled origin takes milliseconds, on a busy machine too."""
-
-
-@pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[InjectedMount]:
-    """A mount with faults, not started; its log may hold unexpected errors."""
-    made = InjectedMount(tmp_path / "fc")
-    # Whoever waits in the kernel, this process too, is released when the daemon is gone.
-    watchdog = threading.Timer(60, made.cleanup)
-    watchdog.start()
-    try:
-        yield made
-    finally:
-        watchdog.cancel()
-        watchdog.join()
-        made.cleanup()
 
 
 def _image(mount: InjectedMount, name: str, number: int, blocks: int) -> bytes:

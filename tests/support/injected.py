@@ -4,7 +4,7 @@ The directory that FUSECACHE_FAULTS names says what happens, from one call to th
 
 ``fail``             holds ``Class.method``: that method raises KeyError
 ``hang-INODE``       while it is there, reads of that origin file wait
-``stall-INODE``      while it is there, whatever is done to that origin file waits
+``stall-INODE``      while it is there, reads, writes, truncates and syncs of that file wait
 ``unreadable-INODE`` while it is there, reads of that origin file fail with EIO
 """
 
@@ -153,19 +153,16 @@ def _inject() -> None:
         return read(self, offset, length)
 
     OriginImage.read = faulty  # type: ignore[method-assign]
-    for name in ("open", "lock", "attributes", "read", "write", "truncate", "sync"):
+    for name in ("read", "write", "truncate", "sync"):
         _stalling(OriginImage, name)
 
 
 def _stalling(owner: type, name: str) -> None:
-    """Every call waits while the file is stalled that the object, or else the first argument (the
-    pinned descriptor of ``open`` and ``lock``), stands for."""
     inner: Callable[..., Any] = getattr(owner, name)
 
     @functools.wraps(inner)
     def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fd = args[0] if name in ("open", "lock") else self._any()
-        stall = _faults() / f"stall-{os.fstat(fd).st_ino}"
+        stall = _faults() / f"stall-{os.fstat(self._any()).st_ino}"
         while stall.exists():
             time.sleep(0.01)
         return inner(self, *args, **kwargs)
