@@ -1,5 +1,6 @@
 """Write-back on real mounts: what guests see, and what the origin has when."""
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -58,6 +59,17 @@ def _write(path: Path, number: int, version: int, blocks: int = 4) -> bytes:
     with opened(path, os.O_RDWR) as fd:
         assert os.pwrite(fd, data, 0) == len(data)
     return data
+
+
+@contextlib.contextmanager
+def _doomed(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor whose daemon will be gone when it is closed."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def _dirty(mount: Mount) -> int:
@@ -125,8 +137,8 @@ def test_what_was_written_in_a_mapping_survives_a_kill_after_msync(alone: Mount)
     path = alone.mountpoint / "image"
     newer = stamped(1, BLOCK, BLOCK, 2)
     with (
-        opened(path, os.O_RDWR) as fd,
-        opened(path, os.O_RDONLY | os.O_DIRECT) as direct,
+        _doomed(path, os.O_RDWR) as fd,
+        _doomed(path, os.O_RDONLY | os.O_DIRECT) as direct,
         mmap.mmap(fd, 0, mmap.MAP_SHARED) as mapped,
     ):
         mapped[BLOCK : 2 * BLOCK] = newer
@@ -425,7 +437,7 @@ def test_a_write_that_extends_a_stalled_image_holds_up_nothing_else(
 
 def test_what_was_written_during_a_stall_survives_a_kill(stalling: InjectedMount) -> None:
     mount = stalling
-    with opened(mount.mountpoint / "stalled", os.O_RDWR | os.O_DIRECT) as fd:
+    with _doomed(mount.mountpoint / "stalled", os.O_RDWR | os.O_DIRECT) as fd:
         assert read_direct(fd, 0, 16 * BLOCK)
         _write_and_read(fd, 2, 2)
         stall = mount.fault("stall", mount.origin / "stalled")
@@ -536,7 +548,8 @@ def test_a_killed_daemon_gives_its_locks_up_and_the_next_one_takes_them(
     assert _locked(alone.origin / "image")
     alone.kill()
     if fd >= 0:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)
     assert not _locked(alone.origin / "image")
     alone.start()
     assert _eventually(lambda: _locked(alone.origin / "image")), "it is dirty here"
@@ -548,10 +561,10 @@ def test_a_killed_daemon_gives_its_locks_up_and_the_next_one_takes_them(
 def test_the_lock_leaves_qemus_own_locks_alone(place: Place) -> None:
     """On the mount they work among QEMUs, and on the origin nothing of theirs is taken."""
     path = place.cached / "disk"
-    _run("qemu-img", "create", "-q", "-f", "raw", path, "1M")
+    _run("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
     with opened(path, os.O_RDWR):
         assert _locked(place.origin / "disk")
-        command = ["qemu-io", "-f", "raw", str(path)]
+        command = ["qemu-io", "-f", "qcow2", str(path)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdin is not None and holder.stdout is not None
             try:
@@ -560,7 +573,7 @@ def test_the_lock_leaves_qemus_own_locks_alone(place: Place) -> None:
                 while b"wrote" not in holder.stdout.readline():
                     assert holder.poll() is None
                 second = subprocess.run(
-                    ["qemu-io", "-f", "raw", "-c", "write 0 512", str(path)],
+                    ["qemu-io", "-f", "qcow2", "-c", "write 0 512", str(path)],
                     capture_output=True,
                     text=True,
                     timeout=30,
@@ -570,5 +583,5 @@ def test_the_lock_leaves_qemus_own_locks_alone(place: Place) -> None:
                 _run("qemu-img", "info", "-U", path)
             finally:
                 holder.kill()
-        _run("qemu-io", "-f", "raw", "-c", "read -P 1 0 512", path)
-        _run("qemu-io", "-f", "raw", "-c", "read 0 512", place.origin / "disk")
+        _run("qemu-io", "-f", "qcow2", "-c", "read -P 1 0 512", path)
+        _run("qemu-io", "-f", "qcow2", "-c", "read 0 512", place.origin / "disk")
