@@ -63,6 +63,10 @@ class SpanLock:
         """Whether somebody works alone, or waits to: then nobody may do without a lock."""
         return self._alone > 0
 
+    def free(self, first: int, stop: int) -> bool:
+        """Whether nobody holds or waits for any of these blocks."""
+        return not any(claim.first < stop and first < claim.stop for claim in self._claims)
+
     @property
     def idle(self) -> bool:
         """Whether nobody holds or waits."""

@@ -80,7 +80,7 @@ class Writes:
         if (
             len(data) > geometry.block_size - start
             or offset + len(data) > image.size
-            or not image.lock.idle
+            or not image.lock.free(block, block + 1)
             or not self._state.serves(image)
             or not self._soils(image)
             or not self._dirty.at_once(len(data))
