@@ -1,10 +1,9 @@
-"""Ways to break the durability rules, each one clause. The simulator has to notice every one."""
+"""Clauses that write-through and write-around live by, each broken alone. See ``mutation``."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from typing import Any
-from unittest import mock
 
 from fusecache.core.index import CacheIndex
 from fusecache.core.replacement import Lru
@@ -14,26 +13,8 @@ from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.locks import SpanLock
 from fusecache.store.block_map import Batch, BlockMap
+from tests.crash.mutation import mutation, nothing, patch
 from tests.support.world import DeviceDouble, OriginDouble
-
-Patch = Callable[[], contextlib.AbstractContextManager[Any]]
-
-MUTATIONS: dict[str, Patch] = {}
-
-
-def mutation(make: Patch) -> Patch:
-    """Registers one way to break a rule, under its function's name."""
-    MUTATIONS[make.__name__] = make
-    return make
-
-
-def patch(owner: object, name: str, new: object) -> Any:
-    """A patch that keeps nothing of the original."""
-    return mock.patch.object(owner, name, new)
-
-
-async def _nothing(*args: object, **kwargs: object) -> None:
-    return None
 
 
 @mutation
@@ -51,8 +32,8 @@ def r1_merge_takes_rows_that_came_during_the_sync() -> Any:
 def r3_a_dropped_slot_is_free_at_once() -> Any:
     original = CacheIndex._drop
 
-    def drop(self: CacheIndex, slot: int) -> None:
-        original(self, slot)
+    def drop(self: CacheIndex, slot: int, event: Any) -> None:
+        original(self, slot, event)
         self.release(self.take_leaving())
 
     return patch(CacheIndex, "_drop", drop)
@@ -60,9 +41,10 @@ def r3_a_dropped_slot_is_free_at_once() -> Any:
 
 @mutation
 def r4_no_intent_is_recorded() -> Any:
-    async def activate(self: Committer, image: Any, regions: list[int]) -> None:
+    async def activate(self: Committer, image: Any, regions: list[int], *, active: bool) -> None:
         for region in regions:
-            image.intents[region].active = True
+            image.intents[region].active = active
+            image.intents[region].stable = True
 
     return patch(Committer, "activate", activate)
 
@@ -93,16 +75,16 @@ def r4_active_is_cleared_while_a_write_is_in_flight() -> Any:
 
 @mutation
 def r4_rows_are_removed_without_an_origin_sync() -> Any:
-    return patch(WriteIntents, "sync_origin", _nothing)
+    return patch(WriteIntents, "sync_origin", nothing)
 
 
 @mutation
 def r6_a_truncate_leaves_the_rows() -> Any:
     original = Images.drop
 
-    async def drop(self: Images, image: Any, from_block: int) -> None:
+    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
         if from_block == 0:
-            await original(self, image, from_block)
+            await original(self, image, from_block, dirty=dirty)
 
     return patch(Images, "drop", drop)
 
@@ -198,7 +180,16 @@ def pins_are_ignored() -> Any:
 
 @mutation
 def recovery_from_a_kill_keeps_active_regions() -> Any:
-    return patch(BlockMap, "_drop_clean", lambda self, image, region: None)
+    original = BlockMap._recover_killed
+
+    def recover(self: BlockMap, heartbeat_ns: int) -> None:
+        self._drop_clean = lambda image, region: None  # type: ignore[method-assign]
+        try:
+            original(self, heartbeat_ns)
+        finally:
+            del self._drop_clean
+
+    return patch(BlockMap, "_recover_killed", recover)
 
 
 @mutation
@@ -222,7 +213,9 @@ def recovery_from_a_cut_drops_active_regions_only() -> Any:
     original = BlockMap._recover_cut
 
     def recover(self: BlockMap) -> None:
-        self._conn.execute("DELETE FROM region WHERE active = 0")
+        for image, region, active in self.intents():
+            if not active:
+                self._tables.delete_intent(image, region)
         original(self)
 
     return patch(BlockMap, "_recover_cut", recover)
@@ -249,8 +242,8 @@ def p3_a_change_by_others_is_not_noticed() -> Any:
 def evict_leaves_the_blocks() -> Any:
     original = Images.drop
 
-    async def drop(self: Images, image: Any, from_block: int) -> None:
-        if not image.detached:
-            await original(self, image, from_block)
+    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
+        if not image.draining:
+            await original(self, image, from_block, dirty=dirty)
 
     return patch(Images, "drop", drop)

@@ -1,6 +1,7 @@
 """Lives: random work on the real engine, ended at any step by a kill or a power cut."""
 
 import random
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,10 @@ from tests.support.world import Cut, World
 
 BLOCK = 4 * 4096
 SECTORS = 40 * BLOCK // STAMP
+LARGEST = 72 * BLOCK // STAMP
+"""Two regions, and two rows of the block map."""
+SHARED = 2
+"""The image that two guests write, each in its own part."""
 HOT = 64
 """Half of the writes go to the first so many sectors, so that pages are written again and again."""
 IMAGES = (1, 2, 3)
@@ -42,20 +47,25 @@ class Simulation:
             dirty_limit=self.chance.choice([0.2, 0.5, 0.9]),
             dirty_low=self.chance.choice([0.05, 0.25, 0.5]),
             clean_writes=self.chance.choice([1, 4]),
+            commits_in_place=self.chance.random() < 0.5,
             whole_image_after=self.chance.choice([0, 32]),
         )
         self.world.slow = self.chance.choice([0.0, 0.02, 0.1])
+        self.faulty = self.chance.random() < 0.25
+        """Calls on the origin fail, now and then."""
         self.models = {}
         for number in IMAGES:
-            size = self.chance.choice([SECTORS, SECTORS, SECTORS // 2]) * STAMP
+            sectors = LARGEST if number == IMAGES[-1] else SECTORS
+            size = self.chance.choice([sectors, sectors, sectors // 2]) * STAMP
             self.world.make_file(number, stamped(number, 0, size, 1))
-            self.models[number] = ImageModel(number, SECTORS, size, 1)
+            self.models[number] = ImageModel(number, sectors, size, 1)
 
     def run(self, lives: int) -> int:
         """Runs that many lives; returns how many were cut in the middle."""
         cuts = 0
         for _ in range(lives):
             self.world.cut_at = self.world.steps + self.chance.randrange(400)
+            self.world.faults.fail = self._fails
             cut = self._live(self._work)
             cuts += cut
             killed = self.chance.random() < 0.5
@@ -64,13 +74,20 @@ class Simulation:
             else:
                 self.world.power_cut()
             while self.chance.random() < 0.3:  # recovery, cut as well
-                self.world.cut_at = self.world.steps + self.chance.randrange(12)
+                self.world.cut_at = self.world.steps + self.chance.randrange(
+                    self.chance.choice([12, 12, 80])
+                )
                 self._live(self._nothing)
                 self.world.kill()
+            self.world.faults.fail = lambda kind, number: False
             # A clean stop has synced everything: as good as a kill, whatever came after it.
             self._live(partial(self._look, killed=killed or not cut))
             self.world.kill()
         return cuts
+
+    def _fails(self, kind: str, number: int) -> bool:
+        often = {"origin.write": 0.01, "origin.sync": 0.03, "origin.read": 0.002}
+        return self.faulty and self.chance.random() < often.get(kind, 0)
 
     def _live(self, work: object) -> bool:
         """One run of the engine; True if the switch fell in it."""
@@ -101,7 +118,8 @@ class Simulation:
         return False
 
     async def _nothing(self, cache: BlockCache) -> None:
-        await trio.sleep(self.chance.random() * 3)
+        """Nobody opens anything; the cleaner brings home what is dirty, if it has the time."""
+        await trio.sleep(self.chance.random() * self.chance.choice([3, 30]))
 
     # -- work --------------------------------------------------------------------------------------
 
@@ -109,26 +127,38 @@ class Simulation:
         async with trio.open_nursery() as nursery:
             for number in IMAGES:
                 nursery.start_soon(self._guest, cache, number)
+            nursery.start_soon(self._guest, cache, SHARED, SECTORS * 3 // 4)
             nursery.start_soon(self._reader, cache, 1)
             nursery.start_soon(self._operator, cache)
 
-    async def _guest(self, cache: BlockCache, number: int) -> None:
-        """Opens an image now and again and works on it."""
+    async def _guest(self, cache: BlockCache, number: int, begin: int = 0) -> None:
+        """Opens an image now and again and works on it, from sector ``begin`` on."""
         for _ in range(self.chance.randrange(1, 4)):
-            image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=True)
+            try:
+                image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=True)
+            except OriginError:
+                assert self.faulty
+                continue
             for _ in range(self.chance.randrange(4, 16)):
-                await self._one(cache, image, self.models[number])
+                with self._tolerant():
+                    await self._one(cache, image, self.models[number], begin)
             await cache.close(image, write=True)
-            await trio.sleep(self.chance.choice([0, 0, 1.5, 4]))
+            await trio.sleep(self.chance.choice([0, 0, 1.5, 4, 30]))
 
-    async def _one(self, cache: BlockCache, image: Image, model: ImageModel) -> None:
+    def _tolerant(self) -> AbstractContextManager[None]:
+        """Calls may fail while the origin does; what the model allows stays the same."""
+        return suppress(OriginError) if self.faulty else nullcontext()
+
+    async def _one(self, cache: BlockCache, image: Image, model: ImageModel, begin: int) -> None:
         chance = self.chance
         kind = chance.random()
+        shared = model.number == SHARED
+        end = SECTORS * 3 // 4 if shared and not begin else len(model.sectors)
         if kind < 0.4:
             await self._read(cache, image, model)
         elif kind < 0.8:
-            first = chance.randrange(chance.choice([HOT, SECTORS - 1]))
-            count = min(chance.choice([1, 2, 8, 8, 16, 24, 64]), SECTORS - first)
+            first = begin + chance.randrange(chance.choice([HOT, end - begin - 1]))
+            count = min(chance.choice([1, 2, 8, 8, 16, 24, 64]), end - first)
             if chance.random() < 0.6:
                 first -= first % 8
             data = model.begin_write(first, count)
@@ -138,8 +168,8 @@ class Simulation:
             covered = model.begin_fsync()
             await cache.fsync(image, metadata=chance.random() < 0.5)
             model.end_fsync(covered)
-        elif kind < 0.93:
-            size = chance.randrange(SECTORS) * STAMP
+        elif kind < 0.93 and not shared:
+            size = chance.randrange(end) * STAMP
             if size < image.size:
                 model.begin_truncate(size)
                 await cache.truncate(image, size)
@@ -148,7 +178,7 @@ class Simulation:
             await trio.sleep(chance.choice([0.1, 0.6, 2.5, 5]))
 
     async def _read(self, cache: BlockCache, image: Image, model: ImageModel) -> None:
-        first = self.chance.randrange(self.chance.choice([HOT, SECTORS]))
+        first = self.chance.randrange(self.chance.choice([HOT, len(model.sectors)]))
         count = self.chance.choice([1, 8, 32, 100])
         oldest = model.begin_read()
         data = await cache.read(image, first * STAMP, count * STAMP)
@@ -156,9 +186,14 @@ class Simulation:
 
     async def _reader(self, cache: BlockCache, number: int) -> None:
         """A second guest that only reads the image another one writes."""
-        image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
+        try:
+            image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
+        except OriginError:
+            assert self.faulty
+            return
         for _ in range(20):
-            await self._read(cache, image, self.models[number])
+            with self._tolerant():
+                await self._read(cache, image, self.models[number])
             await trio.sleep(self.chance.choice([0, 0.2]))
         await cache.close(image, write=False)
 
@@ -168,7 +203,8 @@ class Simulation:
             await trio.sleep(self.chance.random() * 3)
             image = cache.images.find(b"id%d" % self.chance.choice(IMAGES))
             if image is not None:
-                await self._operate(cache, image)
+                with self._tolerant():
+                    await self._operate(cache, image)
 
     async def _operate(self, cache: BlockCache, image: Image) -> None:
         number = int(image.row.identity[2:])
@@ -176,8 +212,10 @@ class Simulation:
         kind = self.chance.random()
         if kind < 0.1:
             model.begin_discard()
-            await cache.evict(image, number, discard_dirty=True)
-            model.end_discard()
+            try:
+                await cache.evict(image, number, discard_dirty=True)
+            finally:
+                model.end_discard()
             return
         covered = model.begin_fsync()
         if kind < 0.4:
@@ -197,10 +235,12 @@ class Simulation:
 
     async def _look(self, cache: BlockCache, *, killed: bool) -> None:
         """Reads everything twice: as recovered, and again when nothing is cached any more."""
+        await trio.sleep(self.chance.choice([0, 0, 0, 60]))  # the cleaner alone opens them
         for number, model in self.models.items():
             image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
-            model.settle(await cache.read(image, 0, SECTORS * STAMP), killed=killed)
-            model.check_settled(await cache.read(image, 0, SECTORS * STAMP))
+            length = len(model.sectors) * STAMP
+            model.settle(await cache.read(image, 0, length), killed=killed)
+            model.check_settled(await cache.read(image, 0, length))
             await cache.close(image, write=False)
         if self.chance.random() < 0.5:
             for image in cache.images.all():
@@ -210,5 +250,5 @@ class Simulation:
                 self.models[number].end_fsync(covered)
         for number, model in self.models.items():
             image = await cache.open(b"id%d" % number, b"%d.img" % number, number, write=False)
-            model.check_settled(await cache.read(image, 0, SECTORS * STAMP))
+            model.check_settled(await cache.read(image, 0, len(model.sectors) * STAMP))
             await cache.close(image, write=False)

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -180,7 +181,9 @@ class World:
         partial has a ``~`` before its name."""
         self.failed_syncs_lose = False
         """A failed sync of the origin drops all that was written since the last good one."""
-        self.tuning = Tuning(staging_bytes=1 << 20, intent_removal=3.0, barrier_interval=2.0)
+        self.tuning = Tuning(
+            commits_in_place=False, staging_bytes=1 << 20, intent_removal=3.0, barrier_interval=2.0
+        )
         self.snapshots: list[bytes] = []
         self.clock_base = 1_700_000_000.0
         self.pinned: dict[int, int] = {}
@@ -412,6 +415,17 @@ class OriginDouble(OriginImage):
         self._reads |= not write
         self._writes |= write
         return self.attributes()
+
+    def opener(self, path_fd: int, *, write: bool) -> Callable[[], Attributes]:
+        return partial(self.open, path_fd, write=write)
+
+    def locker(self, path_fd: int) -> Callable[[], None]:
+        return partial(self.lock, path_fd)
+
+    def extend(self, size: int) -> int:
+        if self._call("stat").size < size:
+            self.truncate(size)
+        return self._call("stat").size
 
     def lock(self, path_fd: int) -> None:
         self._world.step()
