@@ -197,7 +197,7 @@ class Discards:
         async with image.opening:
             if self._images.find(image.row.identity) is image:
                 async with image.lock.everything():
-                    await self.sync(image, path_fd)
+                    await self._sync(image, path_fd)
                 await self._images.ownership.unlock(image)
                 if not image.handles:
                     await self._images.forget(image)
@@ -233,6 +233,11 @@ class Discards:
         Raises:
             OriginError: the origin failed.
         """
+        if image.synced < image.written:
+            async with image.opening:  # or the last handle's end could close it under the sync
+                await self._sync(image, path_fd)
+
+    async def _sync(self, image: Image, path_fd: int | None) -> None:
         if image.synced >= image.written:
             return
         if not image.origin_open:
