@@ -153,7 +153,7 @@ def _inject() -> None:
         return read(self, offset, length)
 
     OriginImage.read = faulty  # type: ignore[method-assign]
-    for name in ("read", "write", "truncate", "sync"):
+    for name in ("read", "write", "truncate", "extend", "sync"):
         _stalling(OriginImage, name)
 
 
