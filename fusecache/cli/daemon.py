@@ -155,7 +155,7 @@ def _refuse_another_origin(plan: MountConfig, block_map: BlockMap) -> None:
     before = Path(os.fsdecode(block_map.meta().origin))
     if before == plan.origin:
         return
-    dirty = [image for image in block_map.images() if block_map.cached(image.id)[1]]
+    dirty = [image for image in block_map.images() if block_map.has_dirty(image.id)]
     if dirty:
         raise MountError(
             f"The cache {plan.cache} has data of {count_text(len(dirty))} that waits for the "

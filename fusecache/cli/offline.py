@@ -58,7 +58,7 @@ def flush(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[st
     with _opened(cache, database) as (device, block_map):
         meta = block_map.meta()
         images = _named(block_map, meta, names)
-        if any(block_map.cached(image.id)[1] for image in images):
+        if any(block_map.has_dirty(image.id) for image in images):
             return _write_back(device, block_map, meta, images, evict=False)
         _sync_origin(meta, images)
         return {"images": len(images), "blocks": 0}

@@ -196,6 +196,14 @@ class BlockMap:
                 return 0, False
             return int((rows.slot != NO_SLOT).sum()), bool(rows.dirty.any())
 
+    def has_dirty(self, image: int) -> bool:
+        """Whether anything of an image is dirty, before recovery; in little memory."""
+        with _translated(f"The database {self.path} is damaged"):
+            parts = [(0, rows) for rows in self._tables.dirty_blocks_of(image)]
+            parts += [(n, r.where(r.image == image)) for n, r in self._tables.pending()]
+            rows = latest(parts)
+            return rows is not None and bool(rows.dirty.any())
+
     def intents(self) -> list[tuple[int, int, int]]:
         """(image, region, active) of every row of ``region``."""
         with _translated(f"Reading {self.path}"):

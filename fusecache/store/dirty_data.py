@@ -17,6 +17,10 @@ from fusecache.store import packing
 from fusecache.store.packing import PackedRegion
 
 
+_CHUNK = 512
+"""Regions read at a time: the whole map at once would double the memory of a start."""
+
+
 @dataclass(frozen=True, slots=True)
 class DirtyData:
     """The cache a database belongs to, and the bytes of each image that only it has."""
@@ -62,7 +66,10 @@ def _dirty_pages(connection: sqlite3.Connection, image: int) -> int:
     """How many; changes since the last barrier count as the next start may see them."""
     sql = "SELECT image, region, slots, valid, dirty, crc FROM block WHERE image = ?"
     cursor = connection.execute(sql, (image,))
-    parts = [packing.unpack_regions([PackedRegion(*row) for row in cursor])]
+    parts = [packing.unpack_regions([])]
+    while regions := cursor.fetchmany(_CHUNK):
+        rows = packing.unpack_regions([PackedRegion(*row) for row in regions])
+        parts.append(rows.where(rows.dirty != 0))  # clean ones do not matter, also if overlaid
     for seq, blob, crc in connection.execute("SELECT seq, rows, crc FROM pending ORDER BY seq"):
         if packing.batch_crc(seq, blob) != crc:
             raise ValueError("a row of the table pending has a wrong checksum")

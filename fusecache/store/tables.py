@@ -172,6 +172,13 @@ class Tables:
         cursor = self._conn.execute(_BLOCK + "WHERE image = ?", (image,))
         return packing.unpack_regions([PackedRegion(*row) for row in cursor])
 
+    def dirty_blocks_of(self, image: int) -> Iterator[Rows]:
+        """The image's blocks with dirty pages as of the last barrier."""
+        cursor = self._conn.execute(_BLOCK + "WHERE image = ?", (image,))
+        while regions := cursor.fetchmany(_CHUNK):
+            rows = packing.unpack_regions([PackedRegion(*row) for row in regions])
+            yield rows.where(rows.dirty != 0)
+
     def all_blocks(self) -> Iterator[Rows]:
         """Every cached block, some regions at a time; at the end it is known whether all came."""
         found = Tally()
