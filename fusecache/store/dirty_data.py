@@ -16,7 +16,6 @@ from fusecache.errors import DatabaseError
 from fusecache.store import packing
 from fusecache.store.packing import PackedRegion
 
-
 _CHUNK = 512
 """Regions read at a time: the whole map at once would double the memory of a start."""
 
