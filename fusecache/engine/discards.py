@@ -59,9 +59,10 @@ class Discards:
         """
         async with image.cleaning, image.lock.everything():
             image.wrote = True
-            if size >= image.size or not self._state.serves(image):
-                await self._state.passable()
-                self._refuse_held(image, size)
+            if not self._state.serves(image):
+                await self._past_cache(image, size)
+                return
+            if size >= image.size:
                 await self._truncate_origin(image, size)
                 return
             geometry = self._core.geometry
@@ -73,16 +74,23 @@ class Discards:
                 async with self._intents.writing(image, range(region, region + 1)):
                     await self._truncate_cached(image, size)
             except DatabaseError:
-                await self._state.passable()
-                self._refuse_held(image, size)
-                await self._truncate_origin(image, size)
+                await self._past_cache(image, size)
+
+    async def _past_cache(self, image: Image, size: int) -> None:
+        await self._state.passable()
+        self._refuse_held(image, size)
+        await self._truncate_origin(image, size)
 
     def _refuse_held(self, image: Image, size: int) -> None:
         """A broken cache cannot forget dirty pages, and they would come back in a longer file."""
-        first = size >> self._core.geometry.block_shift
+        if not self._degraded.holds(image):
+            return
+        geometry = self._core.geometry
+        first = size >> geometry.block_shift
+        if size >= image.size:
+            first = -(-image.size >> geometry.block_shift)
         slots = self._core.dirty.slots(image.id).tolist()
-        held = any(self._core.dirty.place(slot)[0] >= first for slot in slots)
-        if held and self._degraded.holds(image):
+        if any(self._core.dirty.place(slot)[0] >= first for slot in slots):
             raise OriginError(5, "the cache is degraded and holds data past the new end")
 
     async def _truncate_cached(self, image: Image, size: int) -> None:

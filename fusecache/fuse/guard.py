@@ -45,6 +45,6 @@ def guarded(
         try:
             return await handler(self, *args, **kwargs)
         except Exception as exc:
-            raise answer(self.state, exc, handler.__name__) from None
+            raise answer(self.state, exc, handler.__name__.lstrip("_")) from None
 
     return guard
