@@ -38,7 +38,8 @@ def write_back(
         OriginError: the origin is not there.
         FusecacheError: the cache cannot be recovered.
     """
-    logging.basicConfig(level=logging.WARNING, format="fusecache: %(message)s")
+    # What fails is answered in one sentence each; the engine's log has no reader here.
+    logging.getLogger("fusecache").addHandler(logging.NullHandler())
     origin = Path(os.fsdecode(meta.origin))
     try:
         tree = Tree(origin)
