@@ -490,12 +490,19 @@ class Images:
         unsettled = image.intents or image.whole_intent
         return bool(image.handles or dirty or unsettled or not image.lock.idle)
 
-    def moved(self, identity: bytes, path: bytes) -> None:
-        """The image has a new name: that is where its dirty data will be brought."""
+    async def moved(self, identity: bytes, path: bytes) -> None:
+        """The image has a new name: that is where its dirty data will be brought, also by the
+        successor of a killed daemon."""
         image = self.find(identity)
-        if image is not None and image.row.path != path:
-            image.row.path = path
-            image.row_owed = image.row_owed or image.row.recorded_ns != 0
+        if image is None or image.row.path == path:
+            return
+        image.row.path = path
+        image.row_owed = image.row_owed or image.row.recorded_ns != 0
+        if self._core.dirty.pages(image.id):
+            try:
+                await self.committer.commit_owed()
+            except DatabaseError:
+                log.debug("the new name is not recorded: the cache is unusable")
 
     def attributes_changed(self, identity: bytes) -> None:
         """Owner, mode or times were set on the origin: the next fsync has something to sync."""

@@ -206,9 +206,9 @@ class Operations(pyfuse3.Operations):
                         known = await self._losing_a_name(stack, found)
                 names = (old.fd, name_old, new.fd, name_new, flags)
                 await self._metadata(self._tree.rename, *names)
-                self._moved(moved)
+                await self._moved(moved)
                 if replaced is not None and flags & RENAME_EXCHANGE:
-                    self._moved(replaced)
+                    await self._moved(replaced)
                 if known:
                     await self._metadata(self._tree.sync_directory, new.fd)
         finally:
@@ -216,8 +216,8 @@ class Operations(pyfuse3.Operations):
             if replaced is not None:
                 os.close(replaced.fd)
 
-    def _moved(self, found: Found) -> None:
-        self._cache.images.moved(found.identity, self._tree.path_of(found.fd))
+    async def _moved(self, found: Found) -> None:
+        await self._cache.images.moved(found.identity, self._tree.path_of(found.fd))
 
     async def _find_or_none(self, parent: Node, name: bytes) -> Found | None:
         try:
