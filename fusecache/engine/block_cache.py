@@ -187,9 +187,11 @@ class BlockCache:
             CacheDeviceError, DatabaseError, LostDataError: what the cache alone has is not stable.
         """
         errors: list[FusecacheError] = []
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._make_stable, image, errors)
-            if image.synced < image.guest_written:
+        if image.synced >= image.guest_written:
+            await self._make_stable(image, errors)
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._make_stable, image, errors)
                 try:
                     await self._intents.sync_origin(image, metadata=metadata)
                 except OriginError as exc:
