@@ -13,7 +13,7 @@ import trio
 from fusecache.config import Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
-from fusecache.engine.cleaner import Cleaner, Progress
+from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_writes import DirtyWrites
@@ -223,9 +223,7 @@ class BlockCache:
             if self._degraded.holds(image):
                 await self.threads.device(self.device.sync)
 
-    async def flush(
-        self, image: Image, path_fd: int | None = None, *, progress: Progress | None = None
-    ) -> None:
+    async def flush(self, image: Image, path_fd: int | None = None) -> None:
         """Everything acknowledged for the image is on the origin, synced; rows are stable.
 
         Raises:
@@ -237,13 +235,11 @@ class BlockCache:
             return
         if self.core.dirty.pages(image.id):
             flush = self._discards.drain if self.state.draining else self.cleaner.flush
-            await flush(image, progress)
+            await flush(image)
         await self._discards.sync(image, path_fd)
         await self.committer.barrier()
 
-    async def flush_all(
-        self, *, progress: Progress | None = None
-    ) -> list[tuple[Image, FusecacheError]]:
+    async def flush_all(self) -> list[tuple[Image, FusecacheError]]:
         """``flush`` of every image, side by side: one that stalls holds up no other (P6).
 
         Returns what failed.
@@ -251,18 +247,13 @@ class BlockCache:
         failed: list[tuple[Image, FusecacheError]] = []
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
-                nursery.start_soon(self._flush_one, image, progress, failed)
+                nursery.start_soon(self._flush_one, image, failed)
         await self._barrier_for_guest()
         return failed
 
-    async def _flush_one(
-        self,
-        image: Image,
-        progress: Progress | None,
-        failed: list[tuple[Image, FusecacheError]],
-    ) -> None:
+    async def _flush_one(self, image: Image, failed: list[tuple[Image, FusecacheError]]) -> None:
         try:
-            await self.flush(image, progress=progress)
+            await self.flush(image)
         except FusecacheError as exc:
             if self.core.dirty.slots(image.id).size:
                 self.cleaner.failed(image, exc)
@@ -344,12 +335,9 @@ class BlockCache:
         path_fd: int | None = None,
         *,
         discard_dirty: bool = False,
-        progress: Progress | None = None,
     ) -> int:
         """See ``Discards.evict``."""
-        return await self._discards.evict(
-            image, path_fd, discard_dirty=discard_dirty, progress=progress
-        )
+        return await self._discards.evict(image, path_fd, discard_dirty=discard_dirty)
 
     def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
         """See ``Discards.removing``."""

@@ -12,7 +12,7 @@ Between batches nothing is held, so guests wait for no writeback.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -36,9 +36,6 @@ from fusecache.errors import FusecacheError, LostDataError, OriginError
 from fusecache.store.origin import OriginImage
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int], None]
-"""Is told the dirty bytes left."""
 
 _BATCH = 32 << 20
 """Bytes of one image that share two barriers and one origin sync."""
@@ -131,7 +128,9 @@ class Cleaner:
                     await self._pace.wait(size, yielding=not self._crowded)
                     async with image.cleaning:
                         slots = self._dirty.due(image.id, self._clock_blocks, older_than=self._age)
-                        await self._batch(image, slots)
+                        skipped = await self._batch(image, slots)
+                    if len(skipped) == slots.size:
+                        break  # guests are writing to all of it: later
         except FusecacheError as exc:
             self.failed(image, exc)
         except Exception as exc:
@@ -152,7 +151,7 @@ class Cleaner:
 
     # -- on demand ---------------------------------------------------------------------------------
 
-    async def flush(self, image: Image, progress: Progress | None = None) -> None:
+    async def flush(self, image: Image) -> None:
         """Everything that is dirty now is on the origin, synced; rows are stable.
 
         What a guest writes again meanwhile may be dirty afterwards.
@@ -161,15 +160,15 @@ class Cleaner:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.
         """
         async with self._recorded(image):
-            await self._pass(image, progress)
+            await self._pass(image)
         self._refuse_lost(image)
 
-    async def clean(self, image: Image, progress: Progress | None = None) -> None:
+    async def clean(self, image: Image) -> None:
         """As ``flush``, while the image is draining: a few passes leave little that is dirty."""
         async with self._recorded(image):
             for _ in range(_PASSES):
                 if self._dirty.pages(image.id):
-                    await self._pass(image, progress)
+                    await self._pass(image)
 
     @asynccontextmanager
     async def _recorded(self, image: Image) -> AsyncIterator[None]:
@@ -181,13 +180,13 @@ class Cleaner:
         finally:
             await self._images.ownership.cleaned(image)
 
-    async def finish(self, image: Image, progress: Progress | None = None) -> None:
+    async def finish(self, image: Image) -> None:
         """The rest, for a caller that holds ``cleaning`` and all of ``lock``: nobody writes.
 
         Raises:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: some of it stays dirty.
         """
-        await self._pass(image, progress, alone=True)
+        await self._pass(image, alone=True)
         self._refuse_lost(image)
         assert not self._dirty.pages(image.id) or not self._state.usable
 
@@ -210,7 +209,7 @@ class Cleaner:
                 f"cache device, the first at {offset}, {length} bytes long"
             )
 
-    async def _pass(self, image: Image, progress: Progress | None, *, alone: bool = False) -> None:
+    async def _pass(self, image: Image, *, alone: bool = False) -> None:
         """Once over all that is dirty now.
 
         Args:
@@ -228,8 +227,6 @@ class Cleaner:
                 await self._part(image, slots[first : first + self._batch_blocks], alone=alone)
             except LostDataError as exc:
                 lost = exc
-            if progress is not None:
-                progress(self._dirty.all_pages << self._geometry.page_shift)
         if lost is not None:
             raise lost
 
@@ -292,21 +289,20 @@ class Cleaner:
         errors: list[FusecacheError],
     ) -> None:
         """All runs of a batch, some at a time; what failed is left out of ``taken``."""
-        limiter = trio.CapacityLimiter(self._tuning.clean_writes)
+        runs = iter(self._runs(noted))
 
-        async def one(run: list[Writeback]) -> None:
-            try:
-                if not any(isinstance(error, OriginError) for error in errors):
+        async def work() -> None:
+            for run in runs:
+                try:
                     await self._write_run(image, run, taken, skipped, errors)
-            except FusecacheError as exc:
-                errors.append(exc)
-            finally:
-                limiter.release_on_behalf_of(run[0])
+                except FusecacheError as exc:
+                    errors.append(exc)
+                if any(isinstance(error, OriginError) for error in errors):
+                    break
 
         async with trio.open_nursery() as nursery:
-            for run in self._runs(noted):
-                await limiter.acquire_on_behalf_of(run[0])
-                nursery.start_soon(one, run)
+            for _ in range(self._tuning.clean_writes):
+                nursery.start_soon(work)
 
     def _runs(self, noted: list[Writeback]) -> list[list[Writeback]]:
         """Neighbouring blocks together, up to ``_RUN`` bytes."""

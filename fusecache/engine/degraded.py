@@ -158,22 +158,22 @@ class Degraded:
             await self._overlay_block(image, block, partly, begin, whole)
             dirty_part = self._core.dirty.mask(image.id, block) & partly
             whole[start - begin : stop - begin] = view[done : done + stop - start]
-            for first, last in self._spans(dirty_part, start, stop):
-                last = min(last, max(image.size, base + stop) - base)
-                piece = bytes(whole[first - begin : last - begin])
-                await self._origin.write(image, base + first, piece)
+            first, last = self._widened(dirty_part, start, stop)
+            last = min(last, max(image.size, base + stop) - base)
+            piece = bytes(whole[first - begin : last - begin])
+            await self._origin.write(image, base + first, piece)
             touched.append((block, pages))
             done += stop - start
         await self._intents.sync_origin(image)
         for block, pages in touched:
             self._core.supersede(image.id, block, pages)
 
-    def _spans(self, dirty_part: int, start: int, stop: int) -> list[tuple[int, int]]:
+    def _widened(self, dirty_part: int, start: int, stop: int) -> tuple[int, int]:
         """What to write of a block: the bytes written, and all of a dirty page they are part of."""
         first, last = start, stop
         for begin, length in self._geometry.page_runs(dirty_part):
             first, last = min(first, begin), max(last, begin + length)
-        return [(first, last)]
+        return first, last
 
     # -- the whole cache ---------------------------------------------------------------------------
 

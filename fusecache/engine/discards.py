@@ -12,7 +12,7 @@ import trio
 
 from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
-from fusecache.engine.cleaner import Cleaner, Progress
+from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
@@ -162,7 +162,6 @@ class Discards:
         path_fd: int | None = None,
         *,
         discard_dirty: bool = False,
-        progress: Progress | None = None,
     ) -> int:
         """Flushes an image and drops its blocks alone; returns how many were dropped.
 
@@ -186,10 +185,10 @@ class Discards:
         try:
             if self._core.dirty.pages(image.id) and not discard_dirty:
                 await self._threads.kernel(self._invalidate, image.row.identity)
-                await self._cleaner.clean(image, progress)
+                await self._cleaner.clean(image)
             async with image.opening, image.cleaning, image.lock.everything():
                 if not discard_dirty and self._core.dirty.pages(image.id):
-                    await self._cleaner.finish(image, progress)
+                    await self._cleaner.finish(image)
                 blocks = self._core.usage(image.id).blocks
                 # All or nothing, also if whoever asked gives up: a write past the cache must not
                 # meet rows or pages that are left.
@@ -219,7 +218,7 @@ class Discards:
                 "Unmount it; what is dirty is brought to the origin by that"
             )
 
-    async def drain(self, image: Image, progress: Progress | None = None) -> None:
+    async def drain(self, image: Image) -> None:
         """Everything dirty goes to the origin, synced, and nothing of the image is dirty then.
 
         Raises:
@@ -227,10 +226,10 @@ class Discards:
         """
         image.draining += 1
         try:
-            await self._cleaner.clean(image, progress)
+            await self._cleaner.clean(image)
             if self._core.dirty.pages(image.id):
                 async with image.cleaning, image.lock.everything():
-                    await self._cleaner.finish(image, progress)
+                    await self._cleaner.finish(image)
         finally:
             image.draining -= 1
             await self._images.ownership.cleaned(image)

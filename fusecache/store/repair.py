@@ -305,7 +305,7 @@ def _proven_rows(
 
 def _plus(tally: Tally, row: tuple[object, ...], crc_of: Callable[[PackedRegion], int]) -> Tally:
     try:
-        region = PackedRegion(*row)  # type: ignore[arg-type]
+        region = PackedRegion(*row)  # type: ignore[arg-type]  # wrong kinds are caught below
         return tally.plus(block_hash(region.image, region.region, crc_of(region)))
     except (TypeError, ValueError, AttributeError, OverflowError):
         return Tally(-1, -1)
@@ -316,7 +316,7 @@ def _crc_of(region: PackedRegion) -> int:
 
 
 def _healed(row: tuple[object, ...]) -> PackedRegion:
-    region = PackedRegion(*row)  # type: ignore[arg-type]
+    region = PackedRegion(*row)  # type: ignore[arg-type]  # of right kinds: its tally was found
     return region._replace(crc=_crc_of(region))
 
 
