@@ -52,6 +52,7 @@ class DirtyPages:
         owe: the row of a slot changed.
         touch: the slot was used.
         invalidate: valid pages (a mask) of a slot are so no longer.
+        returned: nothing in the slot is dirty any more.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class DirtyPages:
         owe: Callable[[int], None],
         touch: Callable[[int], None],
         invalidate: Callable[[int, int], None],
+        returned: Callable[[int], None],
     ) -> None:
         self._geometry = geometry
         self._slots = slots
@@ -69,6 +71,7 @@ class DirtyPages:
         self._owe = owe
         self._touch = touch
         self._invalidate = invalidate
+        self._returned = returned
         self._pages_of: dict[int, int] = {}
         self.blocks = 0
         """Slots with a dirty page."""
@@ -335,6 +338,8 @@ class DirtyPages:
         slots.state[slot] = step(slots.state[slot], event)
         slots.cleaning[slot] = 0
         self.in_writeback -= 1
+        if event is Event.SETTLE:
+            self._returned(slot)
 
     # -- going on purpose --------------------------------------------------------------------------
 
@@ -351,6 +356,7 @@ class DirtyPages:
             self._owe(slot)
         if slots.state[slot] == State.DIRTY and not slots.dirty[slot]:
             slots.state[slot] = step(slots.state[slot], Event.SETTLE)
+            self._returned(slot)
 
     def forget(self, slot: int) -> None:
         """The whole block goes."""

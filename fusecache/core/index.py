@@ -77,6 +77,7 @@ class CacheIndex:
             self._owed.changed,
             self._touch,
             self._invalidate,
+            self._policy.returned,
         )
         """What the origin has not, see ``DirtyPages``."""
 
@@ -220,8 +221,11 @@ class CacheIndex:
         """One pin less; a block that lost its last page while pinned goes now."""
         slots = self._slots
         slots.pins[slot] -= 1
-        empty = not slots.valid[slot] and slots.state[slot] == State.VALID
-        if empty and not slots.pins[slot]:
+        if slots.state[slot] != State.VALID or slots.pins[slot]:
+            return
+        if slots.valid[slot]:
+            self._policy.returned(slot)
+        else:
             self._drop(slot, Event.DROP)
 
     def rewritten(self, slot: int, pages: int) -> None:

@@ -23,7 +23,8 @@ class Table:
 
     def touch(self, slot: int) -> None:
         """A use; it makes an unused slot VALID."""
-        self.slots.state[slot] = State.VALID
+        if slot not in self.pinned:
+            self.slots.state[slot] = State.VALID
         self.slots.last_used[slot] = self.tick
         self.tick += 1
         self.model[slot] = None
@@ -39,6 +40,18 @@ class Table:
         self.pinned.discard(slot)
         self.touch(slot)
 
+    def soil(self, slot: int) -> None:
+        """Dirty without a use, as by a write that found its pages valid."""
+        self.slots.state[slot] = State.DIRTY
+        self.pinned.add(slot)
+
+    def give_back(self, slot: int) -> None:
+        """Clean or unpinned again, and not used since: it is as old as it was."""
+        self.slots.state[slot] = State.VALID
+        self.slots.pins[slot] = 0
+        self.pinned.discard(slot)
+        self.lru.returned(slot)
+
     def reclaim(self, count: int) -> None:
         """Exactly the oldest unpinned slots leave, the oldest first."""
         expected = [slot for slot in self.model if slot not in self.pinned][:count]
@@ -49,7 +62,10 @@ class Table:
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["touch", "touch", "pin", "unpin", "reclaim"]), st.integers(0, 11)),
+    st.tuples(
+        st.sampled_from(["touch", "touch", "pin", "unpin", "soil", "give_back", "reclaim"]),
+        st.integers(0, 11),
+    ),
     max_size=80,
 )
 
@@ -65,8 +81,12 @@ def test_victims_are_exactly_the_least_recently_used(
             table.touch(number)
         elif what == "pin" and number in table.model:
             table.pin(number)
+        elif what == "soil" and number in table.model and number not in table.pinned:
+            table.soil(number)
         elif what == "unpin" and number in table.pinned:
             table.unpin(number)
+        elif what == "give_back" and number in table.pinned:
+            table.give_back(number)
         elif what == "reclaim":
             table.reclaim(number)
 
@@ -88,8 +108,8 @@ def test_victims_stay_exact_over_many_batches(seed: int, count: int) -> None:
             if slot in table.model:
                 table.pin(slot)
         table.reclaim(int(random.integers(1, max(2, count // 20))))
-        for slot in sorted(table.pinned):
-            table.unpin(slot)
+        for place, slot in enumerate(sorted(table.pinned)):
+            (table.unpin if place % 2 else table.give_back)(slot)
         for slot in chosen[120:]:
             table.touch(slot)
     table.reclaim(count)
@@ -103,6 +123,19 @@ def test_a_batch_is_whole_when_it_begins_with_the_candidates_of_an_earlier_sweep
     table.reclaim(6)
     table.reclaim(900)
     assert len(table.model) == 1094
+
+
+def test_more_slots_that_return_than_are_remembered_leave_in_order_all_the_same() -> None:
+    table = Table(20_000)
+    for slot in range(20_000):
+        table.touch(slot)
+    for slot in range(6000):
+        table.soil(slot)
+    table.reclaim(10)
+    for slot in range(6000):
+        table.give_back(slot)
+    table.reclaim(7000)
+    assert next(iter(table.model)) == 7010
 
 
 def test_slots_that_were_never_used_since_loading_leave_by_number() -> None:
