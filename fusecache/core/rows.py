@@ -77,12 +77,13 @@ class OwedRows:
     def _take_one(self, slot: int) -> Rows:
         """As most commits of a write are: bulk work on one row costs several times as much."""
         slots = self._slots
-        at = slice(slot, slot + int(slots.state[slot] >= State.VALID))
-        here = np.arange(at.start, at.stop, dtype=np.uint32)
+        here = int(slots.state[slot] >= State.VALID)
+        at = slice(slot, slot + here)
+        named = slot if slots.valid[slot] | slots.dirty[slot] else NO_SLOT
         return Rows(
             image=slots.image_of[at].copy(),
             block=slots.block_of[at].copy(),
-            slot=self._named(here),
+            slot=np.array([named][:here], np.uint32),
             valid=slots.valid_of[at].copy(),
             dirty=slots.dirty_of[at].copy(),
         )

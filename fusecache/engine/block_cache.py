@@ -23,6 +23,7 @@ from fusecache.engine.hit_path import HitPath
 from fusecache.engine.housekeeping import Housekeeping
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
+from fusecache.engine.in_place import InPlace
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.ownership import Ownership
@@ -75,6 +76,7 @@ class BlockCache:
         self.images = Images(
             core, self.state, threads, clock, tuning, write_mode, new_origin, invalidate
         )
+        here = InPlace(clock.monotonic)
         self.committer = Committer(
             core,
             device,
@@ -84,6 +86,7 @@ class BlockCache:
             self.state.counters,
             clock,
             tuning,
+            here,
             self.state.unusable,
         )
         self.images.committer = self.committer
@@ -99,7 +102,7 @@ class BlockCache:
         )
         self._reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self._reclaimer.wake)
-        slots = SlotIO(device, threads, clock.monotonic)
+        slots = SlotIO(device, threads, here)
         origin = OriginWrites(core, self.state, threads, clock.monotonic)
         dirty = DirtyWrites(core, self.state, self.committer, self._intents, threads, slots)
         self._degraded = Degraded(

@@ -92,6 +92,7 @@ class Committer:
         counters: CacheCounters,
         clock: Clock,
         tuning: Tuning,
+        here: InPlace,
         failed: Callable[[FusecacheError], None],
     ) -> None:
         self._core = core
@@ -103,7 +104,7 @@ class Committer:
         self._clock = clock
         self._tuning = tuning
         self._report = failed
-        self._in_place = InPlace(clock.monotonic)
+        self._in_place = here
         self._syncs = Proven(clock.monotonic, allowed=tuning.commits_in_place)
         self._merges = Proven(clock.monotonic, allowed=tuning.commits_in_place)
         self.broken: FusecacheError | None = None
@@ -193,7 +194,7 @@ class Committer:
         self.anything_since_barrier = True
         try:
             with self._in_place:
-                self._block_map.commit(Batch(rows=rows), stable=False)
+                self._block_map.append(rows)
         except Exception as exc:
             raise self._not_committed(rows, exc) from exc
         self._committed(owners)

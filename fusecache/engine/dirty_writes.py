@@ -89,9 +89,10 @@ class DirtyWrites:
         slot = self._core.dirty.soil_valid(image.id, block, start, start + len(data))
         if slot is None:
             return False
-        self._committer.commit_now()
         position = (slot << self._geometry.block_shift) + start
-        self._slots.write_now(position, memoryview(data))
+        with self._slots.here:
+            self._committer.commit_now()
+            self._slots.write_now(position, memoryview(data))
         image.changes += 1
         return True
 

@@ -27,11 +27,15 @@ def _waits() -> int:
 
 
 class InPlace:
-    """``with in_place:`` around short blocking work; ``allowed`` unless it took too long lately."""
+    """``with in_place:`` around short blocking work; ``allowed`` unless it took too long lately.
+
+    One within another counts as part of it.
+    """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._apart_until = float("-inf")
+        self._depth = 0
         self._began = 0.0
         self._waits = 0
 
@@ -41,10 +45,15 @@ class InPlace:
         return self._now() >= self._apart_until
 
     def __enter__(self) -> None:
-        self._began = self._now()
-        self._waits = _waits()
+        self._depth += 1
+        if self._depth == 1:
+            self._began = self._now()
+            self._waits = _waits()
 
     def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         ended = self._now()
         # On a busy host work takes long because others run; only if we waited was it the device.
         if ended - self._began > _TOO_LONG and _waits() > self._waits:

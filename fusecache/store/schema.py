@@ -7,7 +7,7 @@ columns are little endian; slot 0xFFFFFFFF means that the block is not cached.
 
 from sqlite_utils import Database, Migrations
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 migrations = Migrations("fusecache")
 
@@ -126,6 +126,15 @@ def m002_write_modes(db: Database) -> None:
     # Of all other columns but id, in the order of records.META_COLUMNS.
     db.table("meta").add_column("crc", int, not_null_default=0)
     db.execute("UPDATE meta SET schema_version = 2")
+
+
+@migrations()
+def m003_appended(db: Database) -> None:
+    """Version 3: a light commit of rows alone is one more row of ``pending`` and nothing else.
+
+    Rows with a ``seq`` above ``meta.commits`` are such commits, one after the other without a gap.
+    """
+    db.execute("UPDATE meta SET schema_version = 3")
 
 
 def _integer(column: str, width: int, at: str) -> str:

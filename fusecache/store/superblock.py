@@ -16,6 +16,7 @@ import uuid
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from fusecache.config import MAX_BLOCK_SIZE, MIN_BLOCK_SIZE
 from fusecache.errors import NotACacheError, SuperblockError
@@ -45,8 +46,7 @@ class Fence(enum.IntEnum):
     """Only what is dirty: clean pages may be older than the origin."""
 
 
-@dataclass(frozen=True, slots=True)
-class Witness:
+class Witness(NamedTuple):
     """The database's last commit and last stable commit, by number, as the cache device saw it.
 
     ``blank``: nothing was ever written there.

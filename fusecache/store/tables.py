@@ -53,7 +53,8 @@ _NEW_META = (
 class Tables:
     """The rows of an open database.
 
-    ``now`` is ``meta`` as the transaction under way will write it. Damaged rows raise ValueError.
+    ``now`` is ``meta`` as the transaction under way will write it, or as it would be after the
+    batches that were appended since it was written. Damaged rows raise ValueError.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -98,6 +99,16 @@ class Tables:
     # -- meta --------------------------------------------------------------------------------------
 
     def meta(self) -> Meta:
+        """The row with all that was appended since it was written."""
+        meta = self.written_meta()
+        sql = "SELECT seq, crc FROM pending WHERE seq > ? ORDER BY seq"
+        for seq, crc in self._conn.execute(sql, (meta.commits,)):
+            if seq != meta.commits + 1:
+                raise ValueError("rows of its table pending are missing")
+            meta.appended(pending_hash(seq, crc))
+        return meta
+
+    def written_meta(self) -> Meta:
         """The row as it is in the database."""
         rows = self._conn.execute(_META).fetchall()
         if len(rows) != 1:
@@ -198,7 +209,17 @@ class Tables:
         blob = packing.pack_batch(rows)
         crc = packing.batch_crc(seq, blob)
         self._conn.execute(_PUT_PENDING, (seq, blob, crc))
-        self._add("pending", pending_hash(seq, crc))
+        self.now.add_pending(pending_hash(seq, crc))
+
+    def append(self, rows: Rows) -> None:
+        """One more batch, without a transaction around it: the row is the whole commit.
+
+        ``meta`` stays as it is: the number shows a row missing before this one, and the cache
+        device's witness one that is missing behind. The next transaction writes it again.
+        """
+        seq = self.now.commits + 1
+        self.add_pending(seq, rows)
+        self.now.commits = seq
 
     def pending(self, mark: int = EVERYTHING) -> list[tuple[int, Rows]]:
         """The batches up to the mark, in order, each with its number."""

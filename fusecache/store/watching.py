@@ -4,7 +4,6 @@ Every commit leaves its number on the device, unsynced; a barrier's sync makes i
 database notes which number was synced. ``Witness.contradiction`` says what cannot be.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Protocol
 
@@ -80,9 +79,11 @@ class Watch:
         """Tells the device of a commit. If that fails, ``synced`` stays behind."""
         if self._keeper is not None:
             witness = Witness(commits, commits if stable else self._told.stable)
-            with contextlib.suppress(CacheDeviceError):
+            try:
                 self._keeper.write_witness(witness)
-                self._told = witness
+            except CacheDeviceError:
+                return
+            self._told = witness
 
 
 def lost_record(meta: Meta, witness: Witness) -> bool:

@@ -155,7 +155,7 @@ def test_a_missing_database_is_refused_and_not_made(tmp_path: Path) -> None:
 def test_a_newer_version_is_refused_by_its_number(block_map: BlockMap, path: Path) -> None:
     block_map.close()
     sql(path, "UPDATE meta SET schema_version = 9")
-    with pytest.raises(DatabaseError, match="version 9, this fusecache knows version 2"):
+    with pytest.raises(DatabaseError, match="version 9, this fusecache knows version 3"):
         BlockMap.open(path, SUPERBLOCK)
 
 

@@ -107,6 +107,88 @@ def test_every_commit_is_told_and_only_a_stable_one_as_stable(path: Path) -> Non
         assert block_map.meta().synced == mark, "no sync of the device since"
 
 
+def _appended(path: Path, keeper: Keeper, count: int = 3) -> int:
+    """A killed life whose last commits were of rows alone; returns the number of the first."""
+    block_map = start(path, keeper)
+    marks = [block_map.commit(Batch(rows=row(slot)), stable=False) for slot in range(count)]
+    block_map.close()
+    return marks[0]
+
+
+def test_a_light_commit_of_rows_alone_changes_no_other_table(path: Path) -> None:
+    keeper = Keeper()
+    first = _appended(path, keeper)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        written, rows = connection.execute("SELECT commits, pending_rows FROM meta").fetchone()
+        assert (written, rows) == (first - 1, 0)
+    assert keeper.witness.commits == first + 2
+    with contextlib.closing(start(path, keeper)) as block_map:
+        (rows,) = block_map.load()
+        assert rows.slot.tolist() == [0, 1, 2]
+        assert block_map.meta().commits == first + 3
+
+
+@pytest.mark.parametrize(
+    ("which", "said"), [(0, "missing"), (1, "missing"), (2, "older than the cache device")]
+)
+def test_a_missing_row_of_any_light_commit_is_noticed(path: Path, which: int, said: str) -> None:
+    keeper = Keeper()
+    first = _appended(path, keeper)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("DELETE FROM pending WHERE seq = ?", (first + which,))
+    with pytest.raises(DatabaseError, match=said):
+        start(path, keeper)
+
+
+def test_an_outdated_row_of_a_light_commit_is_noticed(path: Path) -> None:
+    """The row of another commit under this one's number."""
+    keeper = Keeper()
+    first = _appended(path, keeper)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute(
+            "UPDATE pending SET (rows, crc) = (SELECT rows, crc FROM pending WHERE seq = ?)"
+            "WHERE seq = ?",
+            (first, first + 1),
+        )
+    with pytest.raises(DatabaseError, match="checksum"):
+        start(path, keeper)
+
+
+def test_the_next_whole_commit_counts_what_was_appended(path: Path) -> None:
+    keeper = Keeper()
+    with contextlib.closing(start(path, keeper)) as block_map:
+        for slot in range(3):
+            mark = block_map.commit(Batch(rows=row(slot)), stable=False)
+        block_map.commit(Batch(heartbeat_ns=5), stable=False)
+        block_map.commit(Batch(rows=row(7)), stable=False)
+        keeper.sync()
+        block_map.merge(mark)
+        meta = block_map.meta()
+        assert (meta.commits, meta.pending_rows) == (mark + 3, 1)
+    with contextlib.closing(start(path, keeper)) as block_map:
+        (rows,) = block_map.load()
+        assert rows.slot.tolist() == [0, 1, 2, 7]
+
+
+def test_an_append_that_fails_is_no_commit(path: Path) -> None:
+    keeper = Keeper()
+    with contextlib.closing(start(path, keeper)) as block_map:
+        mark = block_map.commit(Batch(rows=row(1)), stable=False)
+        sql = "CREATE TRIGGER no BEFORE INSERT ON pending BEGIN SELECT RAISE(ABORT, 'no'); END"
+        block_map._conn.execute(sql)
+        with pytest.raises(DatabaseError, match="no"):
+            block_map.commit(Batch(rows=row(2)), stable=False)
+        assert block_map.mark == mark and keeper.witness.commits == mark
+        block_map._conn.execute("DROP TRIGGER no")
+        assert block_map.commit(Batch(rows=row(3)), stable=False) == mark + 1
+    with contextlib.closing(start(path, keeper)) as block_map:
+        (rows,) = block_map.load()
+        assert rows.slot.tolist() == [1, 3]
+
+
 def test_a_failed_transaction_is_told_nobody_and_leaves_the_count(path: Path) -> None:
     keeper = Keeper()
     with contextlib.closing(start(path, keeper)) as block_map:
@@ -270,11 +352,24 @@ def test_a_database_of_version_1_gets_checksums_and_tallies(tmp_path: Path) -> N
     _version_1(path)
     with contextlib.closing(BlockMap.open(path, SUPERBLOCK)) as block_map:
         meta = block_map.meta()
-        assert meta.schema_version == 2 and (meta.block_rows, meta.image_rows) == (1, 1)
+        assert meta.schema_version == 3 and (meta.block_rows, meta.image_rows) == (1, 1)
         block_map.attach("boot 1", 1, b"/m", b"/o")
         (rows,) = block_map.load()
         assert (rows.image.tolist(), rows.slot.tolist()) == ([1], [4])
         assert block_map.images() == [ImageRow(1, b"one", b"one.img")]
+
+
+def test_a_database_of_version_2_starts_with_what_was_pending(path: Path) -> None:
+    """There every commit wrote ``meta``."""
+    keeper = Keeper()
+    with contextlib.closing(start(path, keeper)) as block_map:
+        block_map.commit(Batch(rows=row(1), heartbeat_ns=5), stable=False)
+        block_map._tables.now.schema_version = 2
+        block_map.commit(Batch(heartbeat_ns=6), stable=False)
+        block_map._conn.execute("DELETE FROM _sqlite_migrations WHERE name = 'm003_appended'")
+    with contextlib.closing(start(path, keeper)) as block_map:
+        (rows,) = block_map.load()
+        assert rows.slot.tolist() == [1] and block_map.meta().schema_version == 3
 
 
 def _version_1(path: Path) -> None:

@@ -10,7 +10,7 @@ stable commit or any light one after it.
 import os
 import random
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -498,6 +498,11 @@ class RecordedBlockMap(BlockMap):
     def _transaction(self, *, stable: bool) -> Any:
         self._stable = stable  # so that the base class does not set ``synchronous``
         return _recorded(self, super()._transaction(stable=stable), stable)
+
+    def _append(self, rows: Any) -> None:
+        self._stable = False
+        with _recorded(self, nullcontext(), stable=False):
+            super()._append(rows)
 
     def snapshot(self) -> bytes:
         """The whole database as it is now."""
