@@ -1,5 +1,5 @@
-"""The yardstick: the least a pyfuse3 filesystem can do, ``os.pread`` and ``os.pwrite`` in its
-handlers.
+"""The yardstick: the least a pyfuse3 filesystem can do, ``os.pread``, ``os.pwrite`` and
+``os.fdatasync`` in its handlers.
 
 One directory of regular files, no cache, no threads. Run by ``reads.py`` and ``writes.py``.
 """
@@ -73,6 +73,9 @@ class Bare(pyfuse3.Operations):
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         return os.pwrite(self.fds[fh], buf, off)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        os.fdatasync(self.fds[fh])
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         raise pyfuse3.FUSEError(errno.ENODATA if self._xattrs else errno.ENOSYS)

@@ -5,9 +5,10 @@
    Steady: all pages are dirty already. The kernel asks for an extended attribute before every
    write, unless a filesystem has said that it has none at all: so there are two yardsticks.
 2. The same at depth 1 in write-back and in write-through, over an origin 1 ms away.
-3. A 4 KiB write and its fsync through the mount, against pwrite and fdatasync of a plain file
-   beside the cache; then 16 writers at once. The kernel lets one fsync of a file through at a
-   time, so it is writers of different images that can share one.
+3. A 4 KiB write and its fsync through the mount, over pages that are dirty already, against pwrite
+   and fdatasync of a plain file beside the cache; then 16 writers at once. The kernel lets one
+   fsync of a file through at a time, so it is writers of different images that can share one.
+   The same over clean pages, each once: then the map has to be made stable, too.
 4. Cached reads of one image while another is written, with the cleaner idle, at work, and held
    back by --clean-rate; against the same reads alone.
 5. Stable commits a write, for random writes over a large image, cold and cached.
@@ -199,6 +200,7 @@ def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
     total = 2 * WRITERS * part
     job = {"rw": "randwrite", "bs": "4k", "ioengine": "psync", "size": part}
     many = {"numjobs": WRITERS}
+    whole = {"rw": "write", "bs": "1m", "ioengine": "psync", "direct": 1}
     one_file = {**many, "offset_increment": part}
     own_file = {**many, "filename_format": "image-$jobnum.raw"}
     with ExitStack() as stack:
@@ -208,6 +210,10 @@ def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
             ours.read_all(name)
             stack.enter_context(held(ours.mountpoint / name))
         mnt, synced, plainly = ours.mountpoint, {"direct": 1, "fsync": 1}, {"fdatasync": 1}
+        fresh: dict[str, tuple[Path, dict[str, Any]]] = {
+            "one, clean pages": (mnt / IMAGE, synced),
+            "16 images, clean pages": (mnt, {**synced, **own_file}),
+        }
         ways: dict[str, tuple[Path, dict[str, Any]]] = {
             "disk": (disk / IMAGE, plainly),
             "one": (mnt / IMAGE, synced),
@@ -215,8 +221,14 @@ def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
             "16 images": (mnt, {**synced, **own_file}),
             "disk, 16 files": (disk, {**plainly, **own_file}),
         }
-        samples: Samples = {name: [] for name in ways}
+        samples: Samples = {name: [] for name in (*fresh, *ways)}
         for turn in range(rounds):
+            ours.run("flush", "-m", mnt)
+            for name, (path, options) in fresh.items():
+                found = harness.fio(path, seconds=None, **{**job, **options})
+                samples[name].append(found["kiops"] * 1e3)
+            for name in (IMAGE, *names):
+                harness.fio(mnt / name, seconds=None, **whole)
             for name, (path, options) in ways.items():
                 found = harness.fio(path, seconds=seconds, **{**job, **options})
                 samples[name].append(found["kiops"] * 1e3)
@@ -233,6 +245,11 @@ def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
             "16 writers of 16 images to one", median["16 images"] / median["one"], 4, least=True
         ),
         plain("  16 writers of one image to one", median["16 of one image"] / median["one"]),
+        plain(
+            "  over clean pages, 16 images to one",
+            median["16 images, clean pages"] / median["one, clean pages"],
+        ),
+        plain("  over clean pages, one, ms", 1e3 / median["one, clean pages"], 3),
         plain("  16 plain files to one", median["disk, 16 files"] / median["disk"]),
     ]
     return rows, samples
