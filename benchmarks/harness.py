@@ -8,12 +8,13 @@ import platform
 import resource
 import shutil
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -97,6 +98,42 @@ def _gone(pid: int) -> bool:
         return True
 
 
+@contextlib.contextmanager
+def running(
+    name: str, words: Sequence[object], log: Path, ready: Callable[[], bool], **variables: str
+) -> Iterator[int]:
+    """A program in the background, from the moment it is ready until it is ended; gives its pid.
+
+    Args:
+        log: gets what it prints.
+        variables: of its environment, besides ours.
+
+    Raises:
+        BenchmarkError: it ended early, or was not ready within 20 s.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C is for us, who end it
+            env={**os.environ, **variables},
+        )
+    try:
+        deadline = time.monotonic() + 20
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = log.read_text(errors="replace").strip().splitlines()
+                raise BenchmarkError(f"{name} did not start: {said[-1] if said else 'no word'}")
+            time.sleep(0.02)
+        yield process.pid
+    finally:
+        end(process.pid, signal.SIGTERM)
+        end(process.pid)
+        process.wait()
+
+
 class Fusecache:
     """One ``fusecache mount`` through the real command line.
 
@@ -170,15 +207,31 @@ class Fusecache:
         """Of the daemon."""
         return int(self.status()["pid"])
 
-    def read_all(self, name: str) -> None:
-        """Fills the cache with the whole image in order, and waits until all of it is stored."""
-        path = self.mountpoint / name
-        command("dd", f"if={path}", "of=/dev/null", "bs=1M", "iflag=direct", "status=none")
-        blocks = -(-(self.origin / name).stat().st_size // BLOCK)
+    def read_all(self, *names: str) -> None:
+        """Fills the cache with whole images in order, and waits until all of them are stored."""
+        for name in names:
+            read(self.mountpoint / name, direct=True)
+        sizes = {name: (self.origin / name).stat().st_size for name in names}
+        self.stored({name: -(-size // BLOCK) for name, size in sizes.items()})
+
+    def stored(self, blocks: dict[str, int]) -> None:
+        """Waits until so many blocks of the images are cached: a read is answered before its
+        blocks are stored.
+
+        Raises:
+            BenchmarkError: they were not after 60 s.
+        """
         deadline = time.monotonic() + 60
-        while (cached := self.image(name)["cached_blocks"]) < blocks:
+        while True:
+            cached = {image["path"]: image["cached_blocks"] for image in self.status()["images"]}
+            lacking = [name for name, count in blocks.items() if cached.get(name, 0) < count]
+            if not lacking:
+                return
             if time.monotonic() > deadline:
-                raise BenchmarkError(f"only {cached} of {blocks} blocks of {name} were stored")
+                name = lacking[0]
+                raise BenchmarkError(
+                    f"only {cached.get(name, 0)} of {blocks[name]} blocks of {name} were stored"
+                )
             time.sleep(0.1)
 
 
@@ -244,13 +297,37 @@ def fio(path: Path, *, seconds: float | None, **options: object) -> dict[str, fl
     if kind == "read":
         words.append("--readonly")
     if seconds is not None:
-        words += ["--norandommap", "--time_based", f"--runtime={seconds}"]
-    said = command(*words)
+        # Of fractions of a second fio takes only whole ones, of milliseconds all.
+        words += ["--norandommap", "--time_based", f"--runtime={round(seconds * 1e3)}ms"]
+    return _figures(command(*words), kind)
+
+
+def replay(logs: Sequence[Path]) -> dict[str, float]:
+    """Reads what logs of ``read_log`` say, each log in a process of its own, all at once; O_DIRECT
+    at depth 1. Figures as of ``fio``."""
+    words = ["fio", "--name=job", "--invalidate=0", "--group_reporting", "--readonly"]
+    words += ["--direct=1", "--ioengine=psync", f"--numjobs={len(logs)}"]
+    # Processes, since fio 3.33 crashes when threads read logs.
+    words += [f"--read_iolog={':'.join(map(str, logs))}", "--output-format=json"]
+    return _figures(command(*words), "read")
+
+
+def read_log(log: Path, path: Path, reads: Sequence[tuple[int, int]]) -> Path:
+    """A log of (offset, length) reads of ``path`` in bytes, in fio's format; returns ``log``."""
+    lines = ["fio version 2 iolog", f"{path} add", f"{path} open"]
+    lines += [f"{path} read {offset} {length}" for offset, length in reads]
+    log.write_text("\n".join([*lines, f"{path} close", ""]))
+    return log
+
+
+def _figures(said: str, kind: str) -> dict[str, float]:
     job = json.loads(said[said.index("{") :])["jobs"][0][kind]
     return {
         "kiops": job["iops"] / 1e3,
         "mb_s": job["bw_bytes"] / 1e6,
         "mean_us": job["lat_ns"]["mean"] / 1e3,
+        "operations": job["total_ios"],
+        "bytes": job["io_bytes"],
     }
 
 
@@ -263,15 +340,35 @@ def random_file(path: Path, size: int) -> None:
         os.fsync(file.fileno())
 
 
-def same_data(path: Path, origin: Path) -> None:
-    """Compares all bytes, read past the kernel's cache of the mount.
+def read(path: Path, *, direct: bool) -> None:
+    """Reads a whole file once, 1 MiB at a time."""
+    flags = ["iflag=direct"] if direct else []
+    command("dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none", *flags)
+
+
+def layout(mount: Fusecache, image: str) -> float:
+    """The share of an image's cached blocks that lie in the slot after their predecessor's, 0 to
+    1; the cache must not be mounted."""
+    with contextlib.closing(sqlite3.connect(f"{mount.cache}.sqlite")) as database:
+        slots = dict(
+            database.execute(
+                "SELECT block, slot FROM blocks JOIN image ON image.id = blocks.image"
+                " WHERE path = ?",
+                [os.fsencode(image)],
+            )
+        )
+    pairs = [(slot, slots[block + 1]) for block, slot in slots.items() if block + 1 in slots]
+    return sum(second == first + 1 for first, second in pairs) / max(len(pairs), 1)
+
+
+def same_data(path: Path, origin: Path, *, direct: bool = True) -> None:
+    """Compares all bytes, read past the kernel's cache of the mount if ``direct``.
 
     Raises:
         BenchmarkError: they differ.
     """
-    reading = subprocess.Popen(
-        ["dd", f"if={path}", "bs=1M", "iflag=direct", "status=none"], stdout=subprocess.PIPE
-    )
+    words = ["dd", f"if={path}", "bs=1M", "status=none", *(["iflag=direct"] if direct else [])]
+    reading = subprocess.Popen(words, stdout=subprocess.PIPE)
     compared = subprocess.run(["cmp", "-", str(origin)], stdin=reading.stdout, check=False)
     if reading.stdout is not None:
         reading.stdout.close()
@@ -288,12 +385,48 @@ def forget_pages(path: Path) -> None:
         os.close(fd)
 
 
+def sync(directory: Path) -> None:
+    """Brings everything written to the filesystem of ``directory`` to the disk, so that one job's
+    dirty pages are not written during the next."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        if _LIBC.syncfs(fd) != 0:
+            raise BenchmarkError(f"{directory} cannot be synced")
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def held(*paths: Path) -> Iterator[None]:
+    """The images stay open for writing, as a running guest's do.
+
+    Else each job would be an open of its own, and one less than 2 s after the last write to the
+    origin drops the clean blocks (P3).
+    """
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.callback(os.close, os.open(path, os.O_RDWR))
+        yield
+
+
 def memory(pid: int) -> dict[str, int]:
     """Bytes: resident now, and the most there ever was."""
     fields = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
     return {key: int(fields[key].split()[0]) * KIB for key in ("VmRSS", "VmHWM")}
+
+
+def chosen_jobs(jobs: Iterable[str], texts: Sequence[str] | None) -> list[str]:
+    """The jobs with any of ``texts`` in their names; all without any.
+
+    Raises:
+        BenchmarkError: there is none.
+    """
+    names = list(jobs)
+    if found := [job for job in names if any(text in job for text in texts or [""])]:
+        return found
+    raise BenchmarkError(f"no job has that in its name; there are: {'; '.join(names)}")
 
 
 def median(values: Sequence[float]) -> float:
@@ -318,20 +451,36 @@ def verdict(value: float, goal: float, *, least: bool) -> str:
     return "met" if (value >= goal if least else value <= goal) else "MISSED"
 
 
-def save(name: str, result: dict[str, Any]) -> None:
-    """Writes the numbers and what they were measured on to ``benchmarks/results/``."""
-    directory = _HERE / "results"
-    directory.mkdir(exist_ok=True)
+def save(name: str, result: dict[str, Any], directory: Path | None = None) -> Path:
+    """Writes the numbers and what they were measured on, to ``benchmarks/results/`` if not told
+    otherwise; returns the file."""
+    directory = _HERE / "results" if directory is None else directory
+    directory.mkdir(parents=True, exist_ok=True)
     machine = {
         "kernel": platform.release(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
+        "cpu": _first("/proc/cpuinfo", "model name"),
+        "memory": _first("/proc/meminfo", "MemTotal"),
         "fio": command("fio", "--version").strip(),
     }
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = directory / f"{name}-{stamp}.json"
     path.write_text(json.dumps({"benchmark": name, "machine": machine, **result}, indent=2) + "\n")
-    print(f"written to {path.relative_to(_HERE.parent)}")
+    written(path)
+    return path
+
+
+def written(path: Path) -> None:
+    """Says where a result lies."""
+    inside = path.is_relative_to(_HERE.parent)
+    print(f"written to {path.relative_to(_HERE.parent) if inside else path}")
+
+
+def _first(path: str, key: str) -> str:
+    """The value of the first ``key: value`` line of a file of the kernel's; empty without one."""
+    lines = (line.partition(":") for line in Path(path).read_text().splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == key), "")
 
 
 def run(main: Callable[[], None]) -> NoReturn:
