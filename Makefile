@@ -1,7 +1,10 @@
 # make demo   set everything up and show what fusecache does
 # make test   set everything up and pass the tests
-# make bench  measure it on this machine; bench-read, bench-writes, bench-misses and bench-scale
-#             are its parts
+# make bench  measure it on this machine, beside its peers and over a far origin; bench-compare,
+#             bench-far, bench-read, bench-writes, bench-misses, bench-cold and bench-scale are its
+#             parts
+# make bench-quick   the first two of these in under two minutes
+# make bench-replay TRACES="a.fct.xz b.csv"   block traces through the core and through a mount
 # See README.md for the rest.
 
 PYTHON ?= python3
@@ -9,7 +12,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test test-slow lint bench bench-read bench-writes bench-misses bench-scale clean system
+.PHONY: demo test test-slow lint clean system peers
+.PHONY: bench bench-quick bench-compare bench-far bench-read bench-writes bench-misses bench-scale
+.PHONY: bench-cold bench-replay
 
 # What a fresh Debian 12 lacks; only what is missing is installed.
 system:
@@ -19,6 +24,14 @@ $(VENV)/.installed: pyproject.toml .ci/install-packages | system
 	@echo "setting up $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# What the benchmarks need besides.
+peers:
+	@sh benchmarks/install-packages
+
+$(VENV)/.bench-installed: $(VENV)/.installed benchmarks/install-packages | peers
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -35,7 +48,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: bench-read bench-writes bench-misses bench-scale
+bench: bench-compare bench-far bench-read bench-writes bench-misses bench-cold bench-scale
+
+bench-quick: $(VENV)/.bench-installed
+	@$(BIN)/python benchmarks/compare.py --quick
+	@$(BIN)/python benchmarks/far.py --quick
+
+bench-compare: $(VENV)/.bench-installed
+	@$(BIN)/python benchmarks/compare.py
+
+bench-far: $(VENV)/.bench-installed
+	@$(BIN)/python benchmarks/far.py
 
 bench-read: $(VENV)/.installed
 	@$(BIN)/python benchmarks/reads.py
@@ -46,8 +69,15 @@ bench-writes: $(VENV)/.installed
 bench-misses: $(VENV)/.installed
 	@$(BIN)/python benchmarks/misses.py
 
-bench-scale: $(VENV)/.installed
+bench-cold: $(VENV)/.installed
+	@$(BIN)/python benchmarks/cold.py
+
+bench-scale: $(VENV)/.bench-installed
 	@$(BIN)/python benchmarks/scale.py
+
+bench-replay: $(VENV)/.installed
+	@test -n "$(TRACES)" || { echo "say which: make bench-replay TRACES='a.fct.xz b.csv'" >&2; exit 2; }
+	@$(BIN)/python benchmarks/replay.py $(TRACES) --check
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
