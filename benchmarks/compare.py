@@ -265,7 +265,9 @@ def report_goals(judged: list[dict[str, Any]]) -> None:
         ]
         for goal in shown
     ]
-    harness.table("Goals; above rclone everywhere: the lowest", ["", "ratio", "goal", ""], rows)
+    if rows:
+        title = "Goals; above rclone everywhere: the lowest"
+        harness.table(title, ["", "ratio", "goal", ""], rows)
 
 
 def bars(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, picture.Bar]]:
