@@ -37,7 +37,7 @@ def measure(mounts: list[Fusecache | Bare], rounds: int, seconds: float) -> Samp
                 mount = mounts[(place + turn) % len(mounts)]
                 path = mount.mountpoint / IMAGE
                 found = harness.fio(
-                    path, seconds=seconds, ioengine="libaio", direct=1, ramp_time="0.5s", **options
+                    path, seconds=seconds, ioengine="libaio", direct=1, ramp_time="500ms", **options
                 )
                 samples[job][mount.name].append(found)
         print(f"round {turn + 1} of {rounds} done", flush=True)

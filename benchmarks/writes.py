@@ -299,10 +299,10 @@ def beside_cleaner(
             for way, words in ways.items():
                 mount = mounts[way]
                 a, b = mount.mountpoint / "a.raw", mount.mountpoint / "b.raw"
-                alone = harness.fio(a, seconds=seconds, ramp_time="0.3s", **reads)
+                alone = harness.fio(a, seconds=seconds, ramp_time="300ms", **reads)
                 with dirtying(b, rate):
                     time.sleep(0.5 if words == IDLE else OLD_ENOUGH)
-                    beside = harness.fio(a, seconds=seconds, ramp_time="0.3s", **reads)
+                    beside = harness.fio(a, seconds=seconds, ramp_time="300ms", **reads)
                 samples[f"{way}: alone"].append(alone["kiops"])
                 samples[f"{way}: beside"].append(beside["kiops"])
             told(rounds, turn, "reads beside the cleaner")

@@ -79,6 +79,8 @@ class Tuning:
     """After a failed writeback the image is left alone for this long, then twice as long ..."""
     clean_pause_most: float = 60.0
     """... and at most this long."""
+    readahead: int = 2 * MIB
+    """Most bytes fetched ahead of a guest that reads an image in order; 0: none."""
     commits_in_place: bool = True
     """Commits and syncs of the cache are made in the event loop, as long as they are quick."""
     attribute_timeout: float = 1.0

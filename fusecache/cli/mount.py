@@ -38,6 +38,11 @@ from fusecache.config import WriteMode
     metavar="SIZE",
     help="Most bytes a second to the origin by the clock, like 50M. [no limit]",
 )
+@click.option(
+    "--readahead",
+    metavar="SIZE",
+    help="Most that is fetched ahead of a guest that reads in order; 0: nothing. [2M]",
+)
 @click.option("--db", type=Path, help="Where the cache's database lies.")
 @click.option(
     "--config",

@@ -9,12 +9,13 @@ from fusecache.cli.paths import absolute, mount_path
 from fusecache.config import MountConfig, Tuning, WriteMode, check_block_size, parse_size
 from fusecache.errors import UsageError
 
-_TEXTS = {"size", "block-size", "write-mode", "db", "cache", "clean-rate"}
+_TEXTS = {"size", "block-size", "write-mode", "db", "cache", "clean-rate", "readahead"}
 _NUMBERS = {"dirty-age", "dirty-limit"}
 _KEYS = _TEXTS | _NUMBERS | {"options"}
 
 _MOST_DIRTY = 90
 """Percent of the slots: some must be left that can be reclaimed without waiting for the origin."""
+_MOST_AHEAD = 64 << 20
 _LONGEST_AGE = 30 * 24 * 3600.0
 
 
@@ -43,7 +44,7 @@ def plan_of(
 
 
 def _tuning(chosen: dict[str, Any]) -> Tuning:
-    """The limits of write-back; younger data is written back from half the limit on."""
+    """Limits; in write-back younger data goes to the origin from half the limit on."""
     plain = Tuning()
     age = _number(chosen, "dirty-age", plain.dirty_age)
     if not 0 < age <= _LONGEST_AGE:
@@ -57,12 +58,13 @@ def _tuning(chosen: dict[str, Any]) -> Tuning:
             f"--dirty-limit {chosen['dirty-limit']} is not from 1 to {_MOST_DIRTY} percent of the "
             "cache: choose one, like 50."
         )
-    rate = chosen.get("clean-rate")
+    rate, ahead = chosen.get("clean-rate"), chosen.get("readahead")
     return Tuning(
         dirty_age=age,
         dirty_limit=limit / 100,
         dirty_low=limit / 200,
         clean_rate=plain.clean_rate if rate is None else _rate(rate),
+        readahead=plain.readahead if ahead is None else _readahead(ahead),
     )
 
 
@@ -91,6 +93,21 @@ def _rate(text: str) -> int:
             f"--clean-rate {text} is not a size: write the bytes a second, like 50M, or leave it "
             "out for no limit."
         ) from exc
+
+
+def _readahead(text: str) -> int:
+    try:
+        size = 0 if text.strip() == "0" else parse_size(text)
+    except UsageError as exc:
+        raise UsageError(
+            f"--readahead {text} is not a size: write one, like 2M, or 0 for nothing."
+        ) from exc
+    if size > _MOST_AHEAD:
+        raise UsageError(
+            f"--readahead {text} is too much: every guest that reads in order would fetch so much "
+            "ahead. Choose up to 64M, like 2M, or 0 for nothing."
+        )
+    return size
 
 
 def _chosen(given: dict[str, Any], config: Path | None) -> dict[str, Any]:

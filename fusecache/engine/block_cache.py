@@ -28,6 +28,7 @@ from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Clock, Invalidate, Pin, Threads, no_image, no_pages
+from fusecache.engine.readahead import Readahead
 from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
 from fusecache.engine.slot_io import SlotIO
@@ -102,6 +103,7 @@ class BlockCache:
         )
         self._reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self._reclaimer.wake)
+        readahead = Readahead(core, self.state, self._fills)
         slots = SlotIO(device, threads, here)
         origin = OriginWrites(core, self.state, threads, clock.monotonic)
         dirty = DirtyWrites(core, self.state, self.committer, self._intents, threads, slots)
@@ -114,7 +116,7 @@ class BlockCache:
             threads,
             self.images.ownership.adopted,
         )
-        self._reads = Reads(core, self.state, self._fills, self._degraded, threads)
+        self._reads = Reads(core, self.state, self._fills, readahead, self._degraded, threads)
         self._writes = Writes(
             core,
             self.state,
@@ -140,7 +142,7 @@ class BlockCache:
             threads,
             invalidate,
         )
-        hits = HitPath(core, self.state, slots)
+        hits = HitPath(core, self.state, slots, readahead)
         self.try_read = hits.try_read
         """See ``HitPath.try_read``."""
         self.try_write = hits.try_write

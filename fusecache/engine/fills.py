@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 class Fetch:
     """Blocks on their way from the origin. Readers wait for ``ready``, then look."""
 
-    def __init__(self, blocks: range) -> None:
+    def __init__(self, blocks: range, *, ahead: bool = False) -> None:
         self.blocks = blocks
+        self.ahead = ahead
+        """Nobody asked for it yet: who comes to wait for it and sees it fail asks for himself."""
         self.ready = trio.Event()
         self.error: OriginError | None = None
         self.pages: dict[int, int] = {}
@@ -85,9 +87,9 @@ class Fills:
         """Returns when no fetch is under way or being stored."""
         await self._idle.wait()
 
-    def start(self, image: Image, blocks: range) -> Fetch:
+    def start(self, image: Image, blocks: range, *, ahead: bool = False) -> Fetch:
         """Begins to fetch blocks of which none is being fetched already."""
-        fetch = Fetch(blocks)
+        fetch = Fetch(blocks, ahead=ahead)
         for block in blocks:
             image.fetches[block] = fetch
         if not self._running:

@@ -2,6 +2,7 @@
 
 from fusecache.core.index import CacheIndex
 from fusecache.engine.image import Image
+from fusecache.engine.readahead import Readahead
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError
@@ -13,12 +14,15 @@ _BUFFER_SIZE = 1 << 20
 class HitPath:
     """Reads and writes that are simply a hit."""
 
-    def __init__(self, core: CacheIndex, state: CacheState, slots: SlotIO) -> None:
+    def __init__(
+        self, core: CacheIndex, state: CacheState, slots: SlotIO, readahead: Readahead
+    ) -> None:
         self._hit = core.hit
         self._overwrite = core.dirty.overwrite
         self._state = state
         self._device = state.device
         self._slots = slots
+        self._passed = readahead.passed
         self._buffer = memoryview(bytearray(_BUFFER_SIZE))
 
     def try_read(self, image: Image, offset: int, length: int) -> memoryview | None:
@@ -49,6 +53,8 @@ class HitPath:
         except OSError:
             return None  # the slow path meets the error again and deals with it
         image.counters.read_hit_bytes += length
+        if image.marks:
+            self._passed(image, offset, length)
         return view
 
     def try_write(self, image: Image, offset: int, data: bytes) -> bool:

@@ -37,6 +37,23 @@ class Intent:
 
 
 @dataclass(slots=True)
+class Stream:
+    """Somebody who reads an image in order, in block numbers; see ``readahead``."""
+
+    begun: int
+    next: int
+    """The block after the last one read."""
+    used: int
+    """When it was last seen, in reads."""
+    ahead: int = 0
+    """The block after the last one fetched ahead; 0 as long as it is not followed."""
+    window: int = 0
+    """Blocks to be ahead."""
+    mark: int = -1
+    """A hit in this block fetches on."""
+
+
+@dataclass(slots=True)
 class Image:
     """One image that is known: open, cached, or both.
 
@@ -60,6 +77,9 @@ class Image:
     """Held while the origin's file is made longer ahead of a write."""
     fetches: dict[int, Fetch] = field(default_factory=dict)
     """By block: fetches under way or being stored."""
+    streams: list[Stream] = field(default_factory=list)
+    marks: dict[int, Stream] = field(default_factory=dict)
+    """By block: streams to be advanced by a hit there."""
     counters: ImageCounters = field(default_factory=ImageCounters)
     readers: int = 0
     writers: int = 0

@@ -7,6 +7,7 @@ from fusecache.engine.dirty_reads import DirtyReads, note_unreadable
 from fusecache.engine.fills import Fetch, Fills
 from fusecache.engine.image import Image
 from fusecache.engine.ports import Threads
+from fusecache.engine.readahead import Readahead
 from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError, LostDataError, OriginError
 
@@ -21,6 +22,7 @@ class Reads:
         core: CacheIndex,
         state: CacheState,
         fills: Fills,
+        readahead: Readahead,
         degraded: Degraded,
         threads: Threads,
     ) -> None:
@@ -28,6 +30,7 @@ class Reads:
         self._geometry = core.geometry
         self._state = state
         self._fills = fills
+        self._readahead = readahead
         self._degraded = degraded
         self._dirty_reads = DirtyReads(core, state)
         self._threads = threads
@@ -48,9 +51,12 @@ class Reads:
         into = bytearray(length)
         if await self._cold_hit(image, offset, memoryview(into)):
             image.counters.read_hit_bytes += length
+            if image.marks:
+                self._readahead.passed(image, offset, length)
             return bytes(into)
         with image.admitted():
             self._start_missing(image, offset, length)
+            self._readahead.missed(image, offset, length)
             done = 0
             for block, start, stop in self._geometry.split(offset, length):
                 view = memoryview(into)[done : done + stop - start]
@@ -145,7 +151,10 @@ class Reads:
                 )
             await fetch.ready.wait()
             if fetch.error is not None:
-                raise fetch.error
+                if not fetch.ahead:
+                    raise fetch.error
+                fetch = None  # it may have been another block's
+                continue
             got = await self._from_fetch(image, fetch, block, start, into)
             if got is not None:
                 image.counters.read_miss_bytes += got

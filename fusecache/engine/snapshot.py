@@ -53,6 +53,7 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
         "write_bytes": counters.write_bytes,
         "origin_reads": counters.origin_reads,
         "origin_read_bytes": counters.origin_read_bytes,
+        "read_ahead_bytes": counters.read_ahead_bytes,
         "origin_writes": counters.origin_writes,
         "origin_write_bytes": counters.origin_write_bytes,
         "errors": counters.errors,

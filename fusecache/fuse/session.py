@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 _EXTRA_TASKS = 1024
 _IDLE_TASKS = 1
+_BUFFERED_AHEAD_KIB = 1024
+"""What the kernel reads ahead for buffered readers, in requests as large as it sends: with its
+128 KiB each one waits for the last."""
 
 
 class Session:
@@ -68,10 +71,10 @@ class Session:
 
     async def _announce(self, ready: trio.Event) -> None:
         await self._operations.serving.wait()
-        await trio.to_thread.run_sync(self._raise_background_limit)
+        await trio.to_thread.run_sync(self._raise_limits)
         ready.set()
 
-    def _raise_background_limit(self) -> None:
+    def _raise_limits(self) -> None:
         """By default the kernel lets 12 requests wait and then holds up all images (P6)."""
         mounted = mount_at(self._mountpoint)
         if mounted is None:
@@ -83,6 +86,9 @@ class Session:
             limit = self._tuning.max_background
             (connection / "max_background").write_text(str(limit))
             (connection / "congestion_threshold").write_text(str(limit * 3 // 4))
+            ahead = Path(f"/sys/class/bdi/{mounted.device}/read_ahead_kb")
+            if ahead.exists():
+                ahead.write_text(str(_BUFFERED_AHEAD_KIB))
         except OSError as exc:
             log.warning(
                 "the kernel's limit of 12 background requests stays (%s): "

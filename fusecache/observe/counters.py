@@ -15,6 +15,8 @@ class ImageCounters:
     """Written by guests."""
     origin_reads: int = 0
     origin_read_bytes: int = 0
+    read_ahead_bytes: int = 0
+    """Asked of the origin ahead of a guest that reads in order; part of the above."""
     origin_writes: int = 0
     origin_write_bytes: int = 0
     errors: int = 0

@@ -132,7 +132,8 @@ def test_set_refuses_what_is_no_image_and_what_is_no_mode(mount: Mount) -> None:
         ("write-mode", "sideways"), ("dirty-age", "0"), ("dirty-age", "-3"), ("dirty-age", "soon"),
         ("dirty-age", "inf"), ("dirty-age", "nan"), ("dirty-age", "1e12"), ("dirty-limit", "0"),
         ("dirty-limit", "100"), ("dirty-limit", "half"), ("dirty-limit", ""), ("clean-rate", "0"),
-        ("clean-rate", "fast"), ("clean-rate", "-1M"),
+        ("clean-rate", "fast"), ("clean-rate", "-1M"), ("readahead", "fast"),
+        ("readahead", "1G"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_meant(mount: Mount, flag: str, value: str) -> None:
@@ -148,6 +149,7 @@ def test_a_configuration_file_says_how_to_write_back(mount: Mount) -> None:
     config = mount.base / "fc.toml"
     config.write_text(
         'write-mode = "back"\ndirty-age = 0.5\ndirty-limit = "20%"\nclean-rate = "50M"\n'
+        'readahead = "0"\n'
     )
     mount.options["config"] = str(config)
     mount.start()

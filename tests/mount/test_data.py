@@ -105,6 +105,18 @@ def test_two_appending_processes_lose_nothing(place: Place) -> None:
     assert len(found) == 400
 
 
+def test_a_guest_that_reads_in_order_is_read_ahead_of_and_every_byte_once(place: Place) -> None:
+    blocks = 100
+    data = _image(place, "image", 1, blocks)
+    with opened(place.cached / "image", os.O_RDONLY | os.O_DIRECT) as fd:
+        read = b"".join(read_direct(fd, at, BLOCK // 2) for at in range(0, len(data), BLOCK // 2))
+    assert read == data
+    image = place.image("image")
+    assert image["origin_read_bytes"] == len(data), "nothing twice"
+    assert image["read_ahead_bytes"] >= (blocks - 10) * BLOCK
+    assert image["origin_reads"] < blocks / 2
+
+
 @both_modes
 def test_what_was_truncated_at_open_never_returns(place: Place) -> None:
     data = _image(place, "image", 1, 8)

@@ -269,7 +269,7 @@ _READ = (
 def test_a_truncate_during_an_evict_does_not_wait_for_it_forever(faulty: InjectedMount) -> None:
     """The kernel holds back a mapping's pages while it truncates, and an evict waits for them."""
     mount = faulty
-    _image(mount, "image", 1, 8)
+    _image(mount, "image", 1, 48)  # the mapping's first page brings up to 1 MiB along
     mount.start()
     path = mount.mountpoint / "image"
     children: list[subprocess.Popen[str]] = []
@@ -277,7 +277,7 @@ def test_a_truncate_during_an_evict_does_not_wait_for_it_forever(faulty: Injecte
         assert mapped[:4096] == stamped(1, 0, 4096, 1)
         hang = mount.fault("hang", mount.origin / "image")
         try:
-            for code, *args in ((_READ, path, 6 * BLOCK), (_TRUNCATE, path, 7 * BLOCK)):
+            for code, *args in ((_READ, path, 46 * BLOCK), (_TRUNCATE, path, 47 * BLOCK)):
                 children.append(
                     subprocess.Popen(
                         [sys.executable, "-c", code, *map(str, args)],
@@ -304,7 +304,7 @@ def test_a_truncate_during_an_evict_does_not_wait_for_it_forever(faulty: Injecte
                 time.sleep(0.05)
             assert [child.returncode for child in children] == [0, 0, 0]
             assert (mount.origin / "image").read_bytes()[:4096] == stamped(1, 0, 4096, 2)
-            assert path.stat().st_size == 7 * BLOCK
+            assert path.stat().st_size == 47 * BLOCK
         finally:
             hang.unlink(missing_ok=True)
             for child in children:
