@@ -14,6 +14,7 @@ import pyfuse3
 import trio
 
 _MAX_BACKGROUND = 32768
+_AHEAD_KIB = 1024
 
 
 class Bare(pyfuse3.Operations):
@@ -82,11 +83,12 @@ class Bare(pyfuse3.Operations):
 
 
 def _raise_background_limit(mountpoint: Path) -> None:
-    """As fusecache does, so that the kernel lets both have equally many requests."""
+    """As fusecache does, so that the kernel lets both have equally many requests, as large."""
     minor = os.minor(mountpoint.stat().st_dev)
     connection = Path(f"/sys/fs/fuse/connections/{minor}")
     (connection / "max_background").write_text(str(_MAX_BACKGROUND))
     (connection / "congestion_threshold").write_text(str(_MAX_BACKGROUND * 3 // 4))
+    Path(f"/sys/class/bdi/0:{minor}/read_ahead_kb").write_text(str(_AHEAD_KIB))
 
 
 async def _serve(operations: Bare, mountpoint: Path) -> None:

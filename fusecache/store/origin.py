@@ -18,6 +18,8 @@ from fusecache.store import syscalls
 LOCKED_BYTE = 1 << 30
 """Where the lock of one host lies (P8): QEMU uses bytes 100 to 203."""
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence, start, len, pid
+_READAHEAD = 128 << 10
+"""Bytes, the kernel's default."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -46,6 +48,8 @@ class OriginImage:
         self._read_fd = -1
         self._write_fd = -1
         self._lock_fd = -1
+        self._at_once = _READAHEAD
+        """Bytes the kernel reads at a time."""
         self._era = 0
         """Closed so often: what began before a close takes no effect after it."""
 
@@ -66,6 +70,11 @@ class OriginImage:
                 raise OriginError(22, "only regular files are opened")
             flags = (os.O_WRONLY if write else os.O_RDONLY) | os.O_CLOEXEC
             fd = os.open(f"/proc/self/fd/{path_fd}", flags)
+            if not write:
+                # What to read ahead is known here better: the kernel would guess, and bring up to
+                # 128 KiB more with every block.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                self._at_once = _readahead_of(fd)
             seen = Attributes.of(os.fstat(fd))
             if era != self._era:
                 os.close(fd)
@@ -134,6 +143,10 @@ class OriginImage:
         """Up to ``length`` bytes; fewer only at the end of the file."""
         parts = []
         try:
+            if length > self._at_once:
+                # The kernel would ask for so much, wait for it, and only then for the next.
+                for at in range(offset, offset + length, self._at_once):
+                    os.posix_fadvise(self._read_fd, at, self._at_once, os.POSIX_FADV_WILLNEED)
             while length:
                 part = os.pread(self._read_fd, length, offset)
                 if not part:
@@ -239,6 +252,17 @@ class OriginImage:
             if fd >= 0:
                 os.close(fd)
         self._read_fd = self._write_fd = -1
+
+
+def _readahead_of(fd: int) -> int:
+    """Bytes the kernel reads ahead on the file's filesystem."""
+    device = os.fstat(fd).st_dev
+    name = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    try:
+        with open(name) as file:
+            return max(_READAHEAD, int(file.read()) << 10)
+    except (OSError, ValueError):
+        return _READAHEAD
 
 
 def attributes_of(fd: int) -> Attributes:
