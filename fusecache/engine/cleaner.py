@@ -12,7 +12,7 @@ Between batches nothing is held, so guests wait for no writeback.
 """
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -33,7 +33,7 @@ from fusecache.engine.pace import Pace
 from fusecache.engine.ports import Clock, Threads
 from fusecache.engine.state import CacheState
 from fusecache.errors import FusecacheError, LostDataError, OriginError
-from fusecache.store.origin import OriginImage
+from fusecache.observe.latency import Call, timed
 
 log = logging.getLogger(__name__)
 
@@ -328,11 +328,11 @@ class Cleaner:
         skipped += [item for item in run if item.slot not in started]
         done = False
         try:
-            copy = partial(self._copy, image.origin, begun, image.size)
+            copy = partial(self._copy, timed(image.origin.write, spans), begun, image.size)
             failed, count = await self._threads.run(copy, limiter=image.cleaner_limiter)
-            image.counters.origin_writes += count
-            image.counters.origin_write_bytes += sum(
+            written = sum(
                 (pages & ~failed.get(item.block, 0)).bit_count() << self._geometry.page_shift
+        spans: list[float] = []
                 for item, pages in begun
             )
             done = True
@@ -341,6 +341,9 @@ class Cleaner:
             raise
         finally:
             image.written += 1
+            image.counters.origin_writes += count
+            image.counters.origin_write_bytes += written
+            image.counters.written_back_bytes += written
             image.wrote = True
             image.last_write = self._clock.monotonic()
             if not done:
@@ -349,13 +352,14 @@ class Cleaner:
         for item, pages in begun:
             bad = failed.get(item.block, 0)
             note_unreadable(image, item.block, pages, bad)
+            image.counters.latency.add(Call.WRITE, spans)
             if bad:
                 errors.append(LostDataError("dirty data cannot be read from the cache device"))
                 self._dirty.keep_pages(item.slot, bad)
             taken.append(item.slot)
 
     def _copy(
-        self, origin: OriginImage, begun: list[tuple[Writeback, int]], size: int
+        self, write: Callable[..., None], begun: list[tuple[Writeback, int]], size: int
     ) -> tuple[dict[int, int], int]:
         """Slots to origin, in a thread: contiguous pages in one write each.
 
@@ -378,5 +382,5 @@ class Cleaner:
                     writes.append((at, [piece]))
                 end = at + len(piece)
         for at, parts in writes:
-            origin.write(at, parts[0] if len(parts) == 1 else b"".join(parts))
+            write(at, parts[0] if len(parts) == 1 else b"".join(parts))
         return failed, len(writes)

@@ -18,6 +18,7 @@ from fusecache.engine.ports import Threads
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
 from fusecache.errors import LostDataError, OriginError, RetiredSlotError
+from fusecache.observe.latency import Call, timed
 
 
 @dataclass(slots=True)
@@ -155,13 +156,16 @@ class DirtyWrites:
     async def _complete(self, image: Image, part: Part, begin: int, end: int) -> None:
         """Fetches what lies around the written bytes in the pages ``begin`` to ``end``."""
         base = part.block << self._geometry.block_shift
+        spans: list[float] = []
         try:
             data = await self._threads.harmless(
-                image.limiter, image.origin.read, base + begin, end - begin
+                image.limiter, timed(image.origin.read, spans), base + begin, end - begin
             )
         except OriginError as exc:
             image.counters.failed(exc)
             raise
+        finally:
+            image.counters.latency.add(Call.READ, spans)
         image.counters.origin_reads += 1
         image.counters.origin_read_bytes += len(data)
         page = memoryview(bytearray(data.ljust(end - begin, b"\0")))

@@ -17,6 +17,8 @@ from fusecache.engine.ports import Threads
 from fusecache.engine.state import CacheState
 from fusecache.engine.storing import Storing
 from fusecache.errors import CacheDeviceError, OriginError
+from fusecache.observe.counters import Reason
+from fusecache.observe.latency import Call, timed
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,8 @@ class Fills:
                 if self._state.stores(image):
                     await self._store(image, fetch)
         except OriginError as exc:
+                elif self._state.serves(image):
+                    self._not_kept(image, Reason.CACHE_ERROR, len(fetch.pages))
             image.counters.failed(exc)
             fetch.error = exc
         except Exception as exc:
@@ -154,7 +158,12 @@ class Fills:
                 fetch.pages[block] = missing[block] & brought
 
     async def _read(self, image: Image, offset: int, length: int) -> bytes:
-        data = await self._threads.harmless(image.limiter, image.origin.read, offset, length)
+        spans: list[float] = []
+        try:
+            read = timed(image.origin.read, spans)
+            data = await self._threads.harmless(image.limiter, read, offset, length)
+        finally:
+            image.counters.latency.add(Call.READ, spans)
         image.counters.origin_reads += 1
         image.counters.origin_read_bytes += len(data)
         return data
@@ -163,22 +172,27 @@ class Fills:
         size = sum(mask.bit_count() for mask in fetch.pages.values()) << self._geometry.page_shift
         counters = self._state.counters
         if not size or self._staged + size > self._state.tuning.staging_bytes:
-            counters.not_stored += len(fetch.pages)
+            self._not_kept(image, Reason.STAGING_LIMIT, len(fetch.pages) if size else 0)
             return
         self._staged += size
         try:
             with Storing(self._core, image.id) as storing:
-                counters.not_stored += self._collect(fetch, storing)
+                self._not_kept(image, Reason.NO_SLOT, self._collect(fetch, storing))
                 self._wake_reclaimer()
                 await self._threads.device(storing.write, self._state.device)
                 storing.done()
             counters.stored_bytes += storing.stored_bytes
         except CacheDeviceError as exc:
             self._state.store_failed(exc)
+            self._not_kept(image, Reason.CACHE_ERROR, len(fetch.pages))
         finally:
             self._staged -= size
 
     def _collect(self, fetch: Fetch, storing: Storing) -> int:
+    def _not_kept(self, image: Image, reason: Reason, blocks: int) -> None:
+        self._state.counters.not_stored += blocks
+        image.counters.not_kept[reason] += blocks
+
         """Gives the brought pages to ``storing``; returns how many blocks found no slot."""
         geometry, left_out = self._geometry, 0
         for block, pages in fetch.pages.items():

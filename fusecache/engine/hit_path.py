@@ -52,7 +52,9 @@ class HitPath:
                     done += size
         except OSError:
             return None  # the slow path meets the error again and deals with it
-        image.counters.read_hit_bytes += length
+        counters = image.counters
+        counters.read_hits += 1
+        counters.read_hit_bytes += length
         if image.marks:
             self._passed(image, offset, length)
         return view
@@ -80,5 +82,7 @@ class HitPath:
         except CacheDeviceError:
             return False  # the slow path meets the error again and deals with it
         image.changes += 1
-        image.counters.write_bytes += length
+        counters = image.counters
+        counters.writes += 1
+        counters.write_bytes += length
         return True

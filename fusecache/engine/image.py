@@ -12,7 +12,7 @@ import trio
 from fusecache.config import WriteMode
 from fusecache.engine.locks import SpanLock
 from fusecache.errors import OriginError
-from fusecache.observe.counters import ImageCounters
+from fusecache.observe.counters import ImageCounters, Reason
 from fusecache.store.block_map import ImageRow
 from fusecache.store.origin import Attributes, OriginImage
 
@@ -172,6 +172,7 @@ class Image:
             self.counters.failed(error)
             raise error
         self.waiting += 1
+            self.counters.not_cached[Reason.WAITING_LIMIT] += 1
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ from fusecache.engine.committer import Committer
 from fusecache.engine.image import Image, Intent
 from fusecache.engine.ports import Threads
 from fusecache.errors import FusecacheError, OriginError
+from fusecache.observe.latency import Call, timed
 from fusecache.store.block_map import WHOLE_IMAGE, Batch
 
 log = logging.getLogger(__name__)
@@ -168,12 +169,15 @@ class WriteIntents:
             OriginError: the origin failed; counted.
         """
         covered = image.written
+        spans: list[float] = []
         try:
-            sync = partial(image.origin.sync, metadata=metadata)
+            sync = partial(timed(image.origin.sync, spans), metadata=metadata)
             await self._threads.harmless(image.limiter, sync)
         except OriginError as exc:
             image.counters.failed(exc)
             image.failed_syncs += 1
             self._sync_failed(image)
             raise
+        finally:
+            image.counters.latency.add(Call.SYNC, spans)
         image.synced = max(image.synced, covered)

@@ -8,8 +8,8 @@ from fusecache.engine.ports import Threads
 from fusecache.engine.state import CacheState
 from fusecache.engine.storing import Storing
 from fusecache.errors import CacheDeviceError, OriginError
+from fusecache.observe.latency import Call, timed
 from fusecache.store.cache_device import CacheDevice
-from fusecache.store.origin import OriginImage
 
 
 class OriginWrites:
@@ -84,10 +84,11 @@ class OriginWrites:
         """
         image.wrote = True
         image.last_write = self._now()
+        spans: list[float] = []
         try:
             failed = await self._threads.run(
                 _write_both,
-                image.origin,
+                timed(image.origin.write, spans),
                 offset,
                 data,
                 self._state.device,
@@ -102,6 +103,7 @@ class OriginWrites:
             image.written += 1
             image.guest_written = image.written
             image.last_write = self._now()
+            image.counters.latency.add(Call.WRITE, spans)
         image.size = max(image.size, offset + len(data))
         image.counters.origin_writes += 1
         image.counters.origin_write_bytes += len(data)
@@ -118,9 +120,13 @@ class OriginWrites:
 
 
 def _write_both(
-    origin: OriginImage, offset: int, data: bytes, device: CacheDevice, storing: Storing | None
+    write: Callable[..., None],
+    offset: int,
+    data: bytes,
+    device: CacheDevice,
+    storing: Storing | None,
 ) -> CacheDeviceError | None:
-    origin.write(offset, data)
+    write(offset, data)
     try:
         if storing is not None:
             storing.write(device)

@@ -1,5 +1,8 @@
 """Reads that are not simply a hit: cold hits, misses, mixtures, and reads past the cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from fusecache.core.geometry import merged
 from fusecache.core.index import CacheIndex, Located
 from fusecache.engine.degraded import Degraded
@@ -10,6 +13,8 @@ from fusecache.engine.ports import Threads
 from fusecache.engine.readahead import Readahead
 from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError, LostDataError, OriginError
+from fusecache.observe.counters import Reason
+from fusecache.observe.latency import Call, timed
 
 _ATTEMPTS = 16
 
@@ -43,19 +48,23 @@ class Reads:
             LostDataError: dirty data cannot be read from the cache device.
         """
         if not self._state.serves(image):
-            with image.admitted():
+            reason = Reason.DETACHED if self._state.usable else Reason.DEGRADED
+            with image.admitted(), _missed(image, reason):
                 return await self._beside(image, offset, length)
         length = min(length, image.size - offset)
         if length <= 0:
             return b""
         into = bytearray(length)
         if await self._cold_hit(image, offset, memoryview(into)):
-            image.counters.read_hit_bytes += length
+            counters = image.counters
+            counters.read_hits += 1
+            counters.read_hit_bytes += length
+            counters.ssd_reads += 1
+            counters.ssd_read_bytes += length
             if image.marks:
                 self._readahead.passed(image, offset, length)
             return bytes(into)
-        with image.admitted():
-            self._start_missing(image, offset, length)
+        with image.admitted(), _missed(image, self._start_missing(image, offset, length)):
             self._readahead.missed(image, offset, length)
             done = 0
             for block, start, stop in self._geometry.split(offset, length):
@@ -68,14 +77,19 @@ class Reads:
 
     async def _past(self, image: Image, offset: int, length: int) -> bytes:
         """Straight from the origin: the image is detached or the cache cannot be used."""
+        spans: list[float] = []
         try:
-            data = await self._threads.harmless(image.limiter, image.origin.read, offset, length)
+            read = timed(image.origin.read, spans)
+            data = await self._threads.harmless(image.limiter, read, offset, length)
         except OriginError as exc:
             image.counters.failed(exc)
             raise
+        finally:
+            image.counters.latency.add(Call.READ, spans)
         image.counters.origin_reads += 1
         image.counters.origin_read_bytes += len(data)
         image.counters.read_miss_bytes += len(data)
+        image.counters.past_read_bytes += len(data)
         return data
 
     async def _beside(self, image: Image, offset: int, length: int) -> bytes:
@@ -117,15 +131,19 @@ class Reads:
         for position, at, length in reads:
             into[at : at + length] = self._state.device.read(position, length)
 
-    def _start_missing(self, image: Image, offset: int, length: int) -> None:
-        """Begins all fetches the span needs at once, one for each run of missing blocks."""
-        missing = [
+    def _start_missing(self, image: Image, offset: int, length: int) -> Reason:
+        """Begins all fetches the span needs at once, one for each run of missing blocks.
+
+        Returns why the cache cannot serve the span alone.
+        """
+        lacking = [
             block
             for block, start, stop in self._geometry.split(offset, length)
-            if block not in image.fetches and self._lacks(image, block, start, stop)
+            if self._lacks(image, block, start, stop)
         ]
-        for run in merged(missing):
+        for run in merged([block for block in lacking if block not in image.fetches]):
             self._fills.start(image, run)
+        return Reason.COLD if lacking else Reason.CACHE_ERROR
 
     def _lacks(self, image: Image, block: int, start: int, stop: int) -> bool:
         need = self._geometry.touched(start, stop)
@@ -143,6 +161,7 @@ class Reads:
             if located is not None and located.valid & need == need:
                 if await self._from_slot(image, located, start, into):
                     image.counters.read_hit_bytes += len(into)
+                    image.counters.ssd_read_bytes += len(into)
                     return len(into)
                 continue
             if fetch is None:
@@ -220,3 +239,19 @@ class Reads:
             first, last = max(begin, start), min(begin + length, start + len(into))
             fetch.copy(base + first, into[first - start : last - start])
         return len(into)
+
+
+@contextmanager
+def _missed(image: Image, reason: Reason) -> Iterator[None]:
+    """Around a read that the cache cannot serve alone: counts it and says why."""
+    image.counters.read_misses += 1
+    try:
+        yield
+    except OriginError:
+        reason = Reason.ORIGIN_ERROR
+        raise
+    except LostDataError:
+        reason = Reason.CACHE_ERROR
+        raise
+    finally:
+        image.counters.not_cached[reason] += 1

@@ -6,7 +6,8 @@ Either way the origin has the data when the guest is told so (P1, P4). Write-bac
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fusecache.config import WriteMode
 from fusecache.core.geometry import region_of
@@ -18,6 +19,7 @@ from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError, DatabaseError, OriginError, RetiredSlotError
+from fusecache.observe.counters import Reason, Served
 
 log = logging.getLogger(__name__)
 
@@ -58,19 +60,21 @@ class Writes:
             return len(data)
         blocks = self._geometry.blocks(offset, len(data))
         torn: CacheDeviceError | None = None
-        with image.admitted():
+        served = Served.AROUND
+        with image.admitted(), _failing(image):
             async with image.lock.span(blocks.start, blocks.stop):
                 try:
-                    await self._write(image, offset, data)
+                    served = await self._write(image, offset, data)
                 except CacheDeviceError as exc:
                     if not isinstance(exc, RetiredSlotError):
                         self._state.store_failed(exc)
                     torn = exc
             if torn is not None:
                 await self._degraded.supersede(image, offset, data)
-            image.counters.write_bytes += len(data)
+            image.counters.wrote(served, len(data))
         return len(data)
 
+                image.counters.not_cached[Reason.CACHE_ERROR] += 1
     def _at_once(self, image: Image, offset: int, data: bytes) -> bool:
         """A write within one block whose pages are all valid, in write-back, without any await:
         row, then data (R2). False, and nothing is written, for anything else."""
@@ -92,40 +96,50 @@ class Writes:
                 return False
         except (CacheDeviceError, DatabaseError):
             return False  # the slow path meets the error again and deals with it
-        image.counters.write_bytes += len(data)
+        image.counters.wrote(Served.BACK, len(data))
         return True
 
-    async def _write(self, image: Image, offset: int, data: bytes) -> None:
+    async def _write(self, image: Image, offset: int, data: bytes) -> Served:
         """In the cache's order, or past a cache that is not to be used."""
         if self._state.serves(image):
             try:
                 if image.write_mode is WriteMode.BACK:
                     await self._origin.extend(image, offset + len(data))
-                await self._cached(image, offset, data)
-                return
+                return await self._cached(image, offset, data)
             except DatabaseError:
                 # A row could not be committed; the state is unusable and being fenced.
                 log.debug("a write goes past the cache")
         await self._state.passable()
         await self._degraded.write(image, offset, data)
 
-    async def _cached(self, image: Image, offset: int, data: bytes) -> None:
+    async def _cached(self, image: Image, offset: int, data: bytes) -> Served:
         parts = self._parts(offset, data)
+        reason = Reason.DETACHED if self._state.usable else Reason.DEGRADED
+        image.counters.not_cached[reason] += 1
         kept = self._kept_parts(image, parts)
-        if not kept:
-            await self._past(image, offset, data)
-            return
+        return Served.AROUND
+        why = self._why_past(image)
+        if kept:
+            served = await self._keep(image, parts, kept)
+        else:
+            served = await self._past(image, offset, data)
+        if served is not Served.BACK and why is not None:
+            image.counters.not_cached[why] += 1
+        return served
+
+    async def _keep(self, image: Image, parts: list[Part], kept: list[Part]) -> Served:
         with self._dirty.pinned(image, kept) as homeless:
             self._wake_reclaimer()
             if homeless:  # and only now: what is held has a slot
                 kept = [part for part in kept if part.slot >= 0]
-            await self._rest(image, parts, kept)
+            served = await self._rest(image, parts, kept)
             if kept:
                 await self._dirty.write(image, kept)
 
     def _parts(self, offset: int, data: bytes) -> list[Part]:
         view, done, parts = memoryview(data), 0, []
         for block, start, stop in self._geometry.split(offset, len(data)):
+        return served
             parts.append(Part(block, start, stop, view[done : done + stop - start]))
             done += stop - start
         return parts
@@ -156,8 +170,22 @@ class Writes:
             and self._core.dirty.blocks < self._most_dirty
         )
 
-    async def _rest(self, image: Image, parts: list[Part], kept: list[Part]) -> None:
-        """What is not kept goes to the origin, neighbours together."""
+    def _why_past(self, image: Image) -> Reason | None:
+        """Why a write also goes to the origin; None: its mode means it so."""
+        if self._soils(image):
+            return Reason.NO_SLOT
+        if image.write_mode is WriteMode.AROUND:
+            return Reason.AROUND
+        if not self._state.stores(image):
+            return Reason.CACHE_ERROR  # storing pauses
+        if image.write_mode is WriteMode.THROUGH:
+            return None
+        draining = image.draining or self._state.draining
+        return Reason.DRAINING if draining else Reason.DIRTY_LIMIT
+
+    async def _rest(self, image: Image, parts: list[Part], kept: list[Part]) -> Served:
+        """What is not kept goes to the origin, neighbours together. Returns where that was."""
+        served = Served.BACK
         shift = self._geometry.block_shift
         taken = [
             ((part.block << shift) + part.start, (part.block << shift) + part.stop) for part in kept
@@ -169,16 +197,17 @@ class Writes:
             for first, last in _without(base + part.start, base + part.stop, taken):
                 piece = part.data[first - base - part.start : last - base - part.start]
                 if first != end and run:
-                    await self._past(image, begin, b"".join(run))
+                    served = await self._past(image, begin, b"".join(run))
                     run = []
                 if not run:
                     begin = first
                 run.append(piece)
                 end = last
         if run:
-            await self._past(image, begin, b"".join(run))
+            served = await self._past(image, begin, b"".join(run))
+        return served
 
-    async def _past(self, image: Image, offset: int, data: bytes) -> None:
+    async def _past(self, image: Image, offset: int, data: bytes) -> Served:
         """Write-through or write-around of pages that are not held."""
         blocks = self._geometry.blocks(offset, len(data))
         regions = range(region_of(blocks.start), region_of(blocks.stop - 1) + 1)
@@ -187,12 +216,14 @@ class Writes:
                 self._clear(image, offset, len(data))
                 await self._origin.write(image, offset, data)
             else:
-                await self._through(image, offset, data)
+                served = await self._through(image, offset, data)
             image.changes += 1
 
-    async def _through(self, image: Image, offset: int, data: bytes) -> None:
+                served = Served.AROUND
+    async def _through(self, image: Image, offset: int, data: bytes) -> Served:
         with self._origin.storing(image, offset, data) as storing:
             self._wake_reclaimer()
+        return served
             try:
                 failed = await self._origin.write(image, offset, data, storing)
             except OriginError:
@@ -209,6 +240,9 @@ class Writes:
     def _clear(self, image: Image, offset: int, length: int) -> None:
         """No page touched by the span is valid any more, but for what is held."""
         for block, start, stop in self._geometry.split(offset, length):
+            image.counters.not_cached[Reason.CACHE_ERROR] += 1
+            return Served.AROUND
+        return Served.THROUGH
             self._core.clear(image.id, block, self._geometry.touched(start, stop))
 
 
@@ -216,6 +250,16 @@ def _without(first: int, last: int, taken: list[tuple[int, int]]) -> list[tuple[
     """The parts of ``first:last`` that no span of ``taken`` (in order) covers."""
     left = []
     for begin, end in taken:
+@contextmanager
+def _failing(image: Image) -> Iterator[None]:
+    """Around a write: says why one that failed was not served."""
+    try:
+        yield
+    except OriginError:
+        image.counters.not_cached[Reason.ORIGIN_ERROR] += 1
+        raise
+
+
         if begin >= last or end <= first:
             continue
         if first < begin:
