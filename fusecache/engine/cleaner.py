@@ -327,32 +327,32 @@ class Cleaner:
         started = {item.slot for item, _ in begun}
         skipped += [item for item in run if item.slot not in started]
         done = False
+        spans: list[float] = []
         try:
             copy = partial(self._copy, timed(image.origin.write, spans), begun, image.size)
             failed, count = await self._threads.run(copy, limiter=image.cleaner_limiter)
             written = sum(
                 (pages & ~failed.get(item.block, 0)).bit_count() << self._geometry.page_shift
-        spans: list[float] = []
                 for item, pages in begun
             )
+            image.counters.origin_writes += count
+            image.counters.origin_write_bytes += written
+            image.counters.written_back_bytes += written
             done = True
         except OriginError as exc:
             image.counters.failed(exc)
             raise
         finally:
             image.written += 1
-            image.counters.origin_writes += count
-            image.counters.origin_write_bytes += written
-            image.counters.written_back_bytes += written
             image.wrote = True
             image.last_write = self._clock.monotonic()
+            image.counters.latency.add(Call.WRITE, spans)
             if not done:
                 for item, _ in begun:
                     self._dirty.kept(item.slot)
         for item, pages in begun:
             bad = failed.get(item.block, 0)
             note_unreadable(image, item.block, pages, bad)
-            image.counters.latency.add(Call.WRITE, spans)
             if bad:
                 errors.append(LostDataError("dirty data cannot be read from the cache device"))
                 self._dirty.keep_pages(item.slot, bad)

@@ -107,9 +107,9 @@ class Fills:
                 fetch.ready.set()
                 if self._state.stores(image):
                     await self._store(image, fetch)
-        except OriginError as exc:
                 elif self._state.serves(image):
                     self._not_kept(image, Reason.CACHE_ERROR, len(fetch.pages))
+        except OriginError as exc:
             image.counters.failed(exc)
             fetch.error = exc
         except Exception as exc:
@@ -183,16 +183,16 @@ class Fills:
                 storing.done()
             counters.stored_bytes += storing.stored_bytes
         except CacheDeviceError as exc:
-            self._state.store_failed(exc)
             self._not_kept(image, Reason.CACHE_ERROR, len(fetch.pages))
+            self._state.store_failed(exc)
         finally:
             self._staged -= size
 
-    def _collect(self, fetch: Fetch, storing: Storing) -> int:
     def _not_kept(self, image: Image, reason: Reason, blocks: int) -> None:
         self._state.counters.not_stored += blocks
         image.counters.not_kept[reason] += blocks
 
+    def _collect(self, fetch: Fetch, storing: Storing) -> int:
         """Gives the brought pages to ``storing``; returns how many blocks found no slot."""
         geometry, left_out = self._geometry, 0
         for block, pages in fetch.pages.items():

@@ -170,9 +170,9 @@ class Image:
         if self.waiting >= self.max_waiting:
             error = OriginError(EIO, f"{self.waiting} requests are waiting for the origin already")
             self.counters.failed(error)
+            self.counters.not_cached[Reason.WAITING_LIMIT] += 1
             raise error
         self.waiting += 1
-            self.counters.not_cached[Reason.WAITING_LIMIT] += 1
         try:
             yield
         finally:

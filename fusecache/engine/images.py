@@ -83,8 +83,8 @@ class Images:
             size=row.size,
             adopted=not self._core.dirty.pages(row.id),
         )
-        self._by_identity[row.identity] = image
         image.counters.latency.total = self._state.counters.latency
+        self._by_identity[row.identity] = image
         self._next_id = max(self._next_id, row.id + 1)
         return image
 
@@ -118,10 +118,10 @@ class Images:
         image.row_owed = False
         if self._by_identity.get(image.row.identity) is image:
             del self._by_identity[image.row.identity]
+            self._state.counters.forgotten.add(image.counters)
             if (mode := image.row.write_mode) and not gone:
                 # What the operator has set stays, for when the image is used again.
                 row = ImageRow(self._next_id, image.row.identity, image.row.path, write_mode=mode)
-            self._state.counters.forgotten.add(image.counters)
                 self._add(row).row_owed = True
         try:
             if self._state.usable:

@@ -70,11 +70,11 @@ class Writes:
                         self._state.store_failed(exc)
                     torn = exc
             if torn is not None:
+                image.counters.not_cached[Reason.CACHE_ERROR] += 1
                 await self._degraded.supersede(image, offset, data)
             image.counters.wrote(served, len(data))
         return len(data)
 
-                image.counters.not_cached[Reason.CACHE_ERROR] += 1
     def _at_once(self, image: Image, offset: int, data: bytes) -> bool:
         """A write within one block whose pages are all valid, in write-back, without any await:
         row, then data (R2). False, and nothing is written, for anything else."""
@@ -110,14 +110,14 @@ class Writes:
                 # A row could not be committed; the state is unusable and being fenced.
                 log.debug("a write goes past the cache")
         await self._state.passable()
+        reason = Reason.DETACHED if self._state.usable else Reason.DEGRADED
+        image.counters.not_cached[reason] += 1
         await self._degraded.write(image, offset, data)
+        return Served.AROUND
 
     async def _cached(self, image: Image, offset: int, data: bytes) -> Served:
         parts = self._parts(offset, data)
-        reason = Reason.DETACHED if self._state.usable else Reason.DEGRADED
-        image.counters.not_cached[reason] += 1
         kept = self._kept_parts(image, parts)
-        return Served.AROUND
         why = self._why_past(image)
         if kept:
             served = await self._keep(image, parts, kept)
@@ -135,11 +135,11 @@ class Writes:
             served = await self._rest(image, parts, kept)
             if kept:
                 await self._dirty.write(image, kept)
+        return served
 
     def _parts(self, offset: int, data: bytes) -> list[Part]:
         view, done, parts = memoryview(data), 0, []
         for block, start, stop in self._geometry.split(offset, len(data)):
-        return served
             parts.append(Part(block, start, stop, view[done : done + stop - start]))
             done += stop - start
         return parts
@@ -215,15 +215,15 @@ class Writes:
             if image.write_mode is WriteMode.AROUND or not self._state.stores(image):
                 self._clear(image, offset, len(data))
                 await self._origin.write(image, offset, data)
+                served = Served.AROUND
             else:
                 served = await self._through(image, offset, data)
             image.changes += 1
+        return served
 
-                served = Served.AROUND
     async def _through(self, image: Image, offset: int, data: bytes) -> Served:
         with self._origin.storing(image, offset, data) as storing:
             self._wake_reclaimer()
-        return served
             try:
                 failed = await self._origin.write(image, offset, data, storing)
             except OriginError:
@@ -236,20 +236,16 @@ class Writes:
             # The slots may hold anything now; what they held before is old.
             self._clear(image, offset, len(data))
             self._state.store_failed(failed)
+            image.counters.not_cached[Reason.CACHE_ERROR] += 1
+            return Served.AROUND
+        return Served.THROUGH
 
     def _clear(self, image: Image, offset: int, length: int) -> None:
         """No page touched by the span is valid any more, but for what is held."""
         for block, start, stop in self._geometry.split(offset, length):
-            image.counters.not_cached[Reason.CACHE_ERROR] += 1
-            return Served.AROUND
-        return Served.THROUGH
             self._core.clear(image.id, block, self._geometry.touched(start, stop))
 
 
-def _without(first: int, last: int, taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The parts of ``first:last`` that no span of ``taken`` (in order) covers."""
-    left = []
-    for begin, end in taken:
 @contextmanager
 def _failing(image: Image) -> Iterator[None]:
     """Around a write: says why one that failed was not served."""
@@ -260,6 +256,10 @@ def _failing(image: Image) -> Iterator[None]:
         raise
 
 
+def _without(first: int, last: int, taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of ``first:last`` that no span of ``taken`` (in order) covers."""
+    left = []
+    for begin, end in taken:
         if begin >= last or end <= first:
             continue
         if first < begin:
