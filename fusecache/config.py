@@ -6,6 +6,8 @@ Imports nothing of the project but ``errors``; every other package may import th
 import enum
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from os import fsdecode
 from pathlib import Path
 
 from fusecache.errors import UsageError
@@ -15,6 +17,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEFAULT_BLOCK_SIZE = 64 * KIB
 MIN_BLOCK_SIZE = 4 * KIB
 MAX_BLOCK_SIZE = 1 * MIB
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -88,6 +92,45 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """How images are treated whose path matches; an image's own setting comes before it."""
+
+    pattern: str
+    """As a shell's: ``*`` (also over ``/``), ``?``, ``[...]``. With a ``/`` it is for the path
+    below the origin, without one for the name alone."""
+    write_mode: WriteMode | None = None
+    """None: as the mount."""
+    bypass: bool = False
+    """Not cached at all: reads and writes go straight to the origin."""
+
+    def matches(self, path: bytes) -> bool:
+        """Whether the rule is for the image at ``path``, relative to the origin."""
+        text = fsdecode(path)
+        return fnmatchcase(text if "/" in self.pattern else text.rpartition("/")[2], self.pattern)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How images are treated that have no setting of their own."""
+
+    write_mode: WriteMode = WriteMode.THROUGH
+    rules: tuple[Rule, ...] = ()
+
+    def mode_of(self, path: bytes) -> WriteMode:
+        """The write mode of the image at ``path``: that of the first rule that matches."""
+        rule = self._rule_of(path)
+        return self.write_mode if rule is None else rule.write_mode or self.write_mode
+
+    def bypasses(self, path: bytes) -> bool:
+        """Whether the image at ``path`` is not cached at all."""
+        rule = self._rule_of(path)
+        return rule is not None and rule.bypass
+
+    def _rule_of(self, path: bytes) -> Rule | None:
+        return next((rule for rule in self.rules if rule.matches(path)), None)
+
+
+@dataclass(frozen=True, slots=True)
 class MountConfig:
     """One ``fusecache mount``, all paths absolute.
 
@@ -105,6 +148,16 @@ class MountConfig:
     options: tuple[str, ...] = ()
     foreground: bool = False
     tuning: Tuning = field(default_factory=Tuning)
+    rules: tuple[Rule, ...] = ()
+    log_level: str = "info"
+    """One of ``LOG_LEVELS``."""
+    config: Path | None = None
+    """The file that some of this comes from."""
+
+    @property
+    def policy(self) -> Policy:
+        """Write mode and rules in one."""
+        return Policy(self.write_mode, self.rules)
 
 
 def parse_size(text: str) -> int:

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import logging.handlers
 import os
 import resource
 import signal
@@ -24,6 +23,7 @@ from fusecache.engine.ports import Clock
 from fusecache.errors import FusecacheError, MountError, UsageError
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.session import Session
+from fusecache.observe import logs
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.tree import Tree
@@ -33,19 +33,19 @@ log = logging.getLogger("fusecache")
 NO_XATTRS = "noxattr"
 """As a mount option: no extended attributes. The kernel asks for one before every write."""
 
-_FORMAT = "%(levelname)s %(message)s"
-_SYSLOG = Path("/dev/log")
 
-
-def start(plan: MountConfig) -> None:
+def start(plan: MountConfig, again: Callable[[], MountConfig]) -> None:
     """Serves in front, or in the background and returns once it serves.
+
+    Args:
+        again: the plan as the configuration file says it now; raises UsageError.
 
     Raises:
         FusecacheError: it does not serve (in front only; else exits with 1).
     """
     if plan.foreground:
-        logging.basicConfig(level=logging.INFO, format="fusecache: %(levelname)s %(message)s")
-        serve(plan, lambda: None)
+        logs.to_front(plan.log_level)
+        serve(plan, again, lambda: None)
         return
     wait_until_free(plan.cache)  # here, where an interrupt still reaches us
     reader, writer = os.pipe()
@@ -53,7 +53,7 @@ def start(plan: MountConfig) -> None:
     sys.stderr.flush()
     if (pid := os.fork()) == 0:
         os.close(reader)
-        _background(plan, writer)
+        _background(plan, again, writer)
     os.close(writer)
     _await_readiness(reader, pid)
 
@@ -77,7 +77,7 @@ def _await_readiness(reader: int, pid: int) -> None:
     sys.exit(status or 1)
 
 
-def _background(plan: MountConfig, writer: int) -> NoReturn:
+def _background(plan: MountConfig, again: Callable[[], MountConfig], writer: int) -> NoReturn:
     """The child: its own session, none of the caller's descriptors, errors through the pipe."""
     os.setsid()
     os.chdir("/")
@@ -86,7 +86,7 @@ def _background(plan: MountConfig, writer: int) -> NoReturn:
     os.dup2(null, 1)
     os.dup2(writer, 2)  # libfuse and fusermount3 write there, too
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    _log_to_system()
+    logs.to_system(plan.log_level, make_runtime_directory())
 
     def ready() -> None:
         os.write(2, b"\0")
@@ -96,7 +96,7 @@ def _background(plan: MountConfig, writer: int) -> NoReturn:
 
     status = 1
     try:
-        serve(plan, ready)
+        serve(plan, again, ready)
         status = 0
     except FusecacheError as exc:
         log.error("%s", exc)
@@ -112,25 +112,11 @@ def _background(plan: MountConfig, writer: int) -> NoReturn:
 
 def log_place() -> str:
     """Where the daemon in the background logs, for people."""
-    if _SYSLOG.exists():
-        return "the system log"
-    return str(runtime_directory() / "fusecache.log")
+    return logs.system_log() or str(runtime_directory() / "fusecache.log")
 
 
-def _log_to_system() -> None:
-    """To syslog, or, on a host without one, to a file beside the control socket."""
-    handler: logging.Handler
-    if _SYSLOG.exists():
-        handler = logging.handlers.SysLogHandler(str(_SYSLOG))
-        handler.setFormatter(logging.Formatter(f"fusecache[%(process)d]: {_FORMAT}"))
-    else:
-        handler = logging.FileHandler(make_runtime_directory() / "fusecache.log")
-        handler.setFormatter(logging.Formatter(f"%(asctime)s [%(process)d] {_FORMAT}"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
-def serve(plan: MountConfig, ready: Callable[[], None]) -> None:
-    """Opens the cache, mounts, and serves until unmounted.
+def serve(plan: MountConfig, again: Callable[[], MountConfig], ready: Callable[[], None]) -> None:
+    """Opens the cache, mounts, and serves until unmounted. See ``start`` for ``again``.
 
     Raises:
         FusecacheError: it cannot, or could not be closed.
@@ -141,7 +127,8 @@ def serve(plan: MountConfig, ready: Callable[[], None]) -> None:
         _refuse_another_origin(plan, block_map)
         tree = _open_origin(plan.origin)
         trio.run(
-            partial(_serve, plan, device, block_map, tree, ready), strict_exception_groups=True
+            partial(_serve, plan, again, device, block_map, tree, ready),
+            strict_exception_groups=True,
         )
     except BaseExceptionGroup as group:
         raise _first(group) from group
@@ -194,6 +181,7 @@ def _raise_descriptor_limit() -> None:
 
 async def _serve(
     plan: MountConfig,
+    again: Callable[[], MountConfig],
     device: CacheDevice,
     block_map: BlockMap,
     tree: Tree,
@@ -212,6 +200,7 @@ async def _serve(
         mountpoint=os.fsencode(plan.mountpoint),
         origin=os.fsencode(plan.origin),
         write_mode=plan.write_mode,
+        rules=plan.rules,
         tuning=plan.tuning,
         clock=Clock(origin_ns=tree.now_ns),
         invalidate=invalidate,
@@ -224,6 +213,6 @@ async def _serve(
         options = tuple(option for option in plan.options if option != NO_XATTRS)
         session.mount(plan.origin, options, read_only=tree.read_only)
         try:
-            await Service(plan, cache, tree, operations, session).run(ready)
+            await Service(plan, again, cache, tree, operations, session).run(ready)
         finally:
             session.close()

@@ -9,6 +9,7 @@ import sys
 import click
 
 from fusecache import __version__
+from fusecache.cli.configure import config, log_level, reload
 from fusecache.cli.format import format_cache
 from fusecache.cli.images import evict, flush, set_image
 from fusecache.cli.inspect import check, dump, repair
@@ -32,6 +33,8 @@ def cli(context: click.Context) -> None:
 
 
 for _verb in (mount, umount, evict, flush, set_image, status, format_cache, check, dump, repair):
+    cli.add_command(_verb)
+for _verb in (config, reload, log_level):
     cli.add_command(_verb)
 
 

@@ -1,18 +1,22 @@
 """``mount``: checks what can be checked first, then lets the daemon serve."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fusecache.cli import config_file
 from fusecache.cli.checks import check_mount
-from fusecache.cli.settings import plan_of
-from fusecache.config import WriteMode
+from fusecache.cli.paths import absolute
+from fusecache.cli.settings import PATHS, checked, plan_of
+from fusecache.config import LOG_LEVELS, MountConfig, WriteMode
 
 
 @click.command(epilog="Example: fusecache mount /srv/images /mnt/cached --cache /dev/sdb")
-@click.argument("origin", type=Path)
-@click.argument("mountpoint", type=Path)
+@click.argument("origin", type=Path, required=False)
+@click.argument("mountpoint", type=Path, required=False)
 @click.option("--cache", type=Path, help="The SSD: a file or block device.")
 @click.option("--size", help="Size of a cache file to create, like 20G.")
 @click.option("--block-size", help="Block size of a cache to create: 4K to 1M. [64K]")
@@ -47,25 +51,46 @@ from fusecache.config import WriteMode
 @click.option(
     "--config",
     type=Path,
-    help="A TOML file with the same names; options given here win.",
+    help="A TOML file with the same names, and rules for images; options given here win.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(LOG_LEVELS),
+    help="The least that is logged. [info]",
 )
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...", help="FUSE mount options, like ro."
 )
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front; log to standard error.")
-def mount(
-    origin: Path,
-    mountpoint: Path,
-    config: Path | None,
-    foreground: bool,
-    **given: Any,
-) -> None:
+def mount(config: Path | None, foreground: bool, **given: Any) -> None:
     """Show the images below ORIGIN at MOUNTPOINT and serve their blocks from the cache.
 
-    Returns when the mount serves. A cache that is empty is formatted first.
+    Returns when the mount serves. A cache that is empty is formatted first. ORIGIN and MOUNTPOINT
+    may also stand in the configuration file.
     """
-    plan = plan_of(origin, mountpoint, config, foreground, given)
+    start(config, foreground, {name.replace("_", "-"): value for name, value in given.items()})
+
+
+def start(config: Path | None, foreground: bool, given: Mapping[str, Any]) -> None:
+    """Mounts as options and file say; raises FusecacheError if it does not serve."""
+    whole = {
+        # The daemon, which reads its file again, lives in another directory.
+        name: checked(name, value, f"--{name}") if name in PATHS and value is not None else value
+        for name, value in given.items()
+    }
+    plan_again = partial(_plan, None if config is None else absolute(config), foreground, whole)
+    plan = plan_again()
     check_mount(plan)
     from fusecache.cli import daemon  # numpy and pyfuse3 take their time: only when needed
 
-    daemon.start(plan)
+    daemon.start(plan, plan_again)
+
+
+def _plan(config: Path | None, foreground: bool, given: Mapping[str, Any]) -> MountConfig:
+    if config is None:
+        return plan_of(given, foreground=foreground)
+    found = config_file.read(config)
+    found.check()
+    return plan_of(
+        given, foreground=foreground, config=config, file=found.values, rules=found.rules
+    )

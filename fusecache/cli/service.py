@@ -15,6 +15,7 @@ import trio
 
 from fusecache.cli.flushing import Failures, Flushing, kept_by, unflushed
 from fusecache.cli.progress import amount_text, kept_text
+from fusecache.cli.reloading import Reloading
 from fusecache.config import MountConfig
 from fusecache.control.protocol import runtime_directory
 from fusecache.control.server import ControlServer
@@ -25,6 +26,7 @@ from fusecache.errors import FusecacheError, LostDataError, MountError
 from fusecache.fuse import mounts
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.session import Session
+from fusecache.observe.logs import fields
 from fusecache.store.tree import Tree
 
 log = logging.getLogger("fusecache")
@@ -43,6 +45,7 @@ class Service:
     def __init__(
         self,
         plan: MountConfig,
+        again: Callable[[], MountConfig],
         cache: BlockCache,
         tree: Tree,
         operations: Operations,
@@ -52,8 +55,9 @@ class Service:
         self._cache = cache
         self._operations = operations
         self._session = session
+        self._reloading = Reloading(plan, again, cache)
         self._mounted = Mounted(
-            plan.mountpoint, plan.origin, "starting", self.unmount, self._progress
+            plan.mountpoint, plan.origin, "starting", self.unmount, self._progress, self._reload
         )
         self._control = ControlServer(cache, tree, self._mounted, runtime_directory())
         self._nursery: trio.Nursery
@@ -114,15 +118,42 @@ class Service:
     # -- signals -----------------------------------------------------------------------------------
 
     async def _obey_signals(self) -> None:
-        """The first one flushes and unmounts; one more, or one after the unmount, says keep."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        """SIGHUP reloads, if there is a file. Of all others, and of a SIGHUP without one, which
+        is the end of a terminal, the first flushes and unmounts; one more, or one after the
+        unmount, says keep."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 name = signal.Signals(number).name
-                if self._mounted.state in ("stopping", "flushing"):
+                if number == signal.SIGHUP and self._plan.config is not None:
+                    self._nursery.start_soon(self._reload_by_signal)
+                elif self._mounted.state in ("stopping", "flushing"):
                     log.warning("%s: what is not on the origin yet stays on the cache", name)
                     self._keep_the_rest()
                 else:
                     self._nursery.start_soon(self._stop, name)
+
+    async def _reload_by_signal(self) -> None:
+        try:
+            await self._reload()
+        except FusecacheError:
+            pass  # it is logged
+        except Exception as exc:
+            self._cache.state.unexpected(exc, "reloading")
+
+    async def _reload(self) -> dict[str, Any]:
+        """Applies what can be applied of the changed configuration, and logs what came of it."""
+        try:
+            outcome = await self._reloading.reload()
+        except FusecacheError as exc:
+            log.error("%s", exc, extra=fields("reload-failed"))
+            raise
+        for change in outcome.applied:
+            log.info("%s", change, extra=fields("reloaded"))
+        for sentence in outcome.refused:
+            log.warning("%s", sentence, extra=fields("not-reloaded"))
+        if not outcome.applied and not outcome.refused:
+            log.info("the configuration is as it was", extra=fields("reloaded"))
+        return {"applied": outcome.applied, "refused": outcome.refused}
 
     def _keep_the_rest(self) -> None:
         self._keep = True

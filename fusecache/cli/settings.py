@@ -1,17 +1,22 @@
 """What ``mount`` is told, on the command line and in a file, checked and put together."""
 
 import math
-import tomllib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fusecache.cli.paths import absolute, mount_path
-from fusecache.config import MountConfig, Tuning, WriteMode, check_block_size, parse_size
+from fusecache.config import (
+    LOG_LEVELS,
+    MountConfig,
+    Rule,
+    Tuning,
+    WriteMode,
+    check_block_size,
+    parse_size,
+)
 from fusecache.errors import UsageError
-
-_TEXTS = {"size", "block-size", "write-mode", "db", "cache", "clean-rate", "readahead"}
-_NUMBERS = {"dirty-age", "dirty-limit"}
-_KEYS = _TEXTS | _NUMBERS | {"options"}
 
 _MOST_DIRTY = 90
 """Percent of the slots: some must be left that can be reclaimed without waiting for the origin."""
@@ -20,134 +25,226 @@ _LONGEST_AGE = 30 * 24 * 3600.0
 
 
 def plan_of(
-    origin: Path, mountpoint: Path, config: Path | None, foreground: bool, given: dict[str, Any]
+    given: Mapping[str, Any],
+    *,
+    foreground: bool = False,
+    config: Path | None = None,
+    file: Mapping[str, Any] | None = None,
+    rules: tuple[Rule, ...] = (),
 ) -> MountConfig:
     """The mount that options and configuration file ask for; options win.
 
+    Args:
+        given: the command line, by the settings' names; None and () stand for what was not said.
+        config: the file's path; ``file`` and ``rules`` are what it says, checked.
+
     Raises:
-        UsageError: something in them cannot be meant.
+        UsageError: something cannot be meant, or is missing.
     """
-    chosen = _chosen(given, config)
-    size, block_size = chosen.get("size"), chosen.get("block-size")
+    chosen = dict(file or {})
+    for name, value in given.items():
+        if value not in (None, ()):
+            chosen[name] = checked(name, value, f"--{name}")
+    _refuse_missing(chosen)
     return MountConfig(
-        origin=absolute(origin),
-        mountpoint=mount_path(mountpoint),
-        cache=absolute(chosen["cache"]),
-        size=None if size is None else parse_size(size),
-        block_size=None if block_size is None else check_block_size(parse_size(block_size)),
-        write_mode=WriteMode(chosen.get("write-mode") or WriteMode.THROUGH),
-        database=None if chosen.get("db") is None else absolute(chosen["db"]),
-        options=tuple(opt for group in chosen["options"] for opt in group.split(",") if opt),
+        origin=chosen["origin"],
+        mountpoint=chosen["mountpoint"],
+        cache=chosen["cache"],
+        size=chosen.get("size"),
+        block_size=chosen.get("block-size"),
+        write_mode=chosen.get("write-mode", WriteMode.THROUGH),
+        database=chosen.get("db"),
+        options=chosen.get("options", ()),
         foreground=foreground,
         tuning=_tuning(chosen),
+        rules=rules,
+        log_level=chosen.get("log-level", "info"),
+        config=config,
     )
 
 
-def _tuning(chosen: dict[str, Any]) -> Tuning:
+def _refuse_missing(chosen: Mapping[str, Any]) -> None:
+    if "origin" not in chosen or "mountpoint" not in chosen:
+        raise UsageError(
+            "Say what to show and where: fusecache mount ORIGIN MOUNTPOINT --cache PATH, or a "
+            "--config FILE with origin, mountpoint and cache."
+        )
+    if "cache" not in chosen:
+        raise UsageError("Say where the cache is: --cache PATH (a file or block device).")
+
+
+def _tuning(chosen: Mapping[str, Any]) -> Tuning:
     """Limits; in write-back younger data goes to the origin from half the limit on."""
     plain = Tuning()
-    age = _number(chosen, "dirty-age", plain.dirty_age)
-    if not 0 < age <= _LONGEST_AGE:
-        raise UsageError(
-            f"--dirty-age {chosen['dirty-age']} is not from more than 0 to {_LONGEST_AGE:.0f} "
-            "seconds: choose one, like 30."
-        )
-    limit = _number(chosen, "dirty-limit", 100 * plain.dirty_limit)
-    if not 1 <= limit <= _MOST_DIRTY:
-        raise UsageError(
-            f"--dirty-limit {chosen['dirty-limit']} is not from 1 to {_MOST_DIRTY} percent of the "
-            "cache: choose one, like 50."
-        )
-    rate, ahead = chosen.get("clean-rate"), chosen.get("readahead")
+    limit = chosen.get("dirty-limit", plain.dirty_limit)
     return Tuning(
-        dirty_age=age,
-        dirty_limit=limit / 100,
-        dirty_low=limit / 200,
-        clean_rate=plain.clean_rate if rate is None else _rate(rate),
-        readahead=plain.readahead if ahead is None else _readahead(ahead),
+        dirty_age=chosen.get("dirty-age", plain.dirty_age),
+        dirty_limit=limit,
+        dirty_low=limit / 2,
+        clean_rate=chosen.get("clean-rate", plain.clean_rate),
+        readahead=chosen.get("readahead", plain.readahead),
     )
 
 
-def _number(chosen: dict[str, Any], name: str, otherwise: float) -> float:
-    """A number that is written plainly, or with a percent sign where it is a share."""
-    value = chosen.get(name)
-    if value is None:
-        return otherwise
-    text = str(value).strip()
-    if name == "dirty-limit":
-        text = text.removesuffix("%")
+# -- one setting -----------------------------------------------------------------------------------
+
+
+def checked(name: str, value: Any, shown: str) -> Any:
+    """A setting's value as ``MountConfig`` and ``Tuning`` have it.
+
+    Args:
+        value: as on the command line or as in TOML.
+        shown: what a sentence about it begins with, like ``--dirty-age``.
+
+    Raises:
+        UsageError: it cannot be meant, or there is no such setting.
+    """
+    parse = SETTINGS.get(name)
+    if parse is None:
+        raise UsageError(f"{shown}: there is no such setting{nearest(name, SETTINGS)}")
+    return parse(shown, value)
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str:
+    """The end of a sentence about an unknown name: the known one that is meant, or all."""
+    close = get_close_matches(name.replace("_", "-"), known, n=1)
+    return f"; is it '{close[0]}'?" if close else f"; there are: {', '.join(sorted(known))}."
+
+
+def _text(shown: str, value: Any, example: str) -> str:
+    if not isinstance(value, str | Path):
+        raise UsageError(f'{shown} must be a string, like "{example}".')
+    return str(value).strip()
+
+
+def _path(shown: str, value: Any) -> Path:
+    return absolute(_path_text(shown, value, "/dev/sdb"))
+
+
+def _mountpoint(shown: str, value: Any) -> Path:
+    return mount_path(_path_text(shown, value, "/mnt/cached"))
+
+
+def _path_text(shown: str, value: Any, example: str) -> Path:
+    text = _text(shown, value, example)
+    if not text or "\0" in text:
+        raise UsageError(f"{shown} must be a path, like {example}.")
+    return Path(text)
+
+
+def _size(shown: str, value: Any) -> int:
     try:
-        number = float(text)
+        return parse_size(_text(shown, value, "20G"))
+    except UsageError as exc:
+        raise UsageError(
+            f"{shown} {value} is not a size: write a number and K, M, G or T, like 20G."
+        ) from exc
+
+
+def _block_size(shown: str, value: Any) -> int:
+    size = _size(shown, value)
+    try:
+        return check_block_size(size)
+    except UsageError as exc:
+        raise UsageError(f"{shown}: {exc}") from exc
+
+
+def write_mode(shown: str, value: Any) -> WriteMode:
+    """A write mode by its name. Raises UsageError."""
+    try:
+        return WriteMode(value)
+    except ValueError as exc:
+        raise UsageError(f"{shown} must be one of: {', '.join(WriteMode)}.") from exc
+
+
+def _number(shown: str, value: Any, example: int) -> float:
+    text = str(value).strip()
+    try:
+        number = math.nan if isinstance(value, bool | list | dict) else float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"--{name} {value} is not a number: write one, like {otherwise:.0f}.")
+        raise UsageError(f"{shown} {value} is not a number: write one, like {example}.")
     return number
 
 
-def _rate(text: str) -> int:
+def _age(shown: str, value: Any) -> float:
+    age = _number(shown, value, 30)
+    if not 0 < age <= _LONGEST_AGE:
+        raise UsageError(
+            f"{shown} {value} is not from more than 0 to {_LONGEST_AGE:.0f} seconds: choose one, "
+            "like 30."
+        )
+    return age
+
+
+def _limit(shown: str, value: Any) -> float:
+    """A share of the cache."""
+    # A number that is written plainly, or with a percent sign.
+    percent = value.strip().removesuffix("%") if isinstance(value, str) else value
+    limit = _number(shown, percent, 50)
+    if not 1 <= limit <= _MOST_DIRTY:
+        raise UsageError(
+            f"{shown} {value} is not from 1 to {_MOST_DIRTY} percent of the cache: choose one, "
+            "like 50."
+        )
+    return limit / 100
+
+
+def _rate(shown: str, value: Any) -> int:
     try:
-        return parse_size(text.strip().removesuffix("/s"))
+        return parse_size(_text(shown, value, "50M").removesuffix("/s"))
     except UsageError as exc:
         raise UsageError(
-            f"--clean-rate {text} is not a size: write the bytes a second, like 50M, or leave it "
-            "out for no limit."
+            f"{shown} {value} is not a size: write the bytes a second, like 50M, or leave it out "
+            "for no limit."
         ) from exc
 
 
-def _readahead(text: str) -> int:
+def _readahead(shown: str, value: Any) -> int:
+    text = "0" if value == 0 else value
     try:
-        size = 0 if text.strip() == "0" else parse_size(text)
+        size = 0 if text == "0" else parse_size(_text(shown, text, "2M"))
     except UsageError as exc:
         raise UsageError(
-            f"--readahead {text} is not a size: write one, like 2M, or 0 for nothing."
+            f"{shown} {value} is not a size: write one, like 2M, or 0 for nothing."
         ) from exc
     if size > _MOST_AHEAD:
         raise UsageError(
-            f"--readahead {text} is too much: every guest that reads in order would fetch so much "
+            f"{shown} {value} is too much: every guest that reads in order would fetch so much "
             "ahead. Choose up to 64M, like 2M, or 0 for nothing."
         )
     return size
 
 
-def _chosen(given: dict[str, Any], config: Path | None) -> dict[str, Any]:
-    """Command line over configuration file."""
-    chosen = {name.replace("_", "-"): value for name, value in given.items()}
-    read = {} if config is None else _read(config)
-    for name, value in read.items():
-        if chosen.get(name) in (None, ()):
-            chosen[name] = value
-    if chosen["cache"] is None:
-        raise UsageError("Say where the cache is: --cache PATH (a file or block device).")
-    return chosen
+def _level(shown: str, value: Any) -> str:
+    if not isinstance(value, str) or value.lower() not in LOG_LEVELS:
+        raise UsageError(f"{shown} must be one of: {', '.join(LOG_LEVELS)}.")
+    return value.lower()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        read = tomllib.loads(path.read_text())
-    except OSError as exc:
-        raise UsageError(f"Cannot read {path}: {exc.strerror}.") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise UsageError(f"{path} is not TOML: {exc}.") from exc
-    return {name: _checked(path, name, value) for name, value in read.items()}
+def _options(shown: str, value: Any) -> tuple[str, ...]:
+    groups = [value] if isinstance(value, str) else value
+    if not isinstance(groups, list | tuple) or not all(isinstance(opt, str) for opt in groups):
+        raise UsageError(f"{shown} must be a list of strings.")
+    return tuple(opt for group in groups for opt in group.split(",") if opt)
 
 
-def _checked(path: Path, name: str, value: Any) -> Any:
-    """A setting of the file, in the form it would have on the command line."""
-    if name not in _KEYS:
-        raise UsageError(
-            f"{path}: there is no setting '{name}'; there are: {', '.join(sorted(_KEYS))}."
-        )
-    if name == "options":
-        options = [value] if isinstance(value, str) else value
-        if not isinstance(options, list) or not all(isinstance(opt, str) for opt in options):
-            raise UsageError(f"{path}: 'options' must be a list of strings.")
-        return options
-    if name in _NUMBERS:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise UsageError(f"{path}: '{name}' must be a number, like 30.")
-    elif not isinstance(value, str):
-        raise UsageError(f"{path}: '{name}' must be a string, like \"64K\".")
-    if name == "write-mode" and value not in set(WriteMode):
-        raise UsageError(f"{path}: 'write-mode' must be one of: {', '.join(WriteMode)}.")
-    return value
+SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    "origin": _path,
+    "mountpoint": _mountpoint,
+    "cache": _path,
+    "size": _size,
+    "block-size": _block_size,
+    "write-mode": write_mode,
+    "db": _path,
+    "options": _options,
+    "dirty-age": _age,
+    "dirty-limit": _limit,
+    "clean-rate": _rate,
+    "readahead": _readahead,
+    "log-level": _level,
+}
+"""By name: what makes a value of it, from what a sentence about it begins with and the value."""
+
+PATHS = {"origin", "mountpoint", "cache", "db"}

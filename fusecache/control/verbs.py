@@ -11,12 +11,13 @@ from typing import Any
 
 import trio
 
-from fusecache.config import WriteMode
+from fusecache.config import LOG_LEVELS, WriteMode
 from fusecache.control import protocol
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.engine.snapshot import cache_snapshot, image_snapshot
 from fusecache.errors import ControlError, FusecacheError, LostDataError
+from fusecache.observe import logs
 from fusecache.store.tree import Found, Tree
 
 _RESOLVE_TIMEOUT = 2.0
@@ -39,6 +40,8 @@ class Mounted:
     """(force, keep_dirty, where progress goes): flushes, then unmounts. Raises FusecacheError."""
     flushing: Callable[[], dict[str, Any] | None]
     """The progress of a flush before the end, for ``status``; None while there is none."""
+    reload: Callable[[], Awaitable[dict[str, Any]]]
+    """Applies the changed configuration; ``applied`` and ``refused``. Raises FusecacheError."""
 
 
 class Verbs:
@@ -56,6 +59,8 @@ class Verbs:
             "flush": self._flush,
             "set": self._set,
             "umount": self._umount,
+            "reload": self._reload,
+            "log-level": self._log_level,
         }
 
     def find(
@@ -140,6 +145,17 @@ class Verbs:
         force, keep = bool(request.get("force")), bool(request.get("keep_dirty"))
         await self._mounted.unmount(force, keep, note)
         return {"unmounted": True}
+
+    async def _reload(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        return await self._mounted.reload()
+
+    async def _log_level(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        """Another level for the log; ``level`` and ``before``."""
+        wanted, before = request.get("level"), logs.level()
+        if wanted not in LOG_LEVELS:
+            raise ControlError(f"The log's level is one of: {', '.join(LOG_LEVELS)}.")
+        logs.set_level(wanted)
+        return {"level": wanted, "before": before}
 
     # -- images ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import trio
 
-from fusecache.config import Tuning, WriteMode
+from fusecache.config import Policy, Rule, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
 from fusecache.engine.cleaner import Cleaner
@@ -31,6 +31,7 @@ from fusecache.engine.ports import Clock, Invalidate, Pin, Threads, no_image, no
 from fusecache.engine.readahead import Readahead
 from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
+from fusecache.engine.rule_follower import RuleFollower
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
 from fusecache.engine.writes import Writes
@@ -55,7 +56,7 @@ class BlockCache:
         block_map: BlockMap,
         nursery: trio.Nursery,
         *,
-        write_mode: WriteMode,
+        policy: Policy,
         tuning: Tuning,
         clock: Clock,
         threads: Threads,
@@ -66,7 +67,6 @@ class BlockCache:
         self.core = core
         self.device = device
         self.block_map = block_map
-        self.write_mode = write_mode
         self.tuning = tuning
         self.threads = threads
         self.state = CacheState(device, tuning, clock.monotonic)
@@ -75,7 +75,7 @@ class BlockCache:
         self._rescuing = trio.CancelScope()
         self._background_ended = trio.Event()
         self.images = Images(
-            core, self.state, threads, clock, tuning, write_mode, new_origin, invalidate
+            core, self.state, threads, clock, tuning, policy, new_origin, invalidate
         )
         here = InPlace(clock.monotonic)
         self.committer = Committer(
@@ -103,7 +103,7 @@ class BlockCache:
         )
         self._reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self._reclaimer.wake)
-        readahead = Readahead(core, self.state, self._fills)
+        self._readahead = readahead = Readahead(core, self.state, self._fills)
         slots = SlotIO(device, threads, here)
         origin = OriginWrites(core, self.state, threads, clock.monotonic)
         dirty = DirtyWrites(core, self.state, self.committer, self._intents, threads, slots)
@@ -142,11 +142,34 @@ class BlockCache:
             threads,
             invalidate,
         )
+        self._follower = RuleFollower(
+            self.state, self.images, threads, pin, self.evict, self._change_mode
+        )
         hits = HitPath(core, self.state, slots, readahead)
         self.try_read = hits.try_read
         """See ``HitPath.try_read``."""
         self.try_write = hits.try_write
         """See ``HitPath.try_write``."""
+
+    # -- settings ----------------------------------------------------------------------------------
+
+    @property
+    def write_mode(self) -> WriteMode:
+        """That of images for which neither a rule nor a setting of their own says another."""
+        return self.images.policy.write_mode
+
+    def apply(self, tuning: Tuning, policy: Policy) -> None:
+        """From now on these hold. Of ``tuning`` only how much may be dirty, when and how fast it is
+        written back, and readahead can change while the cache is open.
+
+        Images are brought in line with the policy one after the other, beside the requests.
+        """
+        self.tuning = self.state.tuning = tuning
+        self.cleaner.apply(tuning)
+        self._readahead.apply(tuning)
+        self._writes.apply(tuning)
+        self.images.policy = policy
+        self._follower.wake()
 
     # -- handles and data --------------------------------------------------------------------------
 
@@ -296,12 +319,24 @@ class BlockCache:
                     continue
                 async with image.cleaning, image.lock.everything():
                     leaving = image.write_mode is WriteMode.BACK
-                    image.write_mode = mode or self.write_mode
+                    image.write_mode = mode or self.images.policy.mode_of(image.row.path)
                     image.row.write_mode = "" if mode is None else mode.value
                     image.row_owed = True
+                    if mode is not None and image.bypassed and not image.handles:
+                        image.bypassed = image.detached = False
                 await self.committer.commit(Batch, stable=True)
                 break
         if leaving and image.write_mode is not WriteMode.BACK:
+            await self.flush(image)
+        if mode is None:
+            await self._follower.follow(image)
+
+    async def _change_mode(self, image: Image, mode: WriteMode) -> None:
+        """As ``set_write_mode``, where a rule asks for it; raises what ``flush`` does."""
+        async with image.opening, image.cleaning, image.lock.everything():
+            leaving = image.write_mode is WriteMode.BACK
+            image.write_mode = mode
+        if leaving and mode is not WriteMode.BACK:
             await self.flush(image)
 
     async def _end_image(self, image: Image) -> None:
@@ -363,6 +398,7 @@ class BlockCache:
                     nursery.start_soon(self._reclaimer.run)
                     nursery.start_soon(self.housekeeping.run)
                     nursery.start_soon(self.cleaner.run)
+                    nursery.start_soon(self._follower.run)
         finally:
             self._background_ended.set()
 
@@ -449,6 +485,7 @@ async def open_cache(
     mountpoint: bytes,
     origin: bytes,
     write_mode: WriteMode = WriteMode.THROUGH,
+    rules: tuple[Rule, ...] = (),
     tuning: Tuning | None = None,
     clock: Clock | None = None,
     threads: Threads | None = None,
@@ -481,7 +518,7 @@ async def open_cache(
             device,
             block_map,
             nursery,
-            write_mode=write_mode,
+            policy=Policy(write_mode, rules),
             tuning=tuning,
             clock=clock or Clock(),
             threads=threads,

@@ -72,12 +72,18 @@ class Cleaner:
         self._threads = threads
         self._clock = clock
         self._tuning = tuning
-        self._pace = Pace(tuning.clean_rate, clock.monotonic, images.all)
+        self._pace = Pace(clock.monotonic, images.all)
         self._reads = DirtyReads(core, state)
         self._batch_blocks = max(1, _BATCH >> core.geometry.block_shift)
         self._clock_blocks = max(1, _BY_CLOCK >> core.geometry.block_shift)
         self._busy: set[int] = set()
-        self._low = max(1, int(core.slot_count * tuning.dirty_low))
+        self.apply(tuning)
+
+    def apply(self, tuning: Tuning) -> None:
+        """From now on these ages, limits and rates hold."""
+        self._tuning = tuning
+        self._low = max(1, int(self._core.slot_count * tuning.dirty_low))
+        self._pace.rate = tuning.clean_rate
 
     # -- by the clock ------------------------------------------------------------------------------
 

@@ -86,6 +86,8 @@ class Image:
     waiting: int = 0
     detached: bool = False
     """Evicted or unlinked while open: uncached until the last handle closes."""
+    bypassed: bool = False
+    """Detached because a rule says so, and not because it was evicted."""
     gone: bool = False
     """Its last name was removed."""
     draining: int = 0

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import trio
 
-from fusecache.config import Tuning, WriteMode
+from fusecache.config import Policy, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine.committer import Committer
 from fusecache.engine.image import Image, Intent
@@ -43,7 +43,7 @@ class Images:
         threads: Threads,
         clock: Clock,
         tuning: Tuning,
-        write_mode: WriteMode,
+        policy: Policy,
         new_origin: Callable[[], OriginImage],
         invalidate: Invalidate,
     ) -> None:
@@ -52,7 +52,8 @@ class Images:
         self._threads = threads
         self._clock = clock
         self._tuning = tuning
-        self._write_mode = write_mode
+        self.policy = policy
+        """May be replaced; whoever does so brings what is known in line with it."""
         self._new_origin = new_origin
         self._invalidate = invalidate
         self._by_identity: dict[bytes, Image] = {}
@@ -78,7 +79,7 @@ class Images:
             origin=self._new_origin(),
             limiter=self._threads.new_image_limiter(),
             cleaner_limiter=trio.CapacityLimiter(self._tuning.clean_writes),
-            write_mode=WriteMode(row.write_mode or self._write_mode),
+            write_mode=WriteMode(row.write_mode or self.policy.mode_of(row.path)),
             max_waiting=self._tuning.max_waiting_per_image,
             size=row.size,
             adopted=not self._core.dirty.pages(row.id),
@@ -101,6 +102,8 @@ class Images:
         image = self._by_identity.get(identity)
         if image is None:
             image = self._add(ImageRow(id=self._next_id, identity=identity, path=path))
+            # Nothing of it is cached, so that it may be as an evicted one from the beginning.
+            image.bypassed = image.detached = self.policy.bypasses(path)
         if path and image.row.path != path:
             image.row.path = path
             image.row_owed = image.row_owed or image.row.recorded_ns != 0

@@ -12,16 +12,11 @@ _ASIDE_MOST = 1.0
 
 
 class Pace:
-    """One for all images, since all of them share the origin.
+    """One for all images, since all of them share the origin."""
 
-    Args:
-        rate: bytes a second; 0 means no limit.
-    """
-
-    def __init__(
-        self, rate: int, now: Callable[[], float], images: Callable[[], Iterable[Image]]
-    ) -> None:
-        self._rate = rate
+    def __init__(self, now: Callable[[], float], images: Callable[[], Iterable[Image]]) -> None:
+        self.rate = 0
+        """Bytes a second; 0 means no limit. A wait that has begun ends as it was meant."""
         self._now = now
         self._images = images
         self._next = 0.0
@@ -33,9 +28,9 @@ class Pace:
         Args:
             yielding: while guests wait for the origin, wait as well.
         """
-        if self._rate:
+        if self.rate:
             begin = max(self._now(), self._next)
-            self._next = begin + size / self._rate
+            self._next = begin + size / self.rate
             await trio.sleep(max(0.0, begin - self._now()))
         until = self._now() + _ASIDE_MOST
         while yielding and (busy := self._guests_waiting()):

@@ -7,6 +7,7 @@ its *mark*: a hit there fetches on, so that a guest that is slower than the orig
 Random reads start no stream, and cost the hit path nothing as long as no mark is set.
 """
 
+from fusecache.config import Tuning
 from fusecache.core.geometry import merged
 from fusecache.core.index import CacheIndex
 from fusecache.engine.fills import Fills
@@ -32,10 +33,14 @@ class Readahead:
         self._geometry = core.geometry
         self._state = state
         self._fills = fills
-        self._most = state.tuning.readahead >> core.geometry.block_shift
         self._first = max(1, _FIRST >> core.geometry.block_shift)
         self._part = max(1, _PART >> core.geometry.block_shift)
         self._tick = 0
+        self.apply(state.tuning)
+
+    def apply(self, tuning: Tuning) -> None:
+        """From now on this much is fetched ahead."""
+        self._most = tuning.readahead >> self._geometry.block_shift
 
     def missed(self, image: Image, offset: int, length: int) -> None:
         """A read that was not simply a hit; its own fetches have begun."""

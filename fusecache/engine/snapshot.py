@@ -60,6 +60,7 @@ def image_snapshot(cache: BlockCache, image: Image) -> dict[str, Any]:
         "last_error": counters.last_error,
         "open_handles": image.handles,
         "detached": image.detached,
+        "bypassed": image.bypassed,
         "waiting": image.waiting,
     }
 

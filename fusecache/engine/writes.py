@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fusecache.config import WriteMode
+from fusecache.config import Tuning, WriteMode
 from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
 from fusecache.engine.degraded import Degraded
@@ -45,7 +45,11 @@ class Writes:
         self._dirty = dirty
         self._degraded = degraded
         self._wake_reclaimer = wake_reclaimer
-        self._most_dirty = max(1, int(core.slot_count * state.tuning.dirty_limit))
+        self.apply(state.tuning)
+
+    def apply(self, tuning: Tuning) -> None:
+        """From now on this much may be dirty."""
+        self._most_dirty = max(1, int(self._core.slot_count * tuning.dirty_limit))
 
     async def write(self, image: Image, offset: int, data: bytes) -> int:
         """Writes all of ``data``; returns its length.

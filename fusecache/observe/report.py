@@ -102,7 +102,7 @@ def _remarks(image: dict[str, Any], write_mode: str) -> str:
     if image["open_handles"]:
         words.append(f"open x{image['open_handles']}")
     if image["detached"]:
-        words.append("detached")
+        words.append("bypassed" if image.get("bypassed") else "detached")
     if image["waiting"]:
         words.append(f"{image['waiting']} waiting for the origin")
     return ", ".join(words)
