@@ -10,6 +10,7 @@ from fusecache.cli.progress import Progress, left_text
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import FusecacheError, LostDataError
+from fusecache.observe.windows import seconds_left
 
 log = logging.getLogger("fusecache")
 
@@ -71,10 +72,12 @@ class Flushing:
     @property
     def progress(self) -> dict[str, Any]:
         """For ``status`` and for clients."""
+        left, seconds = self._cache.dirty_bytes, round(time.monotonic() - self._began, 1)
         return {
-            "left": self._cache.dirty_bytes,
+            "left": left,
             "of": self._of,
-            "seconds": round(time.monotonic() - self._began, 1),
+            "seconds": seconds,
+            "seconds_left": seconds_left(left, self._of, seconds),
             "error": str(self.failures[0][1]) if self.failures else "",
         }
 

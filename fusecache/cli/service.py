@@ -73,6 +73,7 @@ class Service:
             self._nursery = nursery
             await nursery.start(self._control.serve)
             nursery.start_soon(self._obey_signals)
+            nursery.start_soon(self._cache.sampler.run)
             serving = trio.Event()
             nursery.start_soon(self._announce, serving, ready)
             await self._session.run(serving)

@@ -40,7 +40,7 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
         click.echo("No fusecache daemon is running. Start one with: fusecache mount")
     else:
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        report.show({"mounts": mounts}, console)
+        report.show({"mounts": mounts}, console, details=bool(images))
 
 
 def _printable(mount: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,15 @@ from fusecache.config import LOG_LEVELS, WriteMode
 from fusecache.control import protocol
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
-from fusecache.engine.snapshot import cache_snapshot, image_snapshot
+from fusecache.engine.snapshot import (
+    cache_snapshot,
+    history_snapshot,
+    image_snapshots,
+    mount_snapshot,
+)
 from fusecache.errors import ControlError, FusecacheError, LostDataError
 from fusecache.observe import logs
+from fusecache.observe.windows import seconds_left
 from fusecache.store.tree import Found, Tree
 
 _RESOLVE_TIMEOUT = 2.0
@@ -51,6 +57,8 @@ class Verbs:
         self._cache = cache
         self._tree = tree
         self._mounted = mounted
+        self._running: dict[object, Callable[[], dict[str, Any]]] = {}
+        """Of each flush or eviction under way, what ``status`` tells of it."""
         self._verbs: dict[str, Callable[[dict[str, Any], Send], Awaitable[dict[str, Any]]]] = {
             "who": self._who,
             "resolve": self._resolve_verb,
@@ -79,6 +87,9 @@ class Verbs:
         return verb
 
     async def _who(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        return self._identity()
+
+    def _identity(self) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
             "mountpoint": str(self._mounted.mountpoint),
@@ -98,15 +109,24 @@ class Verbs:
             images = [await self._known(str(path)) for path in wanted]
         else:
             images = self._cache.images.all()
-        shown = [image_snapshot(self._cache, image) for image in images]
+        status = self.describe(images)
+        if request.get("history"):
+            status["history"] = history_snapshot(self._cache)
+        return status
+
+    def describe(self, images: Iterable[Image] | None = None) -> dict[str, Any]:
+        """One entry of ``mounts`` in ``status --json``, with these images, or with all."""
+        shown = image_snapshots(self._cache, self._cache.images.all() if images is None else images)
         for image in shown:
             image["path"] = os.fsdecode(image["path"])
         return {
-            **await self._who(request, send),
+            **self._identity(),
             "write_mode": self._cache.write_mode.value,
             "block_size": self._cache.core.geometry.block_size,
             "flushing": self._mounted.flushing(),
+            "running": [running() for running in self._running.values()],
             "cache": cache_snapshot(self._cache),
+            **mount_snapshot(self._cache),
             "images": sorted(shown, key=lambda image: str(image["path"])),
         }
 
@@ -116,14 +136,14 @@ class Verbs:
         async def evict(image: Image, path_fd: int | None) -> int:
             return await self._cache.evict(image, path_fd, discard_dirty=discard)
 
-        return await self._each(await self._wanted(request), send, evict)
+        return await self._each("evict", await self._wanted(request), send, evict)
 
     async def _flush(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         async def flush(image: Image, path_fd: int | None) -> int:
             await self._cache.flush(image, path_fd)
             return 0
 
-        return await self._each(await self._wanted(request), send, flush)
+        return await self._each("flush", await self._wanted(request), send, flush)
 
     async def _set(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         wanted = str(request.get("write_mode"))
@@ -136,7 +156,7 @@ class Verbs:
                 await self._cache.flush(image, path_fd)  # it left write-back, but failed then
             return 0
 
-        return await self._each(images, send, choose)
+        return await self._each("set", images, send, choose)
 
     async def _umount(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         async def note(progress: dict[str, Any]) -> None:
@@ -166,13 +186,16 @@ class Verbs:
             return [await self._known_or_none(str(path)) for path in names]
         return list(self._cache.images.all())
 
-    async def _each(self, images: Iterable[Image | None], send: Send, work: Work) -> dict[str, Any]:
+    async def _each(
+        self, verb: str, images: Iterable[Image | None], send: Send, work: Work
+    ) -> dict[str, Any]:
         """Does ``work`` for every image, side by side: one that fails or stalls holds up no
         other. Counts blocks, and tells which images failed.
 
         An image that nobody has open may still have to be synced: ``work`` gets a descriptor.
         """
         todo = list(images)
+        began = trio.current_time()
         left = {image.id: image for image in todo if image is not None}
         failed: list[dict[str, Any]] = []
         blocks = 0
@@ -190,9 +213,27 @@ class Verbs:
             dirty = sum(map(self._cache.core.dirty_bytes, left))
             return {"done": len(todo) - len(left), "of": len(todo), "left": dirty}
 
-        async with _reporting(send, progress), trio.open_nursery() as nursery:
-            for image in list(left.values()):
-                nursery.start_soon(one, image)
+        of = progress()["left"]
+
+        def running() -> dict[str, Any]:
+            now, seconds = progress(), round(trio.current_time() - began, 1)
+            return {
+                "verb": verb,
+                "images": now["of"] - now["done"],
+                "left": now["left"],
+                "of": of,
+                "seconds": seconds,
+                "seconds_left": seconds_left(now["left"], of, seconds),
+            }
+
+        job = object()
+        self._running[job] = running
+        try:
+            async with _reporting(send, progress), trio.open_nursery() as nursery:
+                for image in list(left.values()):
+                    nursery.start_soon(one, image)
+        finally:
+            del self._running[job]
         failed.sort(key=lambda entry: str(entry["image"]))
         return {"images": len(todo) - len(failed), "blocks": blocks, "failed": failed}
 

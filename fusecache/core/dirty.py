@@ -275,6 +275,28 @@ class DirtyPages:
         stamps = slots.dirtied_of[found[slots.dirty_of[found] != 0]]
         return (self._stamp - int(stamps.min())) * PERIOD
 
+    def ages(self) -> dict[int, float]:
+        """``oldest`` of every image that has dirty pages, in one pass over the slots."""
+        if not any(self._pages_of.values()):
+            return {}
+        slots = self._slots
+        found = np.flatnonzero(slots.state_of >= State.DIRTY)
+        found = found[slots.dirty_of[found] != 0]
+        images, of = np.unique(slots.image_of[found], return_inverse=True)
+        stamps = np.full(images.size, _LAST, np.int64)
+        np.minimum.at(stamps, of, slots.dirtied_of[found].astype(np.int64))
+        ages = (self._stamp - stamps) * PERIOD
+        return dict(zip(images.tolist(), ages.tolist(), strict=True))
+
+    def losers(self) -> set[int]:
+        """Images for which ``lost_ranges`` gives something, in one pass over the slots."""
+        if not any(self._pages_of.values()):
+            return set()
+        slots = self._slots
+        found = np.flatnonzero(slots.state_of >= State.DIRTY)
+        lost = (slots.dirty_of[found] & ~slots.valid_of[found]) != 0
+        return set(np.unique(slots.image_of[found[lost]]).tolist())
+
     def snapshot(self, slots: U32) -> list[Writeback]:
         """What is dirty in these slots now: once this is stable it may be written back (R5)."""
         table = self._slots

@@ -32,6 +32,7 @@ from fusecache.engine.readahead import Readahead
 from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
 from fusecache.engine.rule_follower import RuleFollower
+from fusecache.engine.sampler import Sampler
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
 from fusecache.engine.writes import Writes
@@ -101,8 +102,8 @@ class BlockCache:
             clock.monotonic,
             lambda image: nursery.start_soon(self._distrust, image),
         )
-        self._reclaimer = Reclaimer(core, self.committer, self.state)
-        self._fills = Fills(core, self.state, threads, nursery, self._reclaimer.wake)
+        self.reclaimer = Reclaimer(core, self.committer, self.state)
+        self._fills = Fills(core, self.state, threads, nursery, self.reclaimer.wake)
         self._readahead = readahead = Readahead(core, self.state, self._fills)
         slots = SlotIO(device, threads, here)
         origin = OriginWrites(core, self.state, threads, clock.monotonic)
@@ -124,7 +125,7 @@ class BlockCache:
             origin,
             dirty,
             self._degraded,
-            self._reclaimer.wake,
+            self.reclaimer.wake,
         )
         self.cleaner = Cleaner(
             core, self.state, self.images, self.committer, self._intents, threads, clock, tuning
@@ -145,6 +146,8 @@ class BlockCache:
         self._follower = RuleFollower(
             self.state, self.images, threads, pin, self.evict, self._change_mode
         )
+        self.sampler = Sampler(self.images, self.state, clock)
+        """Whoever serves requests has it run."""
         hits = HitPath(core, self.state, slots, readahead)
         self.try_read = hits.try_read
         """See ``HitPath.try_read``."""
@@ -395,7 +398,7 @@ class BlockCache:
         try:
             with self._background:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._reclaimer.run)
+                    nursery.start_soon(self.reclaimer.run)
                     nursery.start_soon(self.housekeeping.run)
                     nursery.start_soon(self.cleaner.run)
                     nursery.start_soon(self._follower.run)

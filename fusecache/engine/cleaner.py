@@ -155,6 +155,10 @@ class Cleaner:
         image.clean_error = str(error)
         image.clean_after = self._clock.monotonic() + pause
 
+    def due_in(self, image: Image) -> float:
+        """Seconds until the image is tried again after a failure; 0: at once."""
+        return max(0.0, image.clean_after - self._clock.monotonic())
+
     # -- on demand ---------------------------------------------------------------------------------
 
     async def flush(self, image: Image) -> None:

@@ -48,8 +48,7 @@ class Reads:
             LostDataError: dirty data cannot be read from the cache device.
         """
         if not self._state.serves(image):
-            reason = Reason.DETACHED if self._state.usable else Reason.DEGRADED
-            with image.admitted(), _missed(image, reason):
+            with image.admitted(), _missed(image, self._state.why_not(image)):
                 return await self._beside(image, offset, length)
         length = min(length, image.size - offset)
         if length <= 0:

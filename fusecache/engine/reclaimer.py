@@ -30,6 +30,8 @@ class Reclaimer:
         few = min(_FEW, core.slot_count // 4)
         self.low = max(1, few, min(_MOST, core.slot_count // _SHARE))
         self.high = 2 * self.low
+        self.doing = "idle"
+        """``idle``, ``reclaiming``, or ``stuck``: everything is in use, and fills go unstored."""
         self._needed = trio.Event()
 
     def wake(self) -> None:
@@ -42,11 +44,14 @@ class Reclaimer:
         while self._state.usable:
             await self._needed.wait()
             self._needed = trio.Event()
+            self.doing = "reclaiming"
             try:
                 if await self._reclaim():
+                    self.doing = "idle"
                     self.wake()
                 else:
-                    await trio.sleep(_PAUSE)  # everything is in use: fills go unstored
+                    self.doing = "stuck"
+                    await trio.sleep(_PAUSE)
             except (CacheDeviceError, DatabaseError):
                 return  # the state is unusable now
             except Exception as exc:

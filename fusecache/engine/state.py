@@ -13,7 +13,7 @@ import trio
 from fusecache.config import Tuning
 from fusecache.engine.image import Image
 from fusecache.errors import CacheDeviceError, FusecacheError
-from fusecache.observe.counters import CacheCounters
+from fusecache.observe.counters import CacheCounters, Reason
 from fusecache.store.cache_device import CacheDevice
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,12 @@ class CacheState:
     def serves(self, image: Image) -> bool:
         """Whether blocks of the image may be read from the cache."""
         return self.usable and not image.detached
+
+    def why_not(self, image: Image) -> Reason:
+        """Why blocks of an image that is not served are not."""
+        if not self.usable:
+            return Reason.DEGRADED
+        return Reason.BYPASS if image.bypassed else Reason.DETACHED
 
     def stores(self, image: Image) -> bool:
         """Whether blocks of the image may be written to the cache."""

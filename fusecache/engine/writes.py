@@ -114,8 +114,7 @@ class Writes:
                 # A row could not be committed; the state is unusable and being fenced.
                 log.debug("a write goes past the cache")
         await self._state.passable()
-        reason = Reason.DETACHED if self._state.usable else Reason.DEGRADED
-        image.counters.not_cached[reason] += 1
+        image.counters.not_cached[self._state.why_not(image)] += 1
         await self._degraded.write(image, offset, data)
         return Served.AROUND
 

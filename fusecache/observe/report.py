@@ -19,37 +19,184 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
 
 
-def show(status: dict[str, Any], console: Console) -> None:
-    """Prints the whole answer of ``status --json`` as tables."""
-    for mount in status["mounts"]:
+def count_text(count: int) -> str:
+    """``12,345``."""
+    return f"{count:,}"
+
+
+def time_text(seconds: float | None) -> str:
+    """A time for people, with two digits that count: ``0.42 ms``, ``75 s``, ``3 h 12 min``."""
+    if seconds is None:
+        return "-"
+    if seconds < 1:
+        return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{1000 * seconds:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def percent_text(share: float | None) -> str:
+    """``98%``; below and above never rounded to all or nothing; ``-`` for None."""
+    if share is None:
+        return "-"
+    percent = 100 * share
+    if 99 < percent < 100 or 0 < percent < 1:
+        return f"{min(99.9, max(0.1, percent)):.1f}%"
+    return f"{percent:.0f}%"
+
+
+def show(status: dict[str, Any], console: Console, *, details: bool = False) -> None:
+    """Prints the answer of ``status --json`` as text and tables.
+
+    Args:
+        details: of every image all that is known, not only a line.
+    """
+    for number, mount in enumerate(status["mounts"]):
+        if number:
+            console.print()
         for line in _mount(mount):
             console.print(line, soft_wrap=True)
         console.print(_images(mount))
         for image in mount["images"]:
+            for line in _details(image) if details else _unusual(image):
+                console.print(f"{escape(image['path'])}: {line}", soft_wrap=True)
             for line in _troubles(image, mount["cache"]["path"]):
                 console.print(f"[red]{escape(line)}[/]", soft_wrap=True)
 
 
 def _mount(mount: dict[str, Any]) -> Iterator[str]:
-    """What is said of a mount as a whole."""
+    """What is said of a mount as a whole. A daemon of an older version does not tell all of it."""
     cache = mount["cache"]
+    up = f", up {time_text(mount['seconds'])}" if "seconds" in mount else ""
     yield (
         f"[bold]{escape(mount['mountpoint'])}[/] from {escape(mount['origin'])}"
-        f"  (pid {mount['pid']}, {mount['state']}, write-{mount['write_mode']})"
+        f"  (pid {mount['pid']}, {mount['state']}, write-{mount['write_mode']}{up})"
     )
     used = 100 * cache["slots_used"] / max(1, cache["slots_total"])
     dirty = f", {size_text(cache['dirty_bytes'])} dirty" if cache["dirty_bytes"] else ""
+    if dirty and cache.get("dirty_age") is not None:
+        dirty += f" for up to {time_text(cache['dirty_age'])}"
     yield (
-        f"cache {escape(cache['path'])}: {cache['slots_used']} of {cache['slots_total']} "
+        f"cache      {escape(cache['path'])}: {cache['slots_used']} of {cache['slots_total']} "
         f"blocks of {size_text(mount['block_size'])} used ({used:.0f}%){dirty}, {cache['state']}"
     )
-    if (flushing := mount["flushing"]) is not None:
-        error = f"; the last error: {escape(flushing['error'])}" if flushing["error"] else ""
-        yield f"flushing: {size_text(flushing['left'])} left of {size_text(flushing['of'])}{error}"
+    if "reads" in mount:
+        yield from _served(mount)
+        yield f"origin     {_latencies(mount)}"
+        yield from _workers(mount)
+    yield from _under_way(mount)
     if cache["trouble"]:
         yield f"[red]last cache error: {escape(cache['trouble'])}[/]"
     if cache["state"] == "degraded":
         yield f"[red]degraded: {escape(_remedy(mount))}[/]"
+
+
+def _served(part: dict[str, Any]) -> Iterator[str]:
+    """Where reads and writes of a mount or an image were served, and why not by the cache."""
+    ratios = part["hit_ratio"]
+    yield (
+        f"hits       {percent_text(ratios['minute'])} of the bytes read in the last minute, "
+        f"{percent_text(ratios['hour'])} in the last hour, "
+        f"{percent_text(ratios['start'])} since the start"
+    )
+    past = part["read_past_bytes"]
+    reads = _places(part["reads"], {"ssd": "SSD"})
+    yield f"reads      {reads}" + (f" ({size_text(past)} past the cache)" if past else "")
+    yield f"writes     {_places(part['writes'], {})}"
+    if part["not_cached"]:
+        yield f"not cached {_reasons(part['not_cached'])}"
+    if part["not_kept"]:
+        yield f"not kept   {_reasons(part['not_kept'])} (blocks)"
+
+
+def _places(places: dict[str, dict[str, int]], names: dict[str, str]) -> str:
+    """Bytes and requests by place, where there were any. A request that a place served in part is
+    counted where the rest of it came from."""
+    texts = []
+    for place, served in places.items():
+        if served["bytes"]:
+            times = f" in {count_text(served['requests'])}" if served["requests"] else ""
+            texts.append(f"{names.get(place, place)} {size_text(served['bytes'])}{times}")
+    return ", ".join(texts) or "none yet"
+
+
+def _reasons(reasons: dict[str, int]) -> str:
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count_text(count)} {reason}" for reason, count in ordered)
+
+
+def _latencies(part: dict[str, Any]) -> str:
+    """Median and 99th percentile by kind of call, since the start and of the last minute."""
+    texts = []
+    for call, since in part["origin_latency"].items():
+        if not since["calls"]:
+            continue
+        text = f"{call}s p50 {time_text(since['p50'])}, p99 {time_text(since['p99'])}"
+        lately = part.get("origin_latency_minute", {}).get(call)
+        if lately is not None and lately["calls"]:
+            text += f" (last minute {time_text(lately['p50'])}, {time_text(lately['p99'])})"
+        texts.append(text)
+    return "; ".join(texts) or "not asked yet"
+
+
+def _workers(mount: dict[str, Any]) -> Iterator[str]:
+    """What the cleaner and the reclaimer are doing."""
+    cleaner, reclaimer = mount["cleaner"], mount["reclaimer"]
+    names = ", ".join(map(escape, cleaner["images"][:3]))
+    if len(cleaner["images"]) > 3:
+        names += f" and {len(cleaner['images']) - 3} more"
+    says = {
+        "idle": "idle, nothing is dirty",
+        "waiting": f"waiting, the oldest data is due in {time_text(cleaner['next_seconds'])}",
+        "writing": f"writing back {names}",
+        "retrying": f"retrying {names} in {time_text(cleaner['next_seconds'])}",
+        "rescuing": "bringing what is dirty to the origin, because the cache is broken",
+    }
+    rate = cleaner["bytes_per_second"]
+    lately = f"; {size_text(rate)}/s in the last minute" if rate else ""
+    yield f"cleaner    {says.get(cleaner['doing'], cleaner['doing'])}{lately}"
+    says = {"stuck": "stuck, all blocks are in use: what is read is not kept"}
+    yield (
+        f"reclaimer  {says.get(reclaimer['doing'], reclaimer['doing'])}; "
+        f"{count_text(reclaimer['slots_free'])} blocks free, begins below "
+        f"{count_text(reclaimer['slots_low'])}"
+    )
+
+
+def _under_way(mount: dict[str, Any]) -> Iterator[str]:
+    """Flushes and evictions that run, with the time they still take."""
+    if (flushing := mount["flushing"]) is not None:
+        error = f"; the last error: {escape(flushing['error'])}" if flushing["error"] else ""
+        yield f"flushing: {_left(flushing)}{error}"
+    for running in mount.get("running", []):
+        images = f"{count_text(running['images'])} image{'s' * (running['images'] != 1)}"
+        yield f"{running['verb']}: {images}, {_left(running)}"
+
+
+def _left(work: dict[str, Any]) -> str:
+    text = f"{size_text(work['left'])} left of {size_text(work['of'])}"
+    seconds = work.get("seconds_left")
+    return text if seconds is None else f"{text}, about {time_text(seconds)}"
+
+
+def _details(image: dict[str, Any]) -> Iterator[str]:
+    """All that is told of one image that was asked for by name."""
+    if "reads" in image:
+        yield from _served(image)
+        yield f"origin     {_latencies(image)}"
+
+
+def _unusual(image: dict[str, Any]) -> Iterator[str]:
+    """Why requests were not cached, unless that is simply how it begins or was chosen."""
+    reasons = image.get("not_cached", {})
+    if set(reasons) - {"cold", "around", "bypass"}:
+        yield f"not cached {_reasons(reasons)}"
 
 
 def _remedy(mount: dict[str, Any]) -> str:
@@ -66,25 +213,36 @@ def _remedy(mount: dict[str, Any]) -> str:
 def _images(mount: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("image", overflow="fold")
-    titles = ("size", "cached", "dirty", "read: hit", "miss", "hit %", "written", "origin read", "")
+    titles = (
+        "size", "cached", "dirty", "hit: min", "hour", "all", "memory", "SSD", "origin", "written",
+        "p50", "p99", "",
+    )  # fmt: skip
     for title in titles:
         table.add_column(title, justify="right", no_wrap=bool(title))
     for image in mount["images"]:
-        hit, miss = image["read_hit_bytes"], image["read_miss_bytes"]
-        ratio = f"{100 * hit / (hit + miss):.0f}" if hit + miss else "-"
         table.add_row(
             escape(image["path"]),
             size_text(image["size"]),
             size_text(image["cached_bytes"]),
             _dirty(image),
-            size_text(hit),
-            size_text(miss),
-            ratio,
-            size_text(image["write_bytes"]),
-            size_text(image["origin_read_bytes"]),
+            *_numbers(image),
             _remarks(image, mount["write_mode"]),
         )
     return table
+
+
+def _numbers(image: dict[str, Any]) -> Iterator[str]:
+    """Hit ratios, where bytes were served, and the latency of the origin's reads."""
+    if "reads" not in image:
+        yield from ["-"] * 9
+        return
+    for window in ("minute", "hour", "start"):
+        yield percent_text(image["hit_ratio"][window])
+    for place in ("memory", "ssd", "origin"):
+        yield size_text(image["reads"][place]["bytes"])
+    yield size_text(image["write_bytes"])
+    for share in ("p50", "p99"):
+        yield time_text(image["origin_latency"]["read"][share])
 
 
 def _dirty(image: dict[str, Any]) -> str:

@@ -2,12 +2,17 @@
 
 import io
 import json
+import mmap
+import os
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from fusecache.observe import report
-from tests.e2e.conftest import MakeMount
+from tests.e2e.conftest import MakeFaulty, MakeMount
+from tests.e2e.faulty import COMMAND as FAULTY
+from tests.e2e.helpers import process, wait_for
 from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import stamped
 
@@ -47,6 +52,103 @@ def test_json_has_every_key_of_the_contract_and_true_numbers(mount: Mount) -> No
     assert image["dirty_bytes"] == status["cache"]["dirty_bytes"] == 0
     assert (image["errors"], image["last_error"]) == (0, "")
     assert "path_escaped" not in image
+
+
+def test_where_requests_were_served_and_why_not_by_the_cache(mount: Mount) -> None:
+    mount.options |= {"write_mode": "back", "dirty_age": "3600", "readahead": "0"}
+    (mount.origin / "vm.img").write_bytes(stamped(1, 0, 8 * BLOCK, 1))
+    mount.start()
+    fd = os.open(mount.mountpoint / "vm.img", os.O_RDWR | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, BLOCK) as page:
+            for block in (0, 1, 2):
+                assert os.preadv(fd, [page], block * BLOCK) == BLOCK
+            wait_for(lambda: mount.image("vm.img")["cached_blocks"] == 3, "three blocks")
+            for block in (0, 1, 2, 0, 1):
+                assert os.preadv(fd, [page], block * BLOCK) == BLOCK
+            page.write(stamped(1, 3 * BLOCK, BLOCK, 2))
+            assert os.pwritev(fd, [page], 3 * BLOCK) == BLOCK
+            status = mount.status()
+            assert mount.run("evict", mount.mountpoint / "vm.img").returncode == 0
+            os.preadv(fd, [page], 0)
+            os.pwritev(fd, [page], 3 * BLOCK)
+            detached = mount.image("vm.img")
+    finally:
+        os.close(fd)
+    (image,) = status["images"]
+    for shown in (image, status):
+        assert shown["reads"]["origin"] == {"requests": 3, "bytes": 3 * BLOCK}
+        hits = [shown["reads"][place] for place in ("memory", "ssd")]
+        assert sum(place["requests"] for place in hits) == 5
+        assert sum(place["bytes"] for place in hits) == 5 * BLOCK
+        assert shown["writes"]["back"] == {"requests": 1, "bytes": BLOCK}
+        assert shown["hit_ratio"] == dict.fromkeys(("minute", "hour", "start"), 0.625)
+        assert shown["not_cached"] == {"cold": 3}
+        assert shown["not_kept"] == {}
+        assert shown["origin_latency"]["read"]["calls"] == 3
+        assert 0 < shown["origin_latency"]["read"]["p50"] <= shown["origin_latency"]["read"]["p99"]
+    assert status["origin_latency_minute"]["read"]["calls"] == 3
+    assert status["cleaner"]["doing"] == "waiting"
+    assert 3500 < status["cleaner"]["next_seconds"] <= 3600
+    assert status["reclaimer"]["doing"] == "idle"
+    assert status["seconds"] > 0 and status["cache"]["dirty_age"] is not None
+    assert detached["not_cached"] == {"cold": 3, "detached": 2}
+    assert detached["read_past_bytes"] == BLOCK
+    assert detached["writes"]["around"] == {"requests": 1, "bytes": BLOCK}
+    assert detached["written_back_bytes"] == BLOCK  # the eviction's doing
+
+
+def test_what_a_mount_did_never_gets_less_when_an_image_is_forgotten(mount: Mount) -> None:
+    (mount.origin / "vm.img").write_bytes(stamped(1, 0, 2 * BLOCK, 1))
+    mount.start()
+    (mount.mountpoint / "vm.img").read_bytes()
+    before = mount.status()
+    assert mount.run("evict", "--all").returncode == 0
+    after = mount.status()
+    assert (len(before["images"]), after["images"]) == (1, [])
+    for name in ("reads", "writes", "not_cached"):
+        assert after[name] == before[name]
+    assert after["origin_latency"]["read"] == before["origin_latency"]["read"]
+
+
+def test_reasons_of_write_around_and_of_an_origin_that_fails(make_faulty: MakeFaulty) -> None:
+    faulty = make_faulty("faulty")
+    faulty.options |= {"write_mode": "around"}
+    (faulty.origin / "vm.img").write_bytes(stamped(1, 0, 2 * BLOCK, 1))
+    faulty.start()
+    with open(faulty.mountpoint / "vm.img", "r+b", buffering=0) as guest:
+        guest.write(stamped(1, 0, 4096, 2))
+        with faulty.fault("fail-write"), pytest.raises(OSError, match="Input/output"):
+            guest.write(stamped(1, 4096, 4096, 2))
+    image = faulty.image("vm.img")
+    assert image["not_cached"] == {"around": 1, "origin error": 1}
+    assert image["writes"]["around"] == {"requests": 1, "bytes": 4096}
+    assert image["origin_latency"]["write"]["calls"] == 2
+    done = faulty.run("status", "vm.img")
+    assert "vm.img: not cached 1 around, 1 origin error" in done.stdout
+
+
+def test_a_flush_that_runs_is_shown_with_the_time_it_still_takes(make_faulty: MakeFaulty) -> None:
+    faulty = make_faulty("slow")
+    (faulty.origin / "vm.img").write_bytes(stamped(1, 0, 128 * BLOCK, 1))
+    faulty.start()
+    with open(faulty.mountpoint / "vm.img", "r+b", buffering=0) as guest:
+        for block in range(0, 128, 2):
+            os.pwrite(guest.fileno(), stamped(1, block * BLOCK, BLOCK, 2), block * BLOCK)
+    with faulty.fault("slow-write", "0.2"):
+        command = [*FAULTY, "flush"]
+        root = Path(__file__).parents[2]
+        with process(*command, env=faulty.environment, cwd=root) as flush:
+            wait_for(lambda: bool(faulty.status()["running"]), "a flush")
+            status = faulty.status()
+            (running,) = status["running"]
+            assert (running["verb"], running["images"]) == ("flush", 1)
+            assert 0 < running["left"] <= running["of"] == 64 * BLOCK
+            assert status["cleaner"]["doing"] == "writing"
+            assert status["cleaner"]["images"] == ["vm.img"]
+            assert "flush: 1 image, " in faulty.run("status").stdout
+            assert flush.wait(60) == 0
+    assert faulty.status()["running"] == []
 
 
 def test_the_table_names_mount_cache_and_images(mount: Mount) -> None:
