@@ -1,6 +1,7 @@
 """An origin that is as far away as shared storage: every read, write and sync takes a while longer.
 
-The bare filesystem with a pause, in a thread, before each of them; attributes are never kept.
+The bare filesystem with a pause, in a thread, before each of them; attributes are kept for 3 s, as
+NFS does.
 With a rate, all data goes over one link besides, which carries one transfer at a time.
 Run by ``writes.py`` and ``far.py``.
 """
@@ -24,7 +25,7 @@ class Delayed(bare.Bare):
     """``delay`` in seconds, ``rate`` in bytes a second."""
 
     def __init__(self, origin: Path, delay: float, rate: float) -> None:
-        super().__init__(origin, timeout=0.0, writable=True, xattrs=False)
+        super().__init__(origin, timeout=3.0, writable=True, xattrs=False)
         self._delay = delay
         self._rate = rate
         self._link_free_at = 0.0

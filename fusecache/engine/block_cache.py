@@ -191,9 +191,9 @@ class BlockCache:
             OriginError: the origin failed.
         """
         hit = self.try_read(image, offset, length)
-        return bytes(hit) if hit is not None else await self._reads.read(image, offset, length)
+        return bytes(await self._reads.read(image, offset, length) if hit is None else hit)
 
-    async def read_slowly(self, image: Image, offset: int, length: int) -> bytes:
+    async def read_slowly(self, image: Image, offset: int, length: int) -> memoryview:
         """As ``read``, for a caller whose ``try_read`` just said None."""
         return await self._reads.read(image, offset, length)
 

@@ -42,18 +42,29 @@ class Fetch:
         """Bytes the origin had at ``offset``."""
         self._parts.append((offset, data))
 
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """The bytes from ``offset`` on, uncopied, if one part has all of them."""
+        for begin, data in self._parts:
+            if begin <= offset and offset + length <= begin + len(data):
+                return memoryview(data)[offset - begin : offset - begin + length]
+        return None
+
     def copy(self, offset: int, into: memoryview) -> int:
         """Copies what was brought from ``offset`` on, with zeros after the image's end.
 
         The end may have moved since: what a page that was brought holds beyond it is zeros.
         Returns fewer bytes than asked for only where the origin ended before the image's size.
         """
-        into[:] = bytes(len(into))
-        for begin, data in self._parts:
-            first = max(offset, begin)
-            last = min(offset + len(into), begin + len(data))
-            if first < last:
-                into[first - offset : last - offset] = data[first - begin : last - begin]
+        whole = self.view(offset, len(into))
+        if whole is not None:
+            into[:] = whole
+        else:
+            into[:] = bytes(len(into))
+            for begin, data in self._parts:
+                first = max(offset, begin)
+                last = min(offset + len(into), begin + len(data))
+                if first < last:
+                    into[first - offset : last - offset] = data[first - begin : last - begin]
         if self.ended is None:
             return len(into)
         return max(0, min(len(into), self.ended - offset))
@@ -106,6 +117,7 @@ class Fills:
                 await self._fetch(image, fetch)
                 fetch.ready.set()
                 if self._state.stores(image):
+                    await trio.lowlevel.checkpoint()  # those who wait are answered first
                     await self._store(image, fetch)
                 elif self._state.serves(image):
                     self._not_kept(image, Reason.CACHE_ERROR, len(fetch.pages))
@@ -179,7 +191,7 @@ class Fills:
             with Storing(self._core, image.id) as storing:
                 self._not_kept(image, Reason.NO_SLOT, self._collect(fetch, storing))
                 self._wake_reclaimer()
-                await self._threads.device(storing.write, self._state.device)
+                await self._threads.storing(storing.write, self._state.device)
                 storing.done()
             counters.stored_bytes += storing.stored_bytes
         except CacheDeviceError as exc:
@@ -197,11 +209,13 @@ class Fills:
         geometry, left_out = self._geometry, 0
         for block, pages in fetch.pages.items():
             for begin, length in geometry.page_runs(pages):
-                data = bytearray(length)  # zeros after the end of the image
                 at = (block << geometry.block_shift) + begin
-                fetch.copy(at, memoryview(data))
+                data = fetch.view(at, length)
+                if data is None:  # the image's last page: zeros after its end
+                    data = memoryview(bytearray(length))
+                    fetch.copy(at, data)
                 mask = geometry.covered(begin, begin + length)
-                if not storing.add(block, begin, memoryview(data), mask):
+                if not storing.add(block, begin, data, mask):
                     left_out += 1
                     break
         return left_out

@@ -44,6 +44,7 @@ class Threads:
         self._per_image = tuning.threads_per_image
         self._metadata = trio.CapacityLimiter(tuning.metadata_threads)
         self._device = trio.CapacityLimiter(tuning.device_threads)
+        self._storing = trio.CapacityLimiter(1)
         self._database = trio.CapacityLimiter(1)
         self._kernel = trio.CapacityLimiter(tuning.metadata_threads)
 
@@ -65,6 +66,11 @@ class Threads:
     async def device(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """The cache device."""
         return await self.run(fn, *args, limiter=self._device)
+
+    async def storing(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Writes of fetched blocks, one after another: writes to one file exclude each other in
+        the kernel, and those who wait there spin (a third of all time, measured)."""
+        return await self.run(fn, *args, limiter=self._storing)
 
     async def database(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """The block map."""

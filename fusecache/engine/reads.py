@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import trio
+
 from fusecache.core.geometry import merged
 from fusecache.core.index import CacheIndex, Located
 from fusecache.engine.degraded import Degraded
@@ -17,6 +19,7 @@ from fusecache.observe.counters import Reason
 from fusecache.observe.latency import Call, timed
 
 _ATTEMPTS = 16
+_TURNS = 8
 
 
 class Reads:
@@ -40,7 +43,7 @@ class Reads:
         self._dirty_reads = DirtyReads(core, state)
         self._threads = threads
 
-    async def read(self, image: Image, offset: int, length: int) -> bytes:
+    async def read(self, image: Image, offset: int, length: int) -> memoryview:
         """Up to ``length`` bytes; fewer only at the end of the image.
 
         Raises:
@@ -49,12 +52,12 @@ class Reads:
         """
         if not self._state.serves(image):
             with image.admitted(), _missed(image, self._state.why_not(image)):
-                return await self._beside(image, offset, length)
+                return memoryview(await self._beside(image, offset, length))
         length = min(length, image.size - offset)
         if length <= 0:
-            return b""
-        into = bytearray(length)
-        if await self._cold_hit(image, offset, memoryview(into)):
+            return memoryview(b"")
+        into = memoryview(bytearray(length))
+        if await self._cold_hit(image, offset, into):
             counters = image.counters
             counters.read_hits += 1
             counters.read_hit_bytes += length
@@ -62,17 +65,17 @@ class Reads:
             counters.ssd_read_bytes += length
             if image.marks:
                 self._readahead.passed(image, offset, length)
-            return bytes(into)
+            return into
         with image.admitted(), _missed(image, self._start_missing(image, offset, length)):
             self._readahead.missed(image, offset, length)
             done = 0
             for block, start, stop in self._geometry.split(offset, length):
-                view = memoryview(into)[done : done + stop - start]
+                view = into[done : done + stop - start]
                 got = await self._block(image, block, start, view)
                 done += got
                 if got < stop - start:
                     break
-            return bytes(into[:done])
+            return into[:done]
 
     async def _past(self, image: Image, offset: int, length: int) -> bytes:
         """Straight from the origin: the image is detached or the cache cannot be used."""
@@ -121,10 +124,29 @@ class Reads:
                 reads.append((position, done, stop - start))
             done += stop - start
         try:
-            await self._threads.device(self._read_slots, reads, into)
-        except CacheDeviceError:
+            if not await self._arrived(reads, into):
+                await self._threads.device(self._read_slots, reads, into)
+        except (CacheDeviceError, OSError):
             return False  # block by block, to find the one that fails
         return all(self._core.unmoved(found) for found in located)
+
+    async def _arrived(self, reads: list[tuple[int, int, int]], into: memoryview) -> bool:
+        """Whether the device brings the pages within a few turns of the event loop.
+
+        The attempt that found them missing has made the kernel fetch them, and an SSD takes less
+        time for that than the way to a thread and back does.
+        """
+        left = list(reads)
+        for _ in range(_TURNS):
+            await trio.lowlevel.checkpoint()
+            while left:
+                position, at, length = left[-1]
+                if not self._state.device.try_read(position, into[at : at + length]):
+                    break
+                left.pop()
+            if not left:
+                return True
+        return False
 
     def _read_slots(self, reads: list[tuple[int, int, int]], into: memoryview) -> None:
         for position, at, length in reads:
