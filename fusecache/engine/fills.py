@@ -22,6 +22,8 @@ from fusecache.observe.latency import Call, timed
 
 log = logging.getLogger(__name__)
 
+_SHARE = 8
+
 
 class Fetch:
     """Blocks on their way from the origin. Readers wait for ``ready``, then look."""
@@ -95,6 +97,11 @@ class Fills:
         self._running = 0
         self._idle = trio.Event()
         self._idle.set()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more waits for its SSD write than should be added to without need."""
+        return self._staged > self._state.tuning.staging_bytes // _SHARE
 
     async def drained(self) -> None:
         """Returns when no fetch is under way or being stored."""

@@ -97,7 +97,8 @@ class Readahead:
                 self._mark(image, stream)
             return
         wanted = [block for block in range(begin, end) if self._lacks(image, block)]
-        if self._core.free < 2 * len(wanted) or len(image.fetches) > _WINDOWS * self._most:
+        scarce = self._core.free < 2 * len(wanted) or self._fills.crowded
+        if scarce or len(image.fetches) > _WINDOWS * self._most:
             return  # what cannot be stored would be read twice; and an origin may stall
         for run in merged(wanted):
             for first in range(run.start, run.stop, self._part):

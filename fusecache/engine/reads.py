@@ -68,10 +68,13 @@ class Reads:
             return into
         with image.admitted(), _missed(image, self._start_missing(image, offset, length)):
             self._readahead.missed(image, offset, length)
+            # Held from here on: what is not stored is gone once it was fetched.
+            blocks = self._geometry.blocks(offset, length)
+            coming = {block: image.fetches.get(block) for block in blocks}
             done = 0
             for block, start, stop in self._geometry.split(offset, length):
                 view = into[done : done + stop - start]
-                got = await self._block(image, block, start, view)
+                got = await self._block(image, block, start, view, coming[block])
                 done += got
                 if got < stop - start:
                     break
@@ -170,10 +173,15 @@ class Reads:
         need = self._geometry.touched(start, stop)
         return self._core.valid_pages(image.id, block) & need != need
 
-    async def _block(self, image: Image, block: int, start: int, into: memoryview) -> int:
-        """The bytes of one block from ``start`` on; returns how many there were."""
+    async def _block(
+        self, image: Image, block: int, start: int, into: memoryview, fetch: Fetch | None
+    ) -> int:
+        """The bytes of one block from ``start`` on; returns how many there were.
+
+        Args:
+            fetch: that brings the block, if one was under way when the read began.
+        """
         geometry = self._geometry
-        fetch: Fetch | None = image.fetches.get(block)
         for _ in range(_ATTEMPTS):
             need = geometry.touched(start, start + len(into))
             if self._core.dirty.lost(image.id, block) & need:

@@ -17,7 +17,8 @@ class Storing:
         self._core = core
         self._image = image
         self._slots: list[tuple[int, int]] = []
-        self._writes: list[tuple[int, memoryview]] = []
+        self._writes: list[tuple[int, list[memoryview]]] = []
+        self._end = -1
         self.stored_bytes = 0
 
     def __enter__(self) -> "Storing":
@@ -44,14 +45,18 @@ class Storing:
             return False
         self._slots.append((slot, pages))
         position = (slot << self._core.geometry.block_shift) + start
-        self._writes.append((position, data))
+        if position == self._end:
+            self._writes[-1][1].append(data)
+        else:
+            self._writes.append((position, [data]))
+        self._end = position + len(data)
         self.stored_bytes += len(data)
         return True
 
     def write(self, device: CacheDevice) -> None:
-        """Writes all pieces. Blocks; raises CacheDeviceError."""
-        for position, data in self._writes:
-            device.write(position, data)
+        """Writes all pieces, adjacent ones in one call. Blocks; raises CacheDeviceError."""
+        for position, parts in self._writes:
+            device.write(position, parts[0] if len(parts) == 1 else b"".join(parts))
 
     def done(self) -> None:
         """The pieces are on the device: their pages are valid from now on."""

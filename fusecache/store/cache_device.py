@@ -34,9 +34,11 @@ from fusecache.store.superblock import (
 
 MIN_SLOTS = 16
 _PIECE = 64 << 10
-"""Bytes written at a time. Since Linux 6.16 ext4 keeps what one call wrote as one folio, and every
-later small write to it looks at all of its 4 KiB buffers: 26 us for 1 MiB, 4 us for 64 KiB, where
-whole reads are as fast (measured)."""
+"""Bytes written from one buffer. Since Linux 6.16 ext4 keeps what came from one as one folio, and
+every later small write to it looks at all of its 4 KiB parts: 26 us for 1 MiB, 4 us for 64 KiB,
+where whole reads are as fast (measured)."""
+_PIECES = 512
+"""Buffers of one call; the kernel takes 1024."""
 _EDGE = 1 << 20
 
 
@@ -87,7 +89,11 @@ class CacheDevice:
         view = memoryview(data)
         try:
             while view:
-                done = os.pwrite(self._fd, view[:_PIECE], position + DATA_OFFSET)
+                if len(view) <= _PIECE:
+                    done = os.pwrite(self._fd, view, position + DATA_OFFSET)
+                else:
+                    pieces = [view[at : at + _PIECE] for at in range(0, len(view), _PIECE)]
+                    done = os.pwritev(self._fd, pieces[:_PIECES], position + DATA_OFFSET)
                 position += done
                 view = view[done:]
         except OSError as exc:
