@@ -240,9 +240,7 @@ class Fusecache:
             if time.monotonic() > deadline:
                 name = lacking[0]
                 there = self.image(name)["cached_blocks"]
-                raise BenchmarkError(
-                    f"only {there} of {blocks[name]} blocks of {name} were stored"
-                )
+                raise BenchmarkError(f"only {there} of {blocks[name]} blocks of {name} were stored")
             time.sleep(0.1)
 
 
