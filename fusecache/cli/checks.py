@@ -80,6 +80,8 @@ def _check_cache(plan: MountConfig) -> None:
         raise MountError(
             f"The cache {plan.cache} is a directory: name a file in it or a block device."
         )
+    if Path("/dev") in plan.cache.parents and not os.path.lexists(plan.cache):
+        raise MountError(f"The cache {plan.cache} does not exist: is the device there?")
     if plan.size is None and not os.path.lexists(plan.cache):
         raise UsageError(
             f"The cache {plan.cache} does not exist: give --size to create it as a file, "

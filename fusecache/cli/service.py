@@ -13,10 +13,11 @@ from typing import Any
 
 import trio
 
+from fusecache.cli import sd_notify
 from fusecache.cli.flushing import Failures, Flushing, kept_by, unflushed
 from fusecache.cli.progress import amount_text, kept_text
 from fusecache.cli.reloading import Reloading
-from fusecache.config import MountConfig
+from fusecache.config import MountConfig, format_size
 from fusecache.control.protocol import runtime_directory
 from fusecache.control.server import ControlServer
 from fusecache.control.verbs import Mounted, Send
@@ -78,6 +79,7 @@ class Service:
             nursery.start_soon(self._announce, serving, ready)
             await self._session.run(serving)
             self._mounted.state = "flushing"
+            sd_notify.notify("STOPPING=1", sd_notify.status(self._words()))
             if not self._keep:
                 # The mount is gone. Unless somebody waits for this end, there is no hurry.
                 patience = _FORCED_FLUSH if self._forced else math.inf
@@ -93,6 +95,18 @@ class Service:
             "serving %s at %s from %s", self._plan.origin, self._plan.mountpoint, self._plan.cache
         )
         ready()
+        sd_notify.notify("READY=1", sd_notify.status(self._words()))
+        await sd_notify.keep_told(self._words)
+
+    def _words(self) -> str:
+        """How it goes, for ``systemctl status``."""
+        mounted, cache = self._mounted, self._cache
+        words = [f"{mounted.state}: {mounted.origin} at {mounted.mountpoint}"]
+        if dirty := cache.dirty_bytes:
+            words.append(f"{format_size(dirty)} not on the origin yet")
+        if cache.state.name != "ok":
+            words.append(f"cache {cache.state.name}: {cache.state.trouble}")
+        return ", ".join(words)
 
     def _progress(self) -> dict[str, Any] | None:
         return None if self._flushing is None else self._flushing.progress

@@ -3,6 +3,8 @@
 The directory that FUSECACHE_FAULTS names says what happens, from one call to the next:
 
 ``fail``             holds ``Class.method``: that method raises KeyError
+``block``            holds ``Class.method``: while it is there, that method does not return, nor the
+                     event loop if that is where it is called
 ``hang-INODE``       while it is there, reads of that origin file wait
 ``stall-INODE``      while it is there, reads, writes, truncates and syncs of that file wait
 ``unreadable-INODE`` while it is there, reads of that origin file fail with EIO
@@ -88,6 +90,9 @@ def _faults() -> Path:
 
 
 def _maybe_fail(point: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        while (_faults() / "block").read_text() == point:
+            time.sleep(0.01)
     try:
         if (_faults() / "fail").read_text() == point:
             raise KeyError("injected")

@@ -1,0 +1,91 @@
+"""``install-units``: systemd's unit, mount(8)'s helper and the tmpfiles, put in place."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from fusecache.errors import MountError, UsageError
+
+_FILES = (
+    ("fusecache@.service", "etc/systemd/system/fusecache@.service", 0o644),
+    ("fusecache.tmpfiles", "etc/tmpfiles.d/fusecache.conf", 0o644),
+    ("mount.fusecache", "sbin/mount.fusecache", 0o755),
+)
+_DIRECTORIES = (("etc/fusecache", 0o755),)
+_BY_PATH = "/usr/bin/env fusecache"
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where systemd and mount(8) look for programs."""
+
+
+@click.command("install-units", epilog="Example: fusecache install-units --root /tmp/package")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("/"),
+    help="Install below this directory, for packages and tests. [/]",
+)
+def install_units(root: Path) -> None:
+    """Put the systemd unit, /sbin/mount.fusecache and the tmpfiles in place.
+
+    Says what to do next. Files of an earlier version are replaced; nothing is started.
+    """
+    source = _source()
+    here = root.resolve() == Path("/")
+    program = _program() if here else _BY_PATH
+    try:
+        for name, mode in _DIRECTORIES:
+            (root / name).mkdir(mode, parents=True, exist_ok=True)
+        for name, place, mode in _FILES:
+            target = root / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, (source / name).read_text().replace(_BY_PATH, program), mode)
+            click.echo(f"installed {target}")
+    except OSError as exc:
+        hint = " Run it as root, or give --root." if isinstance(exc, PermissionError) else ""
+        raise MountError(f"Cannot write {exc.filename}: {exc.strerror}.{hint}") from exc
+    if here:
+        _say_what_next()
+
+
+def _source() -> Path:
+    """Where the files lie: in the clone, or where the package was installed."""
+    places = (
+        Path(__file__).parents[2] / "systemd",
+        Path(sys.prefix) / "share/fusecache/systemd",
+    )
+    for place in places:
+        if all((place / name).exists() for name, _, _ in _FILES):
+            return place
+    raise UsageError(f"The files to install are in none of: {', '.join(map(str, places))}.")
+
+
+def _program() -> str:
+    """How the unit calls fusecache: by the path if it is on systemd's, else just this one."""
+    if shutil.which("fusecache", path=_SYSTEM_PATH):
+        return _BY_PATH
+    beside = Path(sys.executable).with_name("fusecache")
+    return str(beside) if beside.exists() else f"{sys.executable} -m fusecache"
+
+
+def _write(target: Path, text: str, mode: int) -> None:
+    """Whole or not at all; what reads it meanwhile sees the old one."""
+    new = target.with_name(f".{target.name}.new")
+    new.write_text(text)
+    new.chmod(mode)
+    os.replace(new, target)
+
+
+def _say_what_next() -> None:
+    click.echo(
+        "\nNext, for a mount called vms:\n"
+        "  write /etc/fusecache/vms.toml with origin, mountpoint and cache\n"
+        "  fusecache config check /etc/fusecache/vms.toml\n"
+        "  systemd-tmpfiles --create fusecache.conf\n"
+        "  systemctl daemon-reload\n"
+        "  systemctl enable --now fusecache@vms\n"
+        "or, in /etc/fstab:\n"
+        "  /srv/images /mnt/cached fusecache cache=/dev/sdb,nofail,_netdev 0 0"
+    )
