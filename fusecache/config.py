@@ -149,6 +149,8 @@ class MountConfig:
     foreground: bool = False
     tuning: Tuning = field(default_factory=Tuning)
     rules: tuple[Rule, ...] = ()
+    metrics: tuple[str, int] | None = None
+    """Address and port where Prometheus may ask."""
     log_level: str = "info"
     """One of ``LOG_LEVELS``."""
     config: Path | None = None

@@ -5,8 +5,10 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +19,7 @@ from fusecache.cli.cache import open_cache_device, wait_until_free
 from fusecache.cli.progress import count_text
 from fusecache.cli.service import Service
 from fusecache.config import MountConfig
+from fusecache.control.metrics import listen
 from fusecache.control.protocol import make_runtime_directory, runtime_directory
 from fusecache.engine.block_cache import open_cache
 from fusecache.engine.ports import Clock
@@ -122,12 +125,25 @@ def serve(plan: MountConfig, again: Callable[[], MountConfig], ready: Callable[[
         FusecacheError: it cannot, or could not be closed.
     """
     _raise_descriptor_limit()
+    with ExitStack() as stack:
+        listener = None
+        if plan.metrics is not None:  # first, so that nothing has begun if it cannot be had
+            listener = stack.enter_context(listen(*plan.metrics))
+        _open_and_serve(plan, again, ready, listener)
+
+
+def _open_and_serve(
+    plan: MountConfig,
+    again: Callable[[], MountConfig],
+    ready: Callable[[], None],
+    listener: socket.socket | None,
+) -> None:
     device, block_map = open_cache_device(plan.cache, plan.database, plan.size, plan.block_size)
     try:
         _refuse_another_origin(plan, block_map)
         tree = _open_origin(plan.origin)
         trio.run(
-            partial(_serve, plan, again, device, block_map, tree, ready),
+            partial(_serve, plan, again, device, block_map, tree, ready, listener),
             strict_exception_groups=True,
         )
     except BaseExceptionGroup as group:
@@ -186,6 +202,7 @@ async def _serve(
     block_map: BlockMap,
     tree: Tree,
     ready: Callable[[], None],
+    listener: socket.socket | None,
 ) -> None:
     operations: Operations | None = None
 
@@ -213,6 +230,7 @@ async def _serve(
         options = tuple(option for option in plan.options if option != NO_XATTRS)
         session.mount(plan.origin, options, read_only=tree.read_only)
         try:
-            await Service(plan, again, cache, tree, operations, session).run(ready)
+            service = Service(plan, again, cache, tree, operations, session, listener)
+            await service.run(ready)
         finally:
             session.close()

@@ -54,6 +54,11 @@ from fusecache.config import LOG_LEVELS, MountConfig, WriteMode
     help="A TOML file with the same names, and rules for images; options given here win.",
 )
 @click.option(
+    "--metrics",
+    metavar="ADDRESS:PORT",
+    help="Serve metrics for Prometheus there; with a port alone on this host only. [off]",
+)
+@click.option(
     "--log-level",
     type=click.Choice(LOG_LEVELS),
     help="The least that is logged. [info]",

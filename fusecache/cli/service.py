@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fusecache.cli.flushing import Failures, Flushing, kept_by, unflushed
 from fusecache.cli.progress import amount_text, kept_text
 from fusecache.cli.reloading import Reloading
 from fusecache.config import MountConfig, format_size
+from fusecache.control.metrics import MetricsServer
 from fusecache.control.protocol import runtime_directory
 from fusecache.control.server import ControlServer
 from fusecache.control.verbs import Mounted, Send
@@ -51,6 +53,7 @@ class Service:
         tree: Tree,
         operations: Operations,
         session: Session,
+        metrics: socket.socket | None = None,
     ) -> None:
         self._plan = plan
         self._cache = cache
@@ -61,6 +64,10 @@ class Service:
             plan.mountpoint, plan.origin, "starting", self.unmount, self._progress, self._reload
         )
         self._control = ControlServer(cache, tree, self._mounted, runtime_directory())
+        self._metrics: MetricsServer | None = None
+        if metrics is not None:
+            describe = self._control.verbs.describe_busiest
+            self._metrics = MetricsServer(describe, cache.state, metrics)
         self._nursery: trio.Nursery
         self._flushing: Flushing | None = None
         self._keep = False
@@ -75,6 +82,8 @@ class Service:
             await nursery.start(self._control.serve)
             nursery.start_soon(self._obey_signals)
             nursery.start_soon(self._cache.sampler.run)
+            if self._metrics is not None:
+                nursery.start_soon(self._metrics.serve)
             serving = trio.Event()
             nursery.start_soon(self._announce, serving, ready)
             await self._session.run(serving)

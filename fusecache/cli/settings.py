@@ -1,6 +1,7 @@
 """What ``mount`` is told, on the command line and in a file, checked and put together."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -58,6 +59,7 @@ def plan_of(
         foreground=foreground,
         tuning=_tuning(chosen),
         rules=rules,
+        metrics=chosen.get("metrics"),
         log_level=chosen.get("log-level", "info"),
         config=config,
     )
@@ -217,6 +219,18 @@ def _readahead(shown: str, value: Any) -> int:
     return size
 
 
+def _metrics(shown: str, value: Any) -> tuple[str, int]:
+    """Address and port; with a port alone this host is the only one that can ask."""
+    match = re.fullmatch(
+        r"(?:(?:\[([0-9a-fA-F:]+)\]|([^:\[\]]+)):)?([0-9]{1,5})", str(value).strip()
+    )
+    if match is None or isinstance(value, bool) or not 0 < int(match[3]) < 65536:
+        raise UsageError(
+            f"{shown} {value} is not ADDRESS:PORT: write one, like 127.0.0.1:9469, or a port alone."
+        )
+    return match[1] or match[2] or "127.0.0.1", int(match[3])
+
+
 def _level(shown: str, value: Any) -> str:
     if not isinstance(value, str) or value.lower() not in LOG_LEVELS:
         raise UsageError(f"{shown} must be one of: {', '.join(LOG_LEVELS)}.")
@@ -243,6 +257,7 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "dirty-limit": _limit,
     "clean-rate": _rate,
     "readahead": _readahead,
+    "metrics": _metrics,
     "log-level": _level,
 }
 """By name: what makes a value of it, from what a sentence about it begins with and the value."""

@@ -35,7 +35,7 @@ class ControlServer:
     def __init__(self, cache: BlockCache, tree: Tree, mounted: Mounted, directory: Path) -> None:
         self._cache = cache
         self._mounted = mounted
-        self._verbs = Verbs(cache, tree, mounted)
+        self.verbs = Verbs(cache, tree, mounted)
         self.path = directory / f"{os.getpid()}.sock"
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -81,7 +81,7 @@ class ControlServer:
         try:
             with trio.fail_after(_REQUEST_TIMEOUT):
                 request = protocol.decode(await _line(stream))
-            verb = self._verbs.find(request)
+            verb = self.verbs.find(request)
             answer: dict[str, Any] = {"ok": await self._watched(stream, verb, request, send)}
         except (ValueError, trio.TooSlowError):
             answer = {"error": "The request was not understood."}

@@ -28,6 +28,8 @@ from fusecache.store.tree import Found, Tree
 
 _RESOLVE_TIMEOUT = 2.0
 _PROGRESS_INTERVAL = 0.2
+_MOST_SHOWN = 500
+"""Images in the metrics, which are made again and again."""
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Work = Callable[[Image, int | None], Awaitable[int]]
@@ -129,6 +131,19 @@ class Verbs:
             **mount_snapshot(self._cache),
             "images": sorted(shown, key=lambda image: str(image["path"])),
         }
+
+    def describe_busiest(self, most: int = _MOST_SHOWN) -> dict[str, Any]:
+        """As ``describe``, with so many images at most: open ones first, then dirty ones, then
+        those of which most is cached."""
+        core = self._cache.core
+
+        def weight(image: Image) -> tuple[bool, int, int]:
+            return bool(image.handles), core.dirty_bytes(image.id), core.usage(image.id).pages
+
+        images = self._cache.images.all()
+        if len(images) > most:
+            images = sorted(images, key=weight, reverse=True)[:most]
+        return self.describe(images)
 
     async def _evict(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         discard = bool(request.get("discard_dirty"))

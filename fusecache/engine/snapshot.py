@@ -18,10 +18,12 @@ _STEPS = 60
 
 def mount_snapshot(cache: BlockCache) -> dict[str, Any]:
     """What all images together did, and what runs beside the requests."""
+    images = cache.images.all()
     total = ImageCounters()
     total.add(cache.state.counters.forgotten)
-    for image in cache.images.all():
-        total.add(image.counters)
+    for image in images:
+        if not image.counters.untouched:
+            total.add(image.counters)
     sampler = cache.sampler
     grown, _, span = sampler.mount_over(_LATELY)
     minute, calls, _ = sampler.mount_over(MINUTE)
@@ -29,6 +31,12 @@ def mount_snapshot(cache: BlockCache) -> dict[str, Any]:
     latency = cache.state.counters.latency
     return {
         "seconds": round(sampler.age, 1),
+        "images_known": len(images),
+        "waiting": sum(image.waiting for image in images),
+        "origin_read_bytes": total.origin_read_bytes,
+        "origin_write_bytes": total.origin_write_bytes,
+        "read_ahead_bytes": total.read_ahead_bytes,
+        "origin_errors": total.errors,
         **_served(total),
         "hit_ratio": _ratios(minute, hour, total),
         "rates": _rates(grown, span),

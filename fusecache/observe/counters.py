@@ -45,6 +45,12 @@ class Reason(enum.IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+NOT_KEPT = (Reason.CACHE_ERROR, Reason.NO_SLOT, Reason.STAGING_LIMIT)
+"""What a fetched block may not be kept for."""
+NOT_CACHED = tuple(reason for reason in Reason if reason is not Reason.STAGING_LIMIT)
+"""What a request may not be served for."""
+
+
 class Served(enum.Enum):
     """Where a write went before it was acknowledged."""
 
@@ -121,6 +127,14 @@ class ImageCounters:
         elif served is Served.AROUND:
             self.around_writes += 1
             self.around_write_bytes += length
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing was read, written or failed."""
+        return not (
+            self.read_hits or self.read_misses or self.writes or self.origin_reads
+            or self.origin_writes or self.errors
+        )  # fmt: skip
 
     def add(self, other: "ImageCounters") -> None:
         """Adds all of ``other``, for sums over images."""

@@ -29,6 +29,7 @@ ONLY_IN = {
     "sqlite_utils": {"store"},
     "trio": {"engine", "fuse", "control", "cli", "observe"},
     "click": {"cli"},
+    "prometheus_client": {"observe"},
     "rich": {"cli", "observe"},
     "logging": {"store", "engine", "fuse", "control", "cli", "observe"},
 }
