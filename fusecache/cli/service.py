@@ -25,10 +25,12 @@ from fusecache.control.server import ControlServer
 from fusecache.control.verbs import Mounted, Send
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
+from fusecache.engine.trouble import TroubleWatch
 from fusecache.errors import FusecacheError, LostDataError, MountError
 from fusecache.fuse import mounts
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.session import Session
+from fusecache.observe import logs
 from fusecache.observe.logs import fields
 from fusecache.store.tree import Tree
 
@@ -63,6 +65,9 @@ class Service:
         self._mounted = Mounted(
             plan.mountpoint, plan.origin, "starting", self.unmount, self._progress, self._reload
         )
+        self._trouble = TroubleWatch(
+            cache.images.all, cache.state, time.monotonic, also=logs.limit.sweep
+        )
         self._control = ControlServer(cache, tree, self._mounted, runtime_directory())
         self._metrics: MetricsServer | None = None
         if metrics is not None:
@@ -82,6 +87,7 @@ class Service:
             await nursery.start(self._control.serve)
             nursery.start_soon(self._obey_signals)
             nursery.start_soon(self._cache.sampler.run)
+            nursery.start_soon(self._trouble.run)
             if self._metrics is not None:
                 nursery.start_soon(self._metrics.serve)
             serving = trio.Event()
@@ -94,14 +100,21 @@ class Service:
                 patience = _FORCED_FLUSH if self._forced else math.inf
                 await self._flush(patience, persistent=True)
             if kept := kept_by(self._cache):
-                log.warning("%s", kept_text(kept))
+                log.warning(
+                    "%s", kept_text(kept), extra=fields("kept-dirty", dirty_bytes=kept["bytes"])
+                )
             nursery.cancel_scope.cancel()
 
     async def _announce(self, serving: trio.Event, ready: Callable[[], None]) -> None:
         await serving.wait()
         self._mounted.state = "serving"
+        plan = self._plan
         log.info(
-            "serving %s at %s from %s", self._plan.origin, self._plan.mountpoint, self._plan.cache
+            "serving %s at %s from %s",
+            plan.origin,
+            plan.mountpoint,
+            plan.cache,
+            extra=fields("serving", mount=plan.mountpoint, write_mode=plan.write_mode),
         )
         ready()
         sd_notify.notify("READY=1", sd_notify.status(self._words()))
@@ -113,6 +126,7 @@ class Service:
         words = [f"{mounted.state}: {mounted.origin} at {mounted.mountpoint}"]
         if dirty := cache.dirty_bytes:
             words.append(f"{format_size(dirty)} not on the origin yet")
+        words += self._trouble.words
         if cache.state.name != "ok":
             words.append(f"cache {cache.state.name}: {cache.state.trouble}")
         return ", ".join(words)
@@ -188,7 +202,11 @@ class Service:
 
     async def _stop(self, name: str) -> None:
         """Flushes while still serving, then takes the mount away, open files or not."""
-        log.info("%s: flushing, then unmounting; once more keeps the rest on the cache", name)
+        log.info(
+            "%s: flushing, then unmounting; once more keeps the rest on the cache",
+            name,
+            extra=fields("stopping", dirty_bytes=self._cache.dirty_bytes),
+        )
         self._mounted.state = "stopping"
         if self._flushing is not None:
             self._flushing.give_up()  # of a client, which is told

@@ -34,6 +34,7 @@ from fusecache.engine.ports import Clock, Threads
 from fusecache.engine.state import CacheState
 from fusecache.errors import FusecacheError, LostDataError, OriginError
 from fusecache.observe.latency import Call, timed
+from fusecache.observe.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,16 @@ class Cleaner:
         tuning = self._tuning
         pause = min(tuning.clean_pause_most, tuning.clean_pause * 2.0**image.clean_failures)
         if not image.clean_failures:
-            log.error("%s cannot be written back, its data stays dirty: %s", image.name, error)
+            log.error(
+                "%s cannot be written back, its data stays dirty: %s",
+                image.name,
+                error,
+                extra=fields(
+                    "writeback-failing",
+                    image=image.name,
+                    dirty_bytes=self._core.dirty_bytes(image.id),
+                ),
+            )
         image.clean_failures = min(image.clean_failures + 1, 30)
         image.clean_error = str(error)
         image.clean_after = self._clock.monotonic() + pause
@@ -286,6 +296,12 @@ class Cleaner:
                     (self._dirty.settled if settling else self._dirty.kept)(slot)
         if errors:
             raise errors[0]
+        if image.clean_failures:
+            log.warning(
+                "%s is written back again",
+                image.name,
+                extra=fields("writeback-recovered", image=image.name),
+            )
         image.clean_failures = 0
         image.clean_error = ""
         return skipped

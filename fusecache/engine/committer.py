@@ -19,6 +19,7 @@ from fusecache.engine.in_place import InPlace, Proven
 from fusecache.engine.ports import Clock, Threads
 from fusecache.errors import CacheDeviceError, DatabaseError, FusecacheError
 from fusecache.observe.counters import CacheCounters
+from fusecache.observe.logs import fields
 from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap
 from fusecache.store.cache_device import CacheDevice
 
@@ -393,7 +394,11 @@ class Committer:
             await self._syncs.run(self._device.sync, self._threads.device)
         except CacheDeviceError:
             if lost := self._core.dirty.sync_failed(began):
-                log.error("the cache device lost %d pages that the origin has not", lost)
+                log.error(
+                    "the cache device lost %d pages that the origin has not",
+                    lost,
+                    extra=fields("dirty-lost", pages=lost),
+                )
             raise
 
     async def checkpoint(self) -> None:

@@ -9,6 +9,7 @@ from fusecache.core.index import CacheIndex
 from fusecache.engine.image import Image
 from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError
+from fusecache.observe.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def note_unreadable(image: Image, block: int, asked: int, failed: int) -> None:
             image.name,
             failed,
             block,
+            extra=fields("dirty-unreadable", image=image.name, block=block),
         )
     if now:
         image.unreadable[block] = now

@@ -21,6 +21,7 @@ from fusecache.errors import (
     DatabaseError,
     OriginError,
 )
+from fusecache.observe.logs import fields
 from fusecache.store.block_map import WHOLE_IMAGE, ImageRow
 from fusecache.store.origin import Attributes, OriginImage, attributes_of
 
@@ -315,9 +316,21 @@ class Images:
                 await self.fit(image, seen.size)
         elif row.recorded_ns:
             if not image.matches(seen):
-                log.info("%s changed on the origin, its clean blocks are dropped", image.name)
+                log.info(
+                    "%s changed on the origin, its clean blocks are dropped",
+                    image.name,
+                    extra=fields("image-changed", image=image.name),
+                )
                 if self._core.dirty.pages(image.id):
-                    log.error("%s changed on the origin while it is dirty here", image.name)
+                    log.error(
+                        "%s changed on the origin while it is dirty here",
+                        image.name,
+                        extra=fields(
+                            "image-conflict",
+                            image=image.name,
+                            dirty_bytes=self._core.dirty_bytes(image.id),
+                        ),
+                    )
             async with image.cleaning, image.lock.everything():
                 await self.drop(image, 0, dirty=False)
                 await self.fit(image, seen.size)

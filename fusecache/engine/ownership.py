@@ -18,6 +18,7 @@ from fusecache.engine.image import Image
 from fusecache.engine.ports import Clock, Pin, Threads
 from fusecache.engine.state import CacheState
 from fusecache.errors import LockedElsewhereError, LocksUnsupportedError, OriginError
+from fusecache.observe.logs import fields
 
 if TYPE_CHECKING:
     from fusecache.engine.images import Images
@@ -56,7 +57,12 @@ class Ownership:
         try:
             await self._threads.harmless(image.limiter, image.origin.locker(path_fd))
         except LockedElsewhereError as exc:
-            log.error("%s cannot be opened for writing: %s", image.name, exc)
+            log.error(
+                "%s cannot be opened for writing: %s",
+                image.name,
+                exc,
+                extra=fields("image-locked", image=image.name),
+            )
             image.counters.failed(exc)
             raise
         except LocksUnsupportedError as exc:

@@ -8,6 +8,7 @@ from fusecache.core.geometry import Geometry
 from fusecache.core.index import CacheIndex
 from fusecache.core.rows import Rows
 from fusecache.errors import CacheDeviceError, DatabaseError, SuperblockError
+from fusecache.observe.logs import fields
 from fusecache.store.block_map import Batch, BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.superblock import Fence, remedy
@@ -59,7 +60,8 @@ def _recover(
     if not meta.clean and not fresh:
         device.sync()  # data before rows: merging what a killed daemon left is a barrier (R1)
         same = meta.boot_id == boot_id
-        log.info("recovering after %s", "a killed daemon" if same else "a power cut or a move")
+        after = "a killed daemon" if same else "a power cut or a move"
+        log.info("recovering after %s", after, extra=fields("recovering", cache=device.path))
     index = CacheIndex(Geometry.of(superblock.block_size), superblock.slot_count)
     only_dirty = device.fence is Fence.CLEAN
     block_map.attach(boot_id, pid, mountpoint, origin, only_dirty=only_dirty)

@@ -14,6 +14,7 @@ from fusecache.config import Tuning
 from fusecache.engine.image import Image
 from fusecache.errors import CacheDeviceError, FusecacheError
 from fusecache.observe.counters import CacheCounters, Reason
+from fusecache.observe.logs import fields
 from fusecache.store.cache_device import CacheDevice
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class CacheState:
         """Set with the first error that makes the cache unusable."""
         self.fenced = trio.Event()
         """Set once writes may go on past an unusable cache."""
+        self.store_failures = 0
+        """SSD writes that failed in a row; who watches says when they work again."""
         self._now = now
         self._store_after = float("-inf")
 
@@ -64,20 +67,31 @@ class CacheState:
         self.device_failed(error)
         if self.usable:
             self.usable = False
-            log.error("the cache is degraded, all goes to the origin: %s", error)
+            log.error(
+                "the cache is degraded, all goes to the origin: %s",
+                error,
+                extra=fields("cache-degraded", cache=self.device.path),
+            )
         self.broken.set()
 
     def store_failed(self, error: CacheDeviceError) -> None:
         """An SSD write failed (full, or worse): nothing is stored for a while."""
-        paused = self._now() < self._store_after
+        first = not self.store_failures
         self.device_failed(error)
+        self.store_failures += 1
         self._store_after = self._now() + self.tuning.store_pause
-        if not paused:
+        if first:
             log.error(
                 "storing on the cache pauses for %.0f s, reads and writes go on: %s",
                 self.tuning.store_pause,
                 error,
+                extra=fields("cache-not-storing", cache=self.device.path),
             )
+
+    @property
+    def stores_again(self) -> float:
+        """When the pause after the last failed SSD write ends, or ended."""
+        return self._store_after
 
     def device_failed(self, error: FusecacheError) -> None:
         """Counts an error of the cache device or its database."""
@@ -85,9 +99,11 @@ class CacheState:
         self.trouble = str(error)
 
     def unexpected(self, error: BaseException, doing: str) -> None:
-        """An exception nobody foresaw: logged with its traceback, counted, survived."""
+        """An exception nobody foresaw: logged with where it came from, counted, survived."""
         self.counters.unexpected += 1
-        log.error("unexpected error while %s", doing, exc_info=error)
+        log.error(
+            "unexpected error while %s", doing, exc_info=error, extra=fields("unexpected-error")
+        )
 
     @property
     def name(self) -> str:
