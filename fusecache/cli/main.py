@@ -16,6 +16,7 @@ from fusecache.cli.inspect import check, dump, repair
 from fusecache.cli.mount import mount
 from fusecache.cli.mount_helper import mount_helper
 from fusecache.cli.status import status
+from fusecache.cli.top import top
 from fusecache.cli.umount import umount
 from fusecache.cli.units import install_units
 from fusecache.errors import FusecacheError, UsageError
@@ -36,6 +37,7 @@ def cli(context: click.Context) -> None:
 
 for _verb in (mount, umount, evict, flush, set_image, status, format_cache, check, dump, repair):
     cli.add_command(_verb)
+cli.add_command(top)
 for _verb in (config, reload, log_level, install_units, mount_helper):
     cli.add_command(_verb)
 

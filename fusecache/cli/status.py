@@ -31,7 +31,7 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
             daemon, path = client.locate(name, running)
             wanted.setdefault(daemon, []).append(path)
     mounts = [
-        _printable(client.ask(daemon.socket_path, {"verb": "status", "images": paths}, timeout=30))
+        readable(client.ask(daemon.socket_path, {"verb": "status", "images": paths}, timeout=30))
         for daemon, paths in wanted.items()
     ]
     if as_json:
@@ -43,7 +43,7 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
         report.show({"mounts": mounts}, console, details=bool(images))
 
 
-def _printable(mount: dict[str, Any]) -> dict[str, Any]:
+def readable(mount: dict[str, Any]) -> dict[str, Any]:
     """Names that are not UTF-8 percent-escaped, with a flag beside each: ``path_escaped``."""
     for part in (mount, mount["cache"], *mount["images"]):
         for key, value in list(part.items()):

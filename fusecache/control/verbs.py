@@ -110,7 +110,7 @@ class Verbs:
         if wanted:
             images = [await self._known(str(path)) for path in wanted]
         else:
-            images = self._cache.images.all()
+            images = self._busiest(int(request.get("most") or 0))
         status = self.describe(images)
         if request.get("history"):
             status["history"] = history_snapshot(self._cache)
@@ -132,18 +132,22 @@ class Verbs:
             "images": sorted(shown, key=lambda image: str(image["path"])),
         }
 
-    def describe_busiest(self, most: int = _MOST_SHOWN) -> dict[str, Any]:
-        """As ``describe``, with so many images at most: open ones first, then dirty ones, then
-        those of which most is cached."""
+    def describe_busiest(self) -> dict[str, Any]:
+        """As ``describe``, for the metrics, with a bounded number of images."""
+        return self.describe(self._busiest(_MOST_SHOWN))
+
+    def _busiest(self, most: int) -> list[Image]:
+        """So many images at most, 0 for all: open ones first, then dirty ones, then those of which
+        most is cached."""
         core = self._cache.core
 
         def weight(image: Image) -> tuple[bool, int, int]:
             return bool(image.handles), core.dirty_bytes(image.id), core.usage(image.id).pages
 
         images = self._cache.images.all()
-        if len(images) > most:
+        if 0 < most < len(images):
             images = sorted(images, key=weight, reverse=True)[:most]
-        return self.describe(images)
+        return images
 
     async def _evict(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         discard = bool(request.get("discard_dirty"))

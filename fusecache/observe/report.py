@@ -3,11 +3,21 @@
 from collections.abc import Iterator
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def printable(text: str) -> str:
+    """A name without what a terminal would take for a command."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def escape(text: str) -> str:
+    """A name as rich's markup has it."""
+    return markup.escape(printable(text))
 
 
 def size_text(size: float) -> str:
