@@ -144,6 +144,8 @@ class Fusecache:
     name = "fusecache"
 
     def __init__(self, base: Path, origin: Path, *arguments: str) -> None:
+        self.program: tuple[str, ...] = ("-m", "fusecache")
+        """What the interpreter is told to run."""
         self.origin = origin
         self.mountpoint = base / "mnt"
         self.cache = base / "cache"
@@ -155,7 +157,7 @@ class Fusecache:
     def run(self, *words: object) -> str:
         """A verb of the command line, in this mount's surroundings."""
         done = subprocess.run(
-            [sys.executable, "-m", "fusecache", *map(str, words)],
+            [sys.executable, *self.program, *map(str, words)],
             capture_output=True,
             text=True,
             check=False,
