@@ -157,7 +157,8 @@ class DirtyPages:
         self._stamp = stamp
 
     def soil(self, slot: int, pages: int) -> None:
-        """The pages (a mask) are dirty from now on; a row is owed if they were not before.
+        """The pages (a mask) are dirty from now on, which is a use of the slot; a row is owed if
+        they were not before.
 
         The caller has the slot pinned. Whatever a writeback has taken of them counts no more.
         """
@@ -166,6 +167,7 @@ class DirtyPages:
         slots.state[slot] = step(slots.state[slot], Event.SOIL)
         slots.cleaning[slot] &= ~pages & 0xFFFF
         self.written(slot, pages)
+        self._touch(slot)
         added = pages & ~before
         if added:
             slots.dirty[slot] = before | added
@@ -213,7 +215,6 @@ class DirtyPages:
         if self._slots.valid[slot] & pages != pages:
             return None
         self.soil(slot, pages)
-        self._touch(slot)
         return slot
 
     # -- going back --------------------------------------------------------------------------------

@@ -620,6 +620,16 @@ def test_a_pinned_block_that_loses_its_last_page_keeps_its_slot_for_what_is_writ
     assert index.valid_pages(1, 0) == index.dirty.mask(1, 0) == 0b0001
 
 
+def test_a_write_to_a_pinned_slot_is_a_use_of_it() -> None:
+    """As it comes to several blocks at once: who was written to last leaves last."""
+    index = CacheIndex(GEOMETRY, SLOTS)
+    first, second = filled(index, 1, 0, FULL), filled(index, 1, 1, FULL)
+    index.begin_store(1, 0)
+    index.dirty.soil(first, FULL)
+    index.unpin(first)
+    assert index._slots.last_used[first] > index._slots.last_used[second]
+
+
 def test_an_overwrite_of_several_blocks_is_all_or_nothing() -> None:
     index = CacheIndex(GEOMETRY, SLOTS)
     first, second = soiled(index, 1, 0, FULL), soiled(index, 1, 1, 0b0111)
