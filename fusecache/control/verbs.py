@@ -110,7 +110,7 @@ class Verbs:
         if wanted:
             images = [await self._known(str(path)) for path in wanted]
         else:
-            images = self._busiest(int(request.get("most") or 0))
+            images = self._busiest(request.get("most", 0))
         status = self.describe(images)
         if request.get("history"):
             status["history"] = history_snapshot(self._cache)
@@ -368,6 +368,8 @@ async def _reporting(send: Send, progress: Callable[[], dict[str, Any]]) -> Asyn
 
 def _check_names(request: dict[str, Any]) -> None:
     """Raises ValueError unless what stands for paths is text."""
+    if not isinstance(request.get("most", 0), int):
+        raise ValueError("not a number")
     names = request.get("images", [])
     if not isinstance(names, list):
         raise ValueError("not a list of names")

@@ -170,7 +170,7 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
     return {
         **_quantiles(histogram.counts, histogram.count),
         "seconds": round(histogram.seconds, 6),
-        "buckets": histogram.counts.tolist(),
+        "buckets": histogram.counts.tolist() if histogram.seconds else [],
     }
 
 

@@ -270,7 +270,8 @@ def _histograms(
             if only_used and not histogram["calls"]:
                 continue
             total, buckets = 0, []
-            for bound, count in zip(_BUCKETS, histogram["buckets"], strict=True):
+            counts = histogram["buckets"] or [0] * len(_BUCKETS)
+            for bound, count in zip(_BUCKETS, counts, strict=True):
                 total += count
                 buckets.append((bound, total))
             family.add_metric([*labels.values(), kind], buckets, histogram["seconds"])

@@ -57,6 +57,7 @@ def test_only_its_user_may_open_it(mount: Mount) -> None:
         b'{"verb": "evict", "images": 7}\n', b'{"verb": "evict", "images": [7]}\n',
         b'{"verb": "evict", "images": ["a\\u0000b"]}\n', b'{"verb": "resolve"}\n\xff',
         b'{"verb": "status", "images": ["../../etc/passwd"]}\n', b"\xff\xfe\n",
+        b'{"verb": "status", "most": []}\n', b'{"verb": "status", "most": -1, "history": []}\n',
         b"[" * 60000 + b"\n", b'{"verb": "resolve", "path": {}}\n',
         b'{"verb": "evict", "images": ["' + b"x/" * 20000 + b'"]}\n',
     ],

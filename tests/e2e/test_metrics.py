@@ -1,6 +1,8 @@
 """The metrics endpoint: what it tells, and that nobody who asks can hold anything up."""
 
 import http.client
+import json
+import re
 import socket
 import threading
 import time
@@ -16,6 +18,7 @@ from tests.support.stamps import stamped
 
 pytestmark = pytest.mark.mount
 
+MONITORING = Path(__file__).parents[2] / "docs" / "monitoring"
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -104,6 +107,27 @@ def test_the_metrics_say_what_status_says(served: Mount) -> None:
         latency["seconds"]
     )
     assert value("flushes") == value("dirty_bytes") == 0
+
+
+def test_dashboard_and_alerts_use_only_what_is_there(served: Mount) -> None:
+    families = list(text_string_to_metric_families(text(served)))
+    there = {family.name for family in families}
+    there |= {sample.name for family in families for sample in family.samples}
+    labels: dict[str, set[str]] = {}
+    for family in families:
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                labels.setdefault(label, set()).add(value)
+    for file in ("dashboard.json", "alerts.yml", "alerts_test.yml"):
+        said = (MONITORING / file).read_text().replace('\\"', '"')
+        names = set(re.findall(r"\bfusecache_[a-z_]+", said))
+        assert len(names) > 10
+        assert names - there == set(), file
+        for label, value in re.findall(r'\b(served|state|reason|call|strength)=~?"([^"$]+)"', said):
+            assert set(value.split("|")) <= labels[label], (file, label, value)
+    json.loads((MONITORING / "dashboard.json").read_text())
+    tested = set(re.findall(r"Fusecache[A-Za-z]+", (MONITORING / "alerts_test.yml").read_text()))
+    assert tested == set(re.findall(r"Fusecache[A-Za-z]+", (MONITORING / "alerts.yml").read_text()))
 
 
 @pytest.mark.parametrize(
