@@ -20,6 +20,7 @@ from fusecache.cli.top import top
 from fusecache.cli.umount import umount
 from fusecache.cli.units import install_units
 from fusecache.errors import FusecacheError, UsageError
+from fusecache.observe.logs import is_journal
 
 
 @click.group(
@@ -67,6 +68,7 @@ def main() -> None:
 
 def _fail(sentence: str, code: int) -> None:
     # Names need not be UTF-8; they must not turn an error into a traceback.
-    sys.stderr.buffer.write(f"fusecache: {sentence}\n".encode("utf-8", "backslashreplace"))
+    start = "<3>" if is_journal(sys.stderr) else "fusecache: "
+    sys.stderr.buffer.write(f"{start}{sentence}\n".encode("utf-8", "backslashreplace"))
     sys.stderr.flush()
     sys.exit(code)

@@ -20,6 +20,8 @@ from fusecache.store.tree import Tree
 log = logging.getLogger(__name__)
 
 _REQUEST_TIMEOUT = 10.0
+_BACKLOG = 1024
+"""Clients that may wait to be let in; one more is refused at once."""
 _PEER = struct.Struct("3i")
 
 Verb = Callable[[dict[str, Any], Send], Awaitable[dict[str, Any]]]
@@ -51,7 +53,7 @@ class ControlServer:
             listener.bind(str(self.path))
         finally:
             os.umask(before)
-        listener.listen(64)
+        listener.listen(_BACKLOG)
         try:
             streams = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
             task_status.started()

@@ -258,14 +258,21 @@ class Images:
     async def _end_detached(self, image: Image) -> None:
         """The last handle of an evicted or unlinked image is closed: nothing is kept of it.
 
-        What was written since the eviction is synced: nobody will do it later.
+        What was written since the eviction is synced: nobody will do it later. If that fails the
+        image stays as it is, for ``close_idle`` and for a flush to try again.
         """
-        if image.synced < image.written:
+        covered = image.written
+        if image.synced < covered:
             try:
                 await self._threads.harmless(image.limiter, image.origin.sync)
             except OriginError as exc:
                 image.counters.failed(exc)
+                image.failed_syncs += 1
                 log.warning("%s could not be synced at its last close: %s", image.name, exc)
+                if covered > 1 and not image.gone:
+                    return
+            else:
+                image.synced = max(image.synced, covered)
         await self.forget(image, gone=image.gone)
 
     async def before_close(self, image: Image) -> None:
@@ -484,7 +491,10 @@ class Images:
             return
         async with image.opening:
             if not self._needs_origin(image) and await self._synced(image):
-                await self._close_origin(image)
+                if image.detached and image.written > 1:
+                    await self.forget(image)  # its last close could not
+                else:
+                    await self._close_origin(image)
 
     async def _close_origin(self, image: Image) -> None:
         """In a thread: on a network filesystem a close asks the server."""

@@ -7,6 +7,7 @@ is bypassed. Until that has worked the image stays as it was.
 """
 
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -19,6 +20,7 @@ from fusecache.engine.images import Images
 from fusecache.engine.ports import Pin, Threads
 from fusecache.engine.state import CacheState
 from fusecache.errors import FusecacheError
+from fusecache.observe.logs import fields
 
 log = logging.getLogger(__name__)
 
@@ -55,44 +57,58 @@ class RuleFollower:
         self._evict = evict
         self._change_mode = change_mode
         self._changed = trio.Event()
-        self._changed.set()
+        self._busy: set[int] = set()
+        self._failures: dict[int, int] = {}
+        """By image id, in a row."""
+        self._after: dict[int, float] = {}
+        """By image id: not tried again before then."""
 
     def wake(self) -> None:
-        """The rules may have changed."""
+        """The rules may have changed: all is looked at anew, also what failed before."""
+        self._after.clear()
+        self._failures.clear()
         self._changed.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
-        pause = _PAUSE
-        while True:
-            await self._changed.wait()
-            self._changed = trio.Event()
-            failed: list[tuple[Image, Exception]] = []
-            async with trio.open_nursery() as nursery:  # an origin may stall for one of them (P6)
+        """Until cancelled. One task an image: its origin may stall (P6)."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._changed = trio.Event()
+                now = trio.current_time()
                 for image in filter(self._differs, self._images.all()):
-                    nursery.start_soon(self._try, image, failed)
-            if not failed:
-                pause = _PAUSE
-                continue
-            image, exc = failed[0]
-            log.warning(
-                "%d images do not follow the rules yet and are tried again; %s: %s",
-                len(failed),
-                image.name,
-                exc,
-            )
-            with trio.move_on_after(pause):
-                await self._changed.wait()
-            pause = min(2 * pause, _PAUSE_MOST)
-            self._changed.set()
+                    if image.id not in self._busy and now >= self._after.get(image.id, now):
+                        self._busy.add(image.id)
+                        nursery.start_soon(self._try, image)
+                waiting = (at for at in self._after.values() if at > now)
+                with trio.move_on_at(min(waiting, default=math.inf)):
+                    await self._changed.wait()
 
-    async def _try(self, image: Image, failed: list[tuple[Image, Exception]]) -> None:
+    async def _try(self, image: Image) -> None:
         try:
             await self.follow(image)
         except (FusecacheError, OSError) as exc:
-            failed.append((image, exc))
+            self._failed(image, exc)
         except Exception as exc:
             self._state.unexpected(exc, "following the rules")
+            self._failed(image, exc)
+        else:
+            self._failures.pop(image.id, None)
+            self._after.pop(image.id, None)
+        finally:
+            self._busy.discard(image.id)
+            self._changed.set()  # they may have changed again meanwhile
+
+    def _failed(self, image: Image, exc: Exception) -> None:
+        failures = self._failures.get(image.id, 0)
+        if not failures:
+            log.warning(
+                "%s does not follow the rules yet, and is tried again: %s",
+                image.name,
+                exc,
+                extra=fields("rule-waits", image=image.name),
+            )
+        self._failures[image.id] = failures + 1
+        self._after[image.id] = trio.current_time() + min(_PAUSE_MOST, _PAUSE * 2.0**failures)
 
     def _differs(self, image: Image) -> bool:
         """Whether there is anything to do for an image. One that is detached follows the rules

@@ -259,7 +259,7 @@ def test_while_the_origin_fails_an_image_stays_cached_whatever_a_rule_says(
     with faulty.fault("fail-write"):
         file.write_text(rule("*", bypass="true"))
         assert faulty.run("reload").returncode == 0
-        wait_for(lambda: "do not follow the rules yet" in faulty.log(), "it is logged")
+        wait_for(lambda: "event=rule-waits" in faulty.log(), "it is logged")
         assert faulty.image("vm.img")["dirty_bytes"] == 8 * BLOCK
         assert versions((faulty.mountpoint / "vm.img").read_bytes()) == {2}
         assert versions((faulty.origin / "vm.img").read_bytes()) == {1}

@@ -1,6 +1,7 @@
 """What a real mount logs: an origin that fails or hangs, in front, and under the journal."""
 
 import contextlib
+import mmap
 import os
 import re
 import signal
@@ -60,8 +61,6 @@ def test_a_failing_origin_is_one_line_with_a_count_and_one_when_it_works(tmp_pat
 
 
 def _reads(fd: int, block: int) -> bool:
-    import mmap
-
     with contextlib.suppress(OSError), mmap.mmap(-1, BLOCK) as buffer:
         return os.preadv(fd, [buffer], block * BLOCK) == BLOCK
     return False
@@ -111,3 +110,16 @@ def test_in_front_it_is_standard_error_and_with_priorities_where_that_is_the_jou
         assert all(line.startswith(start) for line in [first, *rest]), (first, rest)
         assert f"event=serving mount={mount.mountpoint} write_mode=through" in first
         assert events("\n".join(rest), "stopping")
+
+
+def test_a_start_that_fails_under_the_journal_has_a_priority(mount: Mount) -> None:
+    mount.origin.rmdir()
+    reader, writer = os.pipe()
+    st = os.fstat(writer)
+    env = environment(mount) | {"JOURNAL_STREAM": f"{st.st_dev}:{st.st_ino}"}
+    with process(*COMMAND, "mount", "-f", *mount.arguments(), stderr=writer, env=env) as daemon:
+        os.close(writer)
+        with os.fdopen(reader) as lines:
+            said = lines.read()
+        assert daemon.wait(20) == 1
+    assert said.startswith("<3>The origin ") and said.count("\n") == 1

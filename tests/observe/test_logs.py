@@ -93,6 +93,13 @@ def test_of_one_cause_ten_lines_a_minute_are_written_and_the_rest_counted() -> N
     assert limited.passed(100) == 9
 
 
+def test_what_is_logged_for_debugging_is_all_there() -> None:
+    limited = Limited()
+    made = record("x")
+    made.levelno = logging.DEBUG
+    assert all(limited.limit.filter(made) for _ in range(100))
+
+
 def test_what_was_not_written_is_told_when_nothing_more_comes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

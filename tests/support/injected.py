@@ -118,6 +118,7 @@ def _wrap(owner: type, name: str) -> None:
 
 
 def _inject() -> None:
+    from fusecache.engine import trouble
     from fusecache.engine.block_cache import BlockCache
     from fusecache.engine.hit_path import HitPath
     from fusecache.engine.images import Images
@@ -127,6 +128,7 @@ def _inject() -> None:
     from fusecache.store.origin import OriginImage
     from fusecache.store.tree import Tree
 
+    trouble._HANGS, trouble._QUIET = 2.0, 1.0  # seconds that no test need wait for
     for name in ("find", "names", "create", "mkdir", "mknod", "symlink", "link", "unlink", "rmdir",
                  "rename", "chmod", "readlink", "getxattr", "setxattr", "listxattr",
                  "removexattr", "statvfs", "sync_directory"):  # fmt: skip
