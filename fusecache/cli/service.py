@@ -156,19 +156,22 @@ class Service:
     # -- signals -----------------------------------------------------------------------------------
 
     async def _obey_signals(self) -> None:
-        """SIGHUP reloads, if there is a file. Of all others, and of a SIGHUP without one, which
-        is the end of a terminal, the first flushes and unmounts; one more, or one after the
-        unmount, says keep."""
+        """SIGHUP reloads. Of all others the first flushes and unmounts; one more, or one after
+        the unmount, says keep."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 name = signal.Signals(number).name
-                if number == signal.SIGHUP and self._plan.config is not None:
+                if number == signal.SIGHUP and not self._terminal_ended():
                     self._nursery.start_soon(self._reload_by_signal)
                 elif self._mounted.state in ("stopping", "flushing"):
                     log.warning("%s: what is not on the origin yet stays on the cache", name)
                     self._keep_the_rest()
                 else:
                     self._nursery.start_soon(self._stop, name)
+
+    def _terminal_ended(self) -> bool:
+        """Whether a SIGHUP means that: in front, with nothing to reload."""
+        return self._plan.foreground and self._plan.config is None
 
     async def _reload_by_signal(self) -> None:
         try:

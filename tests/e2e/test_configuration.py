@@ -347,6 +347,9 @@ def test_without_a_file_there_is_nothing_to_reload(mount: Mount) -> None:
     mount.start()
     refused(mount.run("reload", mount.mountpoint), "without --config")
     refused(mount.run("reload", "--pid", 1), "No fusecache daemon has the pid 1")
+    assert mount.pid is not None
+    os.kill(mount.pid, signal.SIGHUP)
+    wait_for(lambda: mount.log().count("event=reload-failed") == 2, "the log says so")
     assert mount.status()["state"] == "serving"
 
 

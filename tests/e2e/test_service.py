@@ -105,7 +105,7 @@ def test_systemd_is_told_of_the_start_the_state_and_the_end(mount: Mount) -> Non
         with open(mount.mountpoint / "vm.img", "r+b") as file:
             file.write(stamped(1, 0, 4 * BLOCK, 2))
         systemd.wait(f"STATUS=serving: {mount.origin} at {mount.mountpoint}, 256.0 KiB not on")
-        daemon.send_signal(signal.SIGTERM)
+        daemon.send_signal(signal.SIGHUP)  # a terminal went away
         systemd.wait("STOPPING=1")
         assert daemon.wait(20) == 0
     assert set(check_stamps((mount.origin / "vm.img").read_bytes(), 1, 0)) == {2}
@@ -165,6 +165,30 @@ def test_systemd_analyze_has_nothing_to_say_about_the_unit(tmp_path: Path) -> No
         env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_units_capabilities_are_enough(mount: Mount) -> None:
+    """As systemd would start it, as far as that can be done without systemd."""
+    lines = (UNITS / "fusecache@.service").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("CapabilityBoundingSet="))
+    names = [f"+{name.lower().removeprefix('cap_')}" for name in line.partition("=")[2].split()]
+    bounded = ["setpriv", "--no-new-privs", f"--bounding-set=-all,{','.join(names)}", *COMMAND]
+    (mount.origin / "vm.img").write_bytes(stamped(1, 0, BLOCK, 1))
+    with served(mount, "", bounded) as daemon:
+        wait_for(lambda: is_mounted(mount.mountpoint), "the mount")
+        image = mount.mountpoint / "vm.img"
+        with open(image, "r+b") as file:
+            file.write(stamped(1, 0, BLOCK, 2))
+            os.fsync(file.fileno())
+        os.chown(image, 12345, 12345)
+        image.chmod(0o400)
+        check_stamps(image.read_bytes(), 1, 0)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(20) == 0
+        assert daemon.stderr is not None
+        assert b"warning" not in daemon.stderr.read(), "the kernel's limits were raised as well"
+    behind = mount.origin / "vm.img"
+    assert set(check_stamps(behind.read_bytes(), 1, 0)) == {2} and behind.stat().st_uid == 12345
 
 
 def test_install_units_puts_everything_below_a_root(mount: Mount) -> None:
