@@ -102,7 +102,10 @@ class CacheState:
         """An exception nobody foresaw: logged with where it came from, counted, survived."""
         self.counters.unexpected += 1
         log.error(
-            "unexpected error while %s", doing, exc_info=error, extra=fields("unexpected-error")
+            "unexpected error while %s",
+            doing,
+            exc_info=error,
+            extra=fields("unexpected-error", doing=doing),
         )
 
     @property

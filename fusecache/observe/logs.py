@@ -21,6 +21,8 @@ _SYSLOG = Path("/dev/log")
 _BURST = 10
 _WINDOW = 60.0
 _FIELDS = "fields"
+DOING = "doing"
+"""The field by which one place in the code tells its causes apart."""
 _QUOTED = frozenset(' "=\\')
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 """Of syslog(3), by level; see sd-daemon(3)."""
@@ -173,7 +175,8 @@ class RateLimit(logging.Filter):
         if record.levelno <= logging.DEBUG:
             return True
         now = self._now()
-        key = (record.name, record.lineno, str(record.msg))
+        doing = getattr(record, _FIELDS, {}).get(DOING, "")
+        key = (record.name, record.lineno, f"{record.msg} {doing}".rstrip())
         cause = self._causes.get(key)
         if cause is None or now - cause.begun >= _WINDOW:
             if cause is not None and cause.suppressed:

@@ -86,6 +86,8 @@ def test_of_one_cause_ten_lines_a_minute_are_written_and_the_rest_counted() -> N
     limited = Limited()
     assert limited.passed(1000) == 10
     assert limited.passed(5, "%s is another matter") == 5
+    apart = record("%s fails", "x", event="unexpected-error", doing="answering read")
+    assert limited.limit.filter(apart)
     limited.now = 61
     next_one = record("%s fails", "vm")
     assert limited.limit.filter(next_one)
