@@ -14,7 +14,6 @@ import pyfuse3
 import trio
 
 _MAX_BACKGROUND = 32768
-_AHEAD_KIB = 1024
 
 
 class Bare(pyfuse3.Operations):
@@ -27,6 +26,9 @@ class Bare(pyfuse3.Operations):
             them on has to. Else the first answer, "not known here", is also the last: the kernel
             asks no more before a write.
     """
+
+    ahead_kib = 1024
+    """What the kernel reads ahead for buffered readers."""
 
     def __init__(self, origin: Path, timeout: float, *, writable: bool, xattrs: bool) -> None:
         super().__init__()
@@ -82,19 +84,19 @@ class Bare(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.ENODATA if self._xattrs else errno.ENOSYS)
 
 
-def _raise_background_limit(mountpoint: Path) -> None:
+def _raise_limits(mountpoint: Path, ahead_kib: int) -> None:
     """As fusecache does, so that the kernel lets both have equally many requests, as large."""
     minor = os.minor(mountpoint.stat().st_dev)
     connection = Path(f"/sys/fs/fuse/connections/{minor}")
     (connection / "max_background").write_text(str(_MAX_BACKGROUND))
     (connection / "congestion_threshold").write_text(str(_MAX_BACKGROUND * 3 // 4))
-    Path(f"/sys/class/bdi/0:{minor}/read_ahead_kb").write_text(str(_AHEAD_KIB))
+    Path(f"/sys/class/bdi/0:{minor}/read_ahead_kb").write_text(str(ahead_kib))
 
 
 async def _serve(operations: Bare, mountpoint: Path) -> None:
     async def prepare() -> None:
         await operations.serving.wait()
-        await trio.to_thread.run_sync(_raise_background_limit, mountpoint)
+        await trio.to_thread.run_sync(_raise_limits, mountpoint, operations.ahead_kib)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(prepare)

@@ -24,6 +24,8 @@ T = TypeVar("T")
 class Delayed(bare.Bare):
     """``delay`` in seconds, ``rate`` in bytes a second."""
 
+    ahead_kib = 128  # as Linux mounts NFS, unless it was told otherwise
+
     def __init__(self, origin: Path, delay: float, rate: float) -> None:
         super().__init__(origin, timeout=3.0, writable=True, xattrs=False)
         self._delay = delay

@@ -207,7 +207,6 @@ class CacheIndex:
         valid and dirty, and a row is owed unless they were. The slot stays pinned."""
         self.dirty.soil(slot, pages)
         self._validate(slot, pages)
-        self._touch(slot)
 
     def unpin(self, slot: int) -> None:
         """Ends a ``begin_store`` whose pages are settled one by one; a slot without any is free."""

@@ -71,6 +71,10 @@ class Reads:
             # Held from here on: what is not stored is gone once it was fetched.
             blocks = self._geometry.blocks(offset, length)
             coming = {block: image.fetches.get(block) for block in blocks}
+            whole = await self._brought(coming[blocks.start], offset, length)
+            if whole is not None:
+                image.counters.read_miss_bytes += length
+                return whole
             done = 0
             for block, start, stop in self._geometry.split(offset, length):
                 view = into[done : done + stop - start]
@@ -79,6 +83,16 @@ class Reads:
                 if got < stop - start:
                     break
             return into[:done]
+
+    async def _brought(self, fetch: Fetch | None, offset: int, length: int) -> memoryview | None:
+        """All of a read, uncopied, if this one fetch brings every page of it."""
+        if fetch is None:
+            return None
+        await fetch.ready.wait()
+        for block, start, stop in self._geometry.split(offset, length):
+            if self._geometry.touched(start, stop) & ~fetch.pages.get(block, 0):
+                return None  # by another one, or it failed
+        return fetch.view(offset, length)
 
     async def _past(self, image: Image, offset: int, length: int) -> bytes:
         """Straight from the origin: the image is detached or the cache cannot be used."""
