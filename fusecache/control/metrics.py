@@ -2,14 +2,14 @@
 
 prometheus_client's own server takes a thread for each client, as many as come; here a client is a
 task, there are at most ``_MOST_CLIENTS``, each has ten seconds in all, and one too many ends the
-one that is there for longest. The text is made in one thread, at most once a second, whoever
-asks; the event loop only takes the snapshot.
+one that is there for longest. The text is made at most once a second, whoever asks, in small parts
+between which guests' requests get their turn.
 """
 
 import logging
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import trio
@@ -31,8 +31,8 @@ _MOST_OF_A_REQUEST = 8192
 _BACKLOG = 512
 _REQUEST = re.compile(rb"(GET|HEAD) (\S+) HTTP/1\.[01]\r\n")
 
-Describe = Callable[[], dict[str, Any]]
-Render = Callable[[dict[str, Any], str], bytes]
+Describe = Callable[[], Awaitable[dict[str, Any]]]
+Render = Callable[[dict[str, Any], str], Iterable[bytes]]
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -68,7 +68,6 @@ class MetricsServer:
         self._clients: dict[trio.CancelScope, None] = {}
         """In the order in which they came."""
         self._making = trio.Lock()
-        self._thread = trio.CapacityLimiter(1)
         self._text = b""
         self._made = float("-inf")
 
@@ -109,10 +108,12 @@ class MetricsServer:
         """The text, at most a second old."""
         async with self._making:
             if trio.current_time() - self._made >= _KEPT:
-                status = _readable(self._describe())
-                self._text = await trio.to_thread.run_sync(
-                    render, status, __version__, limiter=self._thread
-                )
+                status = _readable(await self._describe())
+                parts = []
+                for part in render(status, __version__):
+                    parts.append(part)
+                    await trio.lowlevel.checkpoint()
+                self._text = b"".join(parts)
                 self._made = trio.current_time()
         return self._text
 

@@ -28,6 +28,7 @@ from fusecache.store.tree import Found, Tree
 
 _RESOLVE_TIMEOUT = 2.0
 _PROGRESS_INTERVAL = 0.2
+_AT_ONCE = 32
 _MOST_SHOWN = 500
 """Images in the metrics, which are made again and again."""
 
@@ -111,16 +112,20 @@ class Verbs:
             images = [await self._known(str(path)) for path in wanted]
         else:
             images = self._busiest(request.get("most", 0))
-        status = self.describe(images)
+        status = await self._describe(images)
         if request.get("history"):
             status["history"] = history_snapshot(self._cache)
         return status
 
-    def describe(self, images: Iterable[Image] | None = None) -> dict[str, Any]:
-        """One entry of ``mounts`` in ``status --json``, with these images, or with all."""
-        shown = image_snapshots(self._cache, self._cache.images.all() if images is None else images)
-        for image in shown:
+    async def _describe(self, images: list[Image]) -> dict[str, Any]:
+        """One entry of ``mounts`` in ``status --json``, with these images. Guests' requests get
+        their turn between parts of it: 60 us an image are 30 ms for 500 (measured)."""
+        shown: list[dict[str, Any]] = []
+        for image in image_snapshots(self._cache, images):
             image["path"] = os.fsdecode(image["path"])
+            shown.append(image)
+            if len(shown) % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
         return {
             **self._identity(),
             "write_mode": self._cache.write_mode.value,
@@ -132,9 +137,9 @@ class Verbs:
             "images": sorted(shown, key=lambda image: str(image["path"])),
         }
 
-    def describe_busiest(self) -> dict[str, Any]:
-        """As ``describe``, for the metrics, with a bounded number of images."""
-        return self.describe(self._busiest(_MOST_SHOWN))
+    async def describe_busiest(self) -> dict[str, Any]:
+        """The same for the metrics, with a bounded number of images."""
+        return await self._describe(self._busiest(_MOST_SHOWN))
 
     def _busiest(self, most: int) -> list[Image]:
         """So many images at most, 0 for all: open ones first, then dirty ones, then those of which

@@ -76,10 +76,16 @@ class Sampler:
         """Seconds since the mount began."""
         return self._now() - self.began
 
-    def mount_over(self, seconds: float) -> tuple[list[int], list[list[int]], float]:
+    def totals(self) -> Sequence[int]:
+        """What is sampled of the mount, as it is now; for the methods below."""
+        return self._totals(None)
+
+    def mount_over(
+        self, seconds: float, totals: Sequence[int]
+    ) -> tuple[list[int], list[list[int]], float]:
         """What the mount did in the last ``seconds``: as ``flow``, and by ``Call`` how many calls
         of the origin took how long; and of how many seconds that is."""
-        grown, span = self._mount.over(self._now(), seconds, self._totals(None))
+        grown, span = self._mount.over(self._now(), seconds, totals)
         width = (len(grown) - FLOW) // len(Call)
         calls = [grown[FLOW + width * call : FLOW + width * (call + 1)] for call in Call]
         return grown[:FLOW], calls, span

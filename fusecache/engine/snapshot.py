@@ -1,7 +1,7 @@
 """What a mount looks like at one moment, in the form of ``status --json``. Asks nobody: a
 stalled origin cannot hold it up (P6)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fusecache.engine.block_cache import BlockCache
@@ -25,9 +25,11 @@ def mount_snapshot(cache: BlockCache) -> dict[str, Any]:
         if not image.counters.untouched:
             total.add(image.counters)
     sampler = cache.sampler
-    grown, _, span = sampler.mount_over(_LATELY)
-    minute, calls, _ = sampler.mount_over(MINUTE)
-    hour, _, _ = sampler.mount_over(HOUR)
+    totals = sampler.totals()
+    grown, _, span = sampler.mount_over(_LATELY, totals)
+    minute, calls, minute_span = sampler.mount_over(MINUTE, totals)
+    hour, _, _ = sampler.mount_over(HOUR, totals)
+    written_back = round(minute[8] / minute_span) if minute_span else 0
     latency = cache.state.counters.latency
     return {
         "seconds": round(sampler.age, 1),
@@ -44,7 +46,7 @@ def mount_snapshot(cache: BlockCache) -> dict[str, Any]:
         "origin_latency_minute": {
             call.name.lower(): _quantiles(calls[call], sum(calls[call])) for call in Call
         },
-        "cleaner": cleaner_snapshot(cache),
+        "cleaner": {**_cleaner(cache), "bytes_per_second": written_back},
         "reclaimer": {
             "doing": cache.reclaimer.doing,
             "slots_free": cache.core.free,
@@ -66,7 +68,7 @@ def history_snapshot(cache: BlockCache) -> dict[str, list[int]]:
     }
 
 
-def cleaner_snapshot(cache: BlockCache) -> dict[str, Any]:
+def _cleaner(cache: BlockCache) -> dict[str, Any]:
     """What the cleaner does now, and when it has something to do again.
 
     ``doing``: ``idle`` (nothing is dirty), ``waiting`` for data to become old enough, ``writing``
@@ -88,12 +90,10 @@ def cleaner_snapshot(cache: BlockCache) -> dict[str, Any]:
     else:
         doing = "waiting"
         next_seconds = max(0.0, cache.tuning.dirty_age - max(cache.core.dirty.ages().values()))
-    (minute, _, span) = cache.sampler.mount_over(MINUTE)
     return {
         "doing": doing,
         "images": [image.name for image in writing or failed],
         "next_seconds": None if next_seconds is None else round(next_seconds, 1),
-        "bytes_per_second": round(minute[8] / span) if span else 0,
         "dirty_low_bytes": _limit(cache, cache.tuning.dirty_low),
         "dirty_limit_bytes": _limit(cache, cache.tuning.dirty_limit),
     }
@@ -184,13 +184,11 @@ def _quantiles(counts: Sequence[int], count: int) -> dict[str, Any]:
     }
 
 
-def image_snapshots(cache: BlockCache, images: Iterable[Image]) -> list[dict[str, Any]]:
+def image_snapshots(cache: BlockCache, images: Iterable[Image]) -> Iterator[dict[str, Any]]:
     """Entries of ``images``; what looks at every slot does so once for all of them."""
     ages, losers = cache.core.dirty.ages(), cache.core.dirty.losers()
-    return [
-        image_snapshot(cache, image, ages.get(image.id), lost=image.id in losers)
-        for image in images
-    ]
+    for image in images:
+        yield image_snapshot(cache, image, ages.get(image.id), lost=image.id in losers)
 
 
 def cache_snapshot(cache: BlockCache) -> dict[str, Any]:

@@ -74,8 +74,8 @@ class Writes:
                         self._state.store_failed(exc)
                     torn = exc
             if torn is not None:
-                image.counters.not_cached[Reason.CACHE_ERROR] += 1
                 await self._degraded.supersede(image, offset, data)
+                image.counters.not_cached[Reason.CACHE_ERROR] += 1
             image.counters.wrote(served, len(data))
         return len(data)
 
@@ -114,8 +114,8 @@ class Writes:
                 # A row could not be committed; the state is unusable and being fenced.
                 log.debug("a write goes past the cache")
         await self._state.passable()
-        image.counters.not_cached[self._state.why_not(image)] += 1
         await self._degraded.write(image, offset, data)
+        image.counters.not_cached[self._state.why_not(image)] += 1
         return Served.AROUND
 
     async def _cached(self, image: Image, offset: int, data: bytes) -> Served:
@@ -126,6 +126,8 @@ class Writes:
             served = await self._keep(image, parts, kept)
         else:
             served = await self._past(image, offset, data)
+        if served is Served.AROUND and image.write_mode is not WriteMode.AROUND:
+            why = Reason.CACHE_ERROR  # a slot could not be written
         if served is not Served.BACK and why is not None:
             image.counters.not_cached[why] += 1
         return served
@@ -239,7 +241,6 @@ class Writes:
             # The slots may hold anything now; what they held before is old.
             self._clear(image, offset, len(data))
             self._state.store_failed(failed)
-            image.counters.not_cached[Reason.CACHE_ERROR] += 1
             return Served.AROUND
         return Served.THROUGH
 

@@ -107,7 +107,7 @@ class ImageCounters:
     """Calls the origin failed."""
     last_error: str = ""
     not_cached: "array[int]" = field(default_factory=_per_reason)
-    """By ``Reason``: requests of guests that the cache could not serve alone."""
+    """By ``Reason``: requests of guests that the cache could not serve alone; one reason each."""
     not_kept: "array[int]" = field(default_factory=_per_reason)
     """By ``Reason``: blocks that were fetched and not kept."""
     latency: OriginLatency = field(default_factory=OriginLatency)
@@ -137,13 +137,13 @@ class ImageCounters:
         )  # fmt: skip
 
     def add(self, other: "ImageCounters") -> None:
-        """Adds all of ``other``, for sums over images."""
+        """Adds ``other``, for sums over images. Latencies are not added: ``CacheCounters`` has
+        their sum."""
         for name in _NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason in Reason:
             self.not_cached[reason] += other.not_cached[reason]
             self.not_kept[reason] += other.not_kept[reason]
-        self.latency.join(other.latency)
 
 
 _NUMBERS = [part.name for part in fields(ImageCounters) if part.type in (int, "int")]

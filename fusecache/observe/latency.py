@@ -42,12 +42,6 @@ class Histogram:
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.seconds += seconds
 
-    def join(self, other: "Histogram") -> None:
-        """Adds all of ``other``."""
-        for bucket, count in enumerate(other.counts):
-            self.counts[bucket] += count
-        self.seconds += other.seconds
-
     @property
     def count(self) -> int:
         """Calls."""
@@ -70,11 +64,6 @@ class OriginLatency:
             self.calls[call].add(seconds)
             if self.total is not None:
                 self.total.calls[call].add(seconds)
-
-    def join(self, other: "OriginLatency") -> None:
-        """Adds all of ``other``."""
-        for mine, others in zip(self.calls, other.calls, strict=True):
-            mine.join(others)
 
 
 def quantile(counts: Sequence[int], share: float) -> float | None:

@@ -474,6 +474,8 @@ class DirtyPagesAgainstADict(RuleBasedStateMachine):
                 if block.dirty & ~block.valid & 1 << page
             ]
             ranges = self.index.lost_ranges(image)
+            assert (image in self.index.dirty.losers()) is bool(ranges)
+            assert self.index.dirty.ages().get(image) == self.index.dirty.oldest(image)
             listed = [p for at, size in ranges for p in range(at // PAGE, (at + size) // PAGE)]
             assert listed == pages
             ends = {at + size for at, size in ranges}
@@ -838,6 +840,7 @@ def test_the_oldest_blocks_go_first_and_in_the_order_of_their_blocks() -> None:
     assert dirty.due_images(0) == [1, 2]
     assert dirty.due_images(5.0) == [1]
     assert dirty.oldest(3) is None
+    assert dirty.ages() == {1: dirty.oldest(1), 2: dirty.oldest(2)}
 
 
 def test_what_was_loaded_dirty_is_old() -> None:

@@ -23,16 +23,18 @@ def test_a_quantile_is_off_by_less_than_a_factor_of_two(spans: list[float], shar
 
 
 @given(st.lists(SECONDS), st.lists(SECONDS))
-def test_joined_histograms_are_as_one_that_saw_all(first: list[float], second: list[float]) -> None:
-    one, two, both = OriginLatency(), OriginLatency(), OriginLatency()
+def test_the_total_is_as_one_that_saw_all(first: list[float], second: list[float]) -> None:
+    one, two, both, plain = (OriginLatency() for _ in range(4))
     one.total = two.total = both
     one.add(Call.READ, first)
     two.add(Call.READ, second)
     two.add(Call.SYNC, second)
-    one.join(two)
+    plain.add(Call.READ, first + second)
+    plain.add(Call.SYNC, second)
     for call in Call:
-        assert one.calls[call].counts == both.calls[call].counts
-        assert one.calls[call].seconds == pytest.approx(both.calls[call].seconds)
+        assert both.calls[call].counts == plain.calls[call].counts
+        assert both.calls[call].seconds == pytest.approx(plain.calls[call].seconds)
+    assert one.calls[Call.SYNC].count == 0
 
 
 def test_nothing_has_no_quantile_and_what_is_beyond_all_bounds_counts_as_the_last() -> None:
