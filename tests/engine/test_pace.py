@@ -9,7 +9,7 @@ from fusecache.engine.pace import Pace
 async def test_a_changed_rate_holds_from_the_next_wait_on(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    pace = Pace(trio.current_time, lambda: [])
+    pace = Pace(trio.current_time, list)
 
     async def seconds(count: int) -> float:
         began = trio.current_time()
