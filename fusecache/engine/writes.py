@@ -121,7 +121,7 @@ class Writes:
     async def _cached(self, image: Image, offset: int, data: bytes) -> Served:
         parts = self._parts(offset, data)
         kept = self._kept_parts(image, parts)
-        why = self._why_past(image)
+        why = self._why_past(image, len(parts))
         if kept:
             served = await self._keep(image, parts, kept)
         else:
@@ -151,7 +151,7 @@ class Writes:
 
     def _kept_parts(self, image: Image, parts: list[Part]) -> list[Part]:
         """What of a write goes to the cache alone: all of it in write-back, else what is held."""
-        if self._soils(image):
+        if self._soils(image, len(parts)):
             return list(parts)
         if not self._core.dirty.any_held:
             return []
@@ -165,19 +165,19 @@ class Writes:
                     kept.append(Part(part.block, first, last, data))
         return kept
 
-    def _soils(self, image: Image) -> bool:
-        """Whether pages may become dirty that were not."""
+    def _soils(self, image: Image, blocks: int = 1) -> bool:
+        """Whether pages of so many blocks may become dirty that were not."""
         return (
             image.write_mode is WriteMode.BACK
             and not image.draining
             and not self._state.draining
             and self._state.stores(image)
-            and self._core.dirty.blocks < self._most_dirty
+            and self._core.dirty.blocks + blocks <= self._most_dirty
         )
 
-    def _why_past(self, image: Image) -> Reason | None:
-        """Why a write also goes to the origin; None: its mode means it so."""
-        if self._soils(image):
+    def _why_past(self, image: Image, blocks: int) -> Reason | None:
+        """Why a write of so many blocks also goes to the origin; None: its mode means it so."""
+        if self._soils(image, blocks):
             return Reason.NO_SLOT
         if image.write_mode is WriteMode.AROUND:
             return Reason.AROUND

@@ -368,7 +368,7 @@ async def a_page_is_written_while_it_is_cleaned(play: Play) -> None:
     await play.read()
 
 
-@story(dirty_age=60.0)
+@story(dirty_age=60.0, dirty_limit=0.9)
 async def a_slot_is_written_to_when_it_is_cleaned(play: Play) -> None:
     """A long write has pages in hand whose data comes later: they are not taken (R5)."""
     await play.open()
