@@ -4,7 +4,7 @@
 #             bench-far, bench-read, bench-writes, bench-misses, bench-cold and bench-scale are its
 #             parts
 # make bench-quick   the first two of these in under two minutes
-# make bench-replay TRACES="a.fct.xz b.csv"   block traces through the core and through a mount
+# make bench-replay TRACES="a.fct.xz b.csv"   block traces through the core
 # See README.md for the rest.
 
 PYTHON ?= python3

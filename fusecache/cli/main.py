@@ -10,6 +10,7 @@ import click
 
 from fusecache import __version__
 from fusecache.cli.configure import config, log_level, reload
+from fusecache.cli.doctor import doctor
 from fusecache.cli.format import format_cache
 from fusecache.cli.images import evict, flush, set_image
 from fusecache.cli.inspect import check, dump, repair
@@ -39,7 +40,7 @@ def cli(context: click.Context) -> None:
 for _verb in (mount, umount, evict, flush, set_image, status, format_cache, check, dump, repair):
     cli.add_command(_verb)
 cli.add_command(top)
-for _verb in (config, reload, log_level, install_units, mount_helper):
+for _verb in (config, reload, log_level, install_units, mount_helper, doctor):
     cli.add_command(_verb)
 
 

@@ -53,6 +53,15 @@ def mount_at(path: Path) -> MountPoint | None:
     return found
 
 
+def points_of(fstype: str) -> list[Path]:
+    """Where filesystems of a type are mounted, by mountinfo."""
+    return [
+        _name(fields[4])
+        for fields in _mountinfo()
+        if fields[fields.index(b"-") + 1] == fstype.encode()
+    ]
+
+
 def location(path: Path) -> tuple[str, Path]:
     """The filesystem (major:minor) of an absolute path without links, and where in it the path
     is: the same for two paths that bind mounts make one. By mountinfo alone."""
@@ -101,7 +110,7 @@ def clear_dead_mount(path: Path) -> None:
             f"{path} is busy: a {mounted.fstype} filesystem is mounted there. "
             "Unmount it or choose another mount point."
         )
-    if _answers(path):
+    if answers(path):
         raise MountError(
             f"{path} is busy: a FUSE filesystem is mounted there and works. "
             f"Unmount it with umount {path}, or choose another mount point."
@@ -112,7 +121,7 @@ def clear_dead_mount(path: Path) -> None:
     log.info("detached the dead mount at %s", path)
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
     """Whether a stat of the mount succeeds soon; asked by a process that may be left behind."""
     try:
         asked = subprocess.run(

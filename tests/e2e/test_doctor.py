@@ -1,0 +1,162 @@
+"""``fusecache doctor``: machines made up of a few files, and a real dead mount."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fusecache.cli import doctor
+from fusecache.cli.doctor import UNWISE, WRONG, Finding, Machine
+from tests.support.daemon import Mount
+
+ROOTFS = "22 1 259:1 / / rw,relatime - ext4 /dev/root rw"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """Nothing to say about it."""
+    made = Machine(root=tmp_path / "root", clock_state=lambda: 0, user=0)
+    put(made, "dev/fuse")
+    put(made, "proc/sys/kernel/osrelease", "6.1.0-13-amd64\n")
+    put(made, "proc/self/mountinfo", ROOTFS + "\n")
+    put(made, "sys/fs/fuse/connections/waiting")
+    return made
+
+
+def put(machine: Machine, path: str, text: str = "") -> None:
+    """A file of the machine."""
+    place = machine.root / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+
+
+def judged(
+    check: Callable[[Machine], Iterator[Finding]], machine: Machine, *said: tuple[str, str]
+) -> None:
+    """The check finds exactly these: level, and some words of the sentence."""
+    found = list(check(machine))
+    assert [finding.level for finding in found] == [level for level, _ in said], found
+    for finding, (_, words) in zip(found, said, strict=True):
+        assert words in finding.text and finding.text[-1] in ".?"
+
+
+def test_a_machine_as_it_should_be_is_not_blamed(machine: Machine, tmp_path: Path) -> None:
+    machine.database = tmp_path
+    for check in (doctor.fuse, doctor.clock, doctor.guests, doctor.origin, doctor.cache):
+        judged(check, machine)
+
+
+def test_what_fuse_lacks(machine: Machine) -> None:
+    (machine.root / "dev/fuse").unlink()
+    put(machine, "proc/sys/kernel/osrelease", "5.10.0-8-amd64\n")
+    (machine.root / "sys/fs/fuse/connections/waiting").unlink()
+    (machine.root / "sys/fs/fuse/connections").rmdir()
+    judged(doctor.fuse, machine, (WRONG, "modprobe fuse"), (UNWISE, "5.10.0"), (UNWISE, "fusectl"))
+
+
+def test_a_plain_user_needs_more(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.user = 1000
+    monkeypatch.setenv("PATH", "/nowhere")
+    judged(doctor.fuse, machine, (WRONG, "package fuse3"), (UNWISE, "user_allow_other"))
+    put(machine, "etc/fuse.conf", "# user_allow_other\nuser_allow_other\n")
+    judged(doctor.fuse, machine, (WRONG, "package fuse3"))
+
+
+def test_a_clock_that_nobody_sets(machine: Machine) -> None:
+    machine.clock_state = lambda: 5
+    judged(doctor.clock, machine, (UNWISE, "chrony"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("rw,vers=4.2,hard", []),
+        ("rw,vers=4.2,soft", [(WRONG, "'hard'")]),
+        ("rw,hard,nocto,noac", [(WRONG, "nocto"), (UNWISE, "noac")]),
+        ("rw,hard,nolock", [(UNWISE, "two hosts")]),
+        ("ro,hard", [(UNWISE, "read-only")]),
+    ],
+)
+def test_how_an_nfs_origin_is_mounted(
+    machine: Machine, tmp_path: Path, options: str, said: list[tuple[str, str]]
+) -> None:
+    machine.origin = tmp_path / "images of vms"
+    machine.origin.mkdir()
+    name = str(machine.origin).replace(" ", "\\040")
+    line = f"30 22 0:44 / {name} rw - nfs4 server:/images {options}"
+    put(machine, "proc/self/mountinfo", f"{ROOTFS}\n{line}\n")
+    judged(doctor.origin, machine, *said)
+
+
+def test_an_origin_that_is_not_there_or_not_readable(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.origin = tmp_path / "images"
+    judged(doctor.origin, machine, (WRONG, "is its storage mounted?"))
+    machine.origin.mkdir()
+    (machine.origin / "vm.img").write_bytes(b"")
+    judged(doctor.origin, machine)
+
+    def squashed(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", squashed)
+    judged(doctor.origin, machine, (WRONG, "root_squash"))
+
+
+def test_a_cache_where_it_helps_nobody(machine: Machine, tmp_path: Path) -> None:
+    machine.origin = tmp_path
+    machine.cache = tmp_path / "cache"
+    judged(doctor.cache, machine, (WRONG, "same filesystem"))
+    machine.origin = None
+    device = tmp_path.stat().st_dev
+    put(machine, f"sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/rotational", "1\n")
+    judged(doctor.cache, machine, (UNWISE, "rotating"))
+    machine.cache = tmp_path / "none" / "cache"
+    judged(doctor.cache, machine, (WRONG, "is the SSD mounted"))
+    machine.cache = tmp_path / "cache"
+    line = f"30 22 0:44 / {tmp_path} rw - nfs4 server:/images rw,hard"
+    put(machine, "proc/self/mountinfo", f"{ROOTFS}\n{line}\n")
+    judged(doctor.cache, machine, (WRONG, "nfs4"), (UNWISE, "rotating"))
+
+
+def test_a_full_filesystem_under_the_database(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.database = tmp_path / "map.sqlite"
+    judged(doctor.room, machine)
+    for blocks, level in ((10 << 8, WRONG), (100 << 8, UNWISE)):
+        full = os.statvfs_result((4096, 4096, 1 << 20, blocks, blocks, 9, 9, 9, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda _, full=full: full)
+        judged(doctor.room, machine, (level, "--db"))
+
+
+def test_what_keeps_guests_from_their_disks(machine: Machine) -> None:
+    put(machine, "sys/fs/selinux/enforce", "1")
+    put(machine, "sys/module/apparmor/parameters/enabled", "Y\n")
+    judged(doctor.guests, machine)  # there is no libvirt
+    put(machine, "etc/libvirt/qemu.conf", '#security_driver = "none"\n')
+    judged(doctor.guests, machine, (UNWISE, "virt_use_fusefs"), (UNWISE, "AppArmor"))
+    put(machine, "etc/apparmor.d/local/abstractions/libvirt-qemu", "/mnt/cached/** rwk,\n")
+    judged(doctor.guests, machine, (UNWISE, "virt_use_fusefs"))
+    put(machine, "etc/libvirt/qemu.conf", 'security_driver = "none"\n')
+    judged(doctor.guests, machine)
+
+
+@pytest.mark.mount
+def test_a_dead_mount_is_found_and_fixed_and_a_living_one_left_alone(mount: Mount) -> None:
+    mount.origin.mkdir(exist_ok=True)
+    (mount.origin / "vm.img").write_bytes(bytes(65536))
+    mount.start()
+    said = mount.run("doctor", mount.origin)
+    assert str(mount.mountpoint) not in said.stdout
+    os.kill(mount.status()["pid"], signal.SIGKILL)
+    found = mount.run("doctor")
+    assert found.returncode == 1
+    assert f"wrong: {mount.mountpoint} is a mount whose daemon is gone" in found.stdout
+    fixed = mount.run("doctor", "--fix")
+    assert f"fixed: the dead mount at {mount.mountpoint}" in fixed.stdout
+    assert not os.path.ismount(mount.mountpoint)
+    assert str(mount.mountpoint) not in mount.run("doctor").stdout
