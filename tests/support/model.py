@@ -21,6 +21,8 @@ class Sector:
     versions: list[int] = field(default_factory=lambda: [ABSENT])
     acknowledged: int = 0
     stable: int = 0
+    before: set[int] = field(default_factory=set)
+    """All versions of earlier lives."""
 
 
 class ImageModel:
@@ -65,10 +67,12 @@ class ImageModel:
             sector.acknowledged = sector.stable = len(sector.versions) - 1
 
     def begin_discard(self) -> None:
-        """Dirty data is about to go: any version since the last stop may be what is left, also
-        of what is acknowledged meanwhile."""
+        """Dirty data is about to go: any version may be what is left, also of what is
+        acknowledged meanwhile."""
         self.discarding = True
         for sector in self.sectors:
+            # What was dirty may have been so for several lives: the origin has what was before.
+            sector.versions[:0] = sorted(sector.before - set(sector.versions))
             sector.acknowledged = sector.stable = 0
         for oldest in self._under_way:
             oldest[:] = [0] * len(oldest)
@@ -134,6 +138,7 @@ class ImageModel:
         self.check_read(0, padded, oldest)
         for number, sector in enumerate(self.sectors):
             version = self._version(number, padded[number * STAMP : (number + 1) * STAMP])
+            sector.before.update(sector.versions)
             older = sector.versions[sector.stable :] if killed else []
             sector.versions = [*older[: older.index(version) if version in older else 0], version]
             sector.acknowledged = len(sector.versions) - 1
