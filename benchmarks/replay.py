@@ -310,7 +310,7 @@ class Replay:
         dirty, geometry = self.core.dirty, self.geometry
         slots = dirty.due(image, self._batch, older_than=age)
         written: list[tuple[int, int]] = []
-        for item in dirty.snapshot(slots):
+        for item in dirty.snapshot(image, slots):
             written.append((item.block, dirty.begin_writeback(item)))
             dirty.cleaned(item.slot)
             dirty.settled(item.slot)

@@ -34,12 +34,16 @@ _LAST = 0xFFFF
 
 
 class Writeback:
-    """Dirty pages of one block on their way to the origin."""
+    """Dirty pages of one block on their way to the origin.
 
-    __slots__ = ("block", "pages", "slot")
+    ``generation`` tells whether the slot still holds that block.
+    """
 
-    def __init__(self, slot: int, block: int, pages: int) -> None:
+    __slots__ = ("block", "generation", "pages", "slot")
+
+    def __init__(self, slot: int, generation: int, block: int, pages: int) -> None:
         self.slot = slot
+        self.generation = generation
         self.block = block
         self.pages = pages
 
@@ -298,23 +302,31 @@ class DirtyPages:
         lost = (slots.dirty_of[found] & ~slots.valid_of[found]) != 0
         return set(np.unique(slots.image_of[found[lost]]).tolist())
 
-    def snapshot(self, slots: U32) -> list[Writeback]:
-        """What is dirty in these slots now: once this is stable it may be written back (R5)."""
+    def snapshot(self, image: int, slots: U32) -> list[Writeback]:
+        """What of an image is dirty in these slots now: once this is stable it may be written back
+        (R5). Slots that hold another image's block by now are left out."""
         table = self._slots
         return [
-            Writeback(slot, table.block[slot], table.dirty[slot] & table.valid[slot])
+            Writeback(
+                slot,
+                table.generation[slot],
+                table.block[slot],
+                table.dirty[slot] & table.valid[slot],
+            )
             for slot in slots.tolist()
-            if table.state[slot] == State.DIRTY
+            if table.state[slot] == State.DIRTY and table.image[slot] == image
         ]
 
     def begin_writeback(self, wanted: Writeback) -> int:
         """Takes the pages of a snapshot that are still dirty; returns their mask.
 
-        0, and nothing is taken, if somebody writes to the slot right now. Ends with ``cleaned``
-        and ``settled``, or with ``kept``.
+        0, and nothing is taken, if somebody writes to the slot right now, or if it was given to
+        another block. Ends with ``cleaned`` and ``settled``, or with ``kept``.
         """
         slots = self._slots
         slot = wanted.slot
+        if slots.generation[slot] != wanted.generation:
+            return 0
         pages = wanted.pages & slots.dirty[slot] & slots.valid[slot]
         if slots.pins[slot] or slots.state[slot] != State.DIRTY or not pages:
             return 0

@@ -110,7 +110,7 @@ class Cleaner:
     def _due_bytes(self, image: Image) -> int:
         """How much the next batch by the clock is at most."""
         slots = self._dirty.due(image.id, self._clock_blocks, older_than=self._age)
-        pages = sum(item.pages.bit_count() for item in self._dirty.snapshot(slots))
+        pages = sum(item.pages.bit_count() for item in self._dirty.snapshot(image.id, slots))
         return pages << self._geometry.page_shift
 
     def _due(self) -> list[Image]:
@@ -266,9 +266,12 @@ class Cleaner:
     async def _batch(self, image: Image, slots: U32) -> list[Writeback]:
         """Steps 1 to 4 for some slots of one image, in the order of their blocks.
 
+        A slot that was chosen before a wait may have gone to another block, even of another image,
+        since: ``snapshot`` and ``begin_writeback`` leave it out.
+
         Returns what was left out because somebody was writing to it.
         """
-        noted = self._dirty.snapshot(slots)
+        noted = self._dirty.snapshot(image.id, slots)
         await self._committer.barrier()  # 1. rows stable
         failed_syncs = image.failed_syncs
         taken: list[int] = []

@@ -247,7 +247,7 @@ class DirtyPagesAgainstADict(RuleBasedStateMachine):
     @rule(image=IMAGES)
     def snapshot(self, image: int) -> None:
         dirty = self.index.dirty
-        for noted in dirty.snapshot(dirty.due(image, SLOTS)):
+        for noted in dirty.snapshot(image, dirty.due(image, SLOTS)):
             tag = (image, noted.block)
             block = self.blocks[tag]
             assert block.dirty and not block.writeback and noted.slot == block.slot
@@ -532,7 +532,7 @@ def filled(index: CacheIndex, image: int, block: int, pages: int) -> int:
 
 def written_back(index: CacheIndex, slot: int) -> int:
     """Takes everything dirty of a slot."""
-    (noted,) = index.dirty.snapshot(np.array([slot], np.uint32))
+    (noted,) = index.dirty.snapshot(1, np.array([slot], np.uint32))
     return index.dirty.begin_writeback(noted)
 
 
@@ -574,7 +574,7 @@ def test_a_page_written_while_it_settles_is_dirty_and_owes_a_row() -> None:
 def test_a_pinned_slot_is_neither_taken_by_a_writeback_nor_overwritten_in_place() -> None:
     index = CacheIndex(GEOMETRY, SLOTS)
     slot = soiled(index, 1, 0, FULL)
-    (noted,) = index.dirty.snapshot(np.array([slot], np.uint32))
+    (noted,) = index.dirty.snapshot(1, np.array([slot], np.uint32))
     index.begin_store(1, 0)
     assert index.dirty.begin_writeback(noted) == 0
     assert index.dirty.overwrite(1, 0, PAGE) is None
@@ -587,7 +587,7 @@ def test_a_pinned_slot_is_neither_taken_by_a_writeback_nor_overwritten_in_place(
 def test_pages_dirtied_after_the_snapshot_are_not_taken() -> None:
     index = CacheIndex(GEOMETRY, SLOTS)
     slot = soiled(index, 1, 0, 0b0001)
-    (noted,) = index.dirty.snapshot(np.array([slot], np.uint32))
+    (noted,) = index.dirty.snapshot(1, np.array([slot], np.uint32))
     soiled(index, 1, 0, 0b0010)
     assert index.dirty.begin_writeback(noted) == 0b0001
 
@@ -595,7 +595,7 @@ def test_pages_dirtied_after_the_snapshot_are_not_taken() -> None:
 def test_pages_lost_after_the_snapshot_are_not_taken() -> None:
     index = CacheIndex(GEOMETRY, SLOTS)
     slot = soiled(index, 1, 0, 0b0011)
-    (noted,) = index.dirty.snapshot(np.array([slot], np.uint32))
+    (noted,) = index.dirty.snapshot(1, np.array([slot], np.uint32))
     index.dirty.lose(slot, 0b0001)
     assert index.dirty.begin_writeback(noted) == 0b0010
 

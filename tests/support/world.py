@@ -7,6 +7,7 @@ written since the last sync the old or the new version, page by page; of the dat
 stable commit or any light one after it.
 """
 
+import fcntl
 import os
 import random
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from fusecache.store.origin import Attributes, OriginImage
 from fusecache.store.superblock import Fence, Superblock, Witness
 
 PAGE = 4096
+_PINNED_FROM = 100
 TICK_NS = 4_000_000
 """Timestamps of the origin: one value for everything within a tick (Debian 6.1)."""
 
@@ -255,7 +257,10 @@ class World:
         number = int(identity[2:] or b"1")
         if number not in self.files:
             return None
-        fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        low = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        # Far above the numbers of files, which stand for descriptors, too: see ``file``.
+        fd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _PINNED_FROM)
+        os.close(low)
         self.pinned[fd] = number
         return fd
 
