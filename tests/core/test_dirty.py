@@ -592,6 +592,24 @@ def test_pages_dirtied_after_the_snapshot_are_not_taken() -> None:
     assert index.dirty.begin_writeback(noted) == 0b0001
 
 
+@pytest.mark.parametrize(("image", "block"), [(2, 0), (1, 1), (1, 0)])
+def test_a_slot_that_went_to_another_block_is_not_written_back_for_the_first(
+    image: int, block: int
+) -> None:
+    """Who chose slots, or noted what is in them, and then waited; also if the block came back."""
+    index = CacheIndex(GEOMETRY, 1)
+    slot = soiled(index, 1, 0, 0b0011)
+    chosen = index.dirty.due(1, SLOTS)
+    (noted,) = index.dirty.snapshot(1, chosen)
+    index.drop(1, chosen, dirty=True)
+    index.release(index.take_leaving())
+    assert soiled(index, image, block, 0b0001) == slot
+    assert index.dirty.begin_writeback(noted) == 0
+    later = index.dirty.snapshot(1, chosen)
+    assert [(item.block, item.pages) for item in later] == ([(block, 1)] if image == 1 else [])
+    index.check()
+
+
 def test_pages_lost_after_the_snapshot_are_not_taken() -> None:
     index = CacheIndex(GEOMETRY, SLOTS)
     slot = soiled(index, 1, 0, 0b0011)

@@ -12,6 +12,7 @@ from fusecache.errors import OriginError
 from tests.engine.calls import Calls
 from tests.engine.conftest import BLOCK
 from tests.engine.handles import fail, on_origin, opened, tune, versions, write
+from tests.support.stamps import STAMP
 from tests.support.world import PAGE, OriginDouble, World
 
 COPY = "Cleaner._copy"
@@ -34,6 +35,37 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(OriginDouble, "write", recorded)
     return writes
+
+
+async def test_slots_that_went_to_another_image_during_a_flush_are_not_its_own_any_more(
+    back: World, autojump_clock: MockClock
+) -> None:
+    """The flush has chosen its slots; a truncate frees one of them, and another image takes it."""
+    tune(back, dirty_age=600.0)
+    async with back.open() as cache:
+        one, two = await opened(cache), await opened(cache, 2)
+        await write(cache, one, 0, 4 * BLOCK, 2)
+        async with trio.open_nursery() as nursery:
+            async with one.cleaning:
+                nursery.start_soon(cache.truncate, one, 2 * BLOCK)
+                await trio.sleep(0.1)
+                nursery.start_soon(cache.flush, one)
+                await trio.sleep(0.1)  # it has chosen all four and waits for the truncate
+                chosen = set(cache.core.dirty.slots(one.id).tolist())
+                back.before = {"~_copy": 5.0}
+                nursery.start_soon(cache.flush, one)
+                await trio.sleep(0.1)
+            await trio.sleep(1)
+            await cache.committer.barrier()  # what the truncate dropped can be used again
+            await write(cache, two, 2 * BLOCK, 8 * BLOCK, 3, number=2)
+            assert chosen & set(cache.core.dirty.slots(two.id).tolist())
+        back.before = {}
+        assert on_origin(back, 0, 2 * BLOCK) == [2] * (2 * BLOCK // STAMP)
+        assert len(back.files[1].pages.data) == 2 * BLOCK, "the other image's data is not here"
+        await cache.flush(two)
+        assert on_origin(back, 2 * BLOCK, 8 * BLOCK, 2) == [3] * (8 * BLOCK // STAMP)
+        await cache.close(one, write=True)
+        await cache.close(two, write=True)
 
 
 # -- when ------------------------------------------------------------------------------------------
