@@ -290,14 +290,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="of the image, in MiB")
     parser.add_argument("--passes", type=int, default=3, help="of reads that churn a cache")
     parser.add_argument("--quick", action="store_true", help="one short round, a small image")
-    parser.add_argument(
-        "--present", action="store_true", help="leave out what is not installed, and say so"
-    )
-    parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="jobs with this in their names; may repeat"
-    )
-    parser.add_argument("--directory", help="where to work; default: the system's temporary one")
-    parser.add_argument("--results", type=Path, help="where to write; default: benchmarks/results")
+    harness.add_options(parser)
     chosen = parser.parse_args()
     rounds, seconds, size, passes = chosen.rounds, chosen.seconds, chosen.size, chosen.passes
     if chosen.quick:

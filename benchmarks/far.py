@@ -397,14 +397,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1250.0, help="of its link, in MB/s")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one short round, small images")
-    parser.add_argument(
-        "--present", action="store_true", help="leave out what is not installed, and say so"
-    )
-    parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="jobs with this in their names; may repeat"
-    )
-    parser.add_argument("--directory", help="where to work; default: the system's temporary one")
-    parser.add_argument("--results", type=Path, help="where to write; default: benchmarks/results")
+    harness.add_options(parser)
     chosen = parser.parse_args()
     rounds, seconds, size = chosen.rounds, chosen.seconds, chosen.size
     if chosen.quick:

@@ -1,5 +1,6 @@
 """What the benchmarks share: real mounts, fio, tables and results. Cleans up whatever happens."""
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -45,6 +46,18 @@ def interruptible() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGHUP, interrupt)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What comparisons with peers can be told, all of them."""
+    parser.add_argument(
+        "--present", action="store_true", help="leave out what is not installed, and say so"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="jobs with this in their names; may repeat"
+    )
+    parser.add_argument("--directory", help="where to work; default: the system's temporary one")
+    parser.add_argument("--results", type=Path, help="where to write; default: benchmarks/results")
 
 
 @contextlib.contextmanager

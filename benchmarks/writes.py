@@ -20,7 +20,6 @@ with the origin's at the end.
 
 import argparse
 import contextlib
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -73,19 +72,6 @@ def told(rounds: int, turn: int, part: str) -> None:
     print(f"{part}: round {turn + 1} of {rounds} done", flush=True)
 
 
-@contextlib.contextmanager
-def held(*paths: Path) -> Iterator[None]:
-    """The images stay open for writing, as a running guest's do.
-
-    Else each job would be an open of its own, and one less than 2 s after the last writeback
-    drops the clean blocks (P3).
-    """
-    with ExitStack() as stack:
-        for path in paths:
-            stack.callback(os.close, os.open(path, os.O_RDWR))
-        yield
-
-
 # -- 1 ---------------------------------------------------------------------------------------------
 
 
@@ -106,7 +92,7 @@ def cached_writes(base: Path, rounds: int, seconds: float, size: int) -> tuple[l
             ours = stack.enter_context(Fusecache(base / f"one/{place}", origin, *options))
             ours.name = f"fusecache {words}"
             ours.read_all(IMAGE)
-            stack.enter_context(held(ours.mountpoint / IMAGE))
+            stack.enter_context(harness.held(ours.mountpoint / IMAGE))
             pairs.append((words, bare, ours))
         mounts: list[Fusecache | Bare] = [mount for pair in pairs for mount in pair[1:]]
         samples: Samples = {f"{job}: {m.name}": [] for job in ("first", "steady") for m in mounts}
@@ -170,7 +156,7 @@ def far_origin(base: Path, rounds: int, seconds: float, size: int) -> tuple[list
             mount.read_all(f"{mode}.raw")
             paths[mode] = mount.mountpoint / f"{mode}.raw"
             mounts[mode] = mount
-            stack.enter_context(held(paths[mode]))
+            stack.enter_context(harness.held(paths[mode]))
         for turn in range(rounds):
             for name, path in paths.items():
                 found = harness.fio(path, seconds=seconds, iodepth=1, **RANDOM)
@@ -220,7 +206,7 @@ def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
             stack.enter_context(mount)
             mount.read_all(IMAGE, *names)
             for name in (IMAGE, *names):
-                stack.enter_context(held(mount.mountpoint / name))
+                stack.enter_context(harness.held(mount.mountpoint / name))
         mnt, late = ours.mountpoint, slow.mountpoint
         synced, plainly = {"direct": 1, "fsync": 1}, {"fdatasync": 1}
         fresh: dict[str, tuple[Path, dict[str, Any]]] = {
@@ -319,7 +305,7 @@ def beside_cleaner(
             mounts[way] = stack.enter_context(Fusecache(place, origin, *words))
             for name in ("a.raw", "b.raw"):
                 mounts[way].read_all(name)
-                stack.enter_context(held(mounts[way].mountpoint / name))
+                stack.enter_context(harness.held(mounts[way].mountpoint / name))
         before = {way: mount.image("b.raw")["origin_write_bytes"] for way, mount in mounts.items()}
         for turn in range(rounds):
             for way, words in ways.items():

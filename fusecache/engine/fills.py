@@ -23,6 +23,7 @@ from fusecache.observe.latency import Call, timed
 log = logging.getLogger(__name__)
 
 _SHARE = 8
+"""Part of what may wait for the SSD at all: with more, nothing is fetched ahead."""
 
 
 class Fetch:
@@ -58,18 +59,21 @@ class Fetch:
         Returns fewer bytes than asked for only where the origin ended before the image's size.
         """
         whole = self.view(offset, len(into))
-        if whole is not None:
-            into[:] = whole
+        if whole is None:
+            self._piece_together(offset, into)
         else:
-            into[:] = bytes(len(into))
-            for begin, data in self._parts:
-                first = max(offset, begin)
-                last = min(offset + len(into), begin + len(data))
-                if first < last:
-                    into[first - offset : last - offset] = data[first - begin : last - begin]
+            into[:] = whole
         if self.ended is None:
             return len(into)
         return max(0, min(len(into), self.ended - offset))
+
+    def _piece_together(self, offset: int, into: memoryview) -> None:
+        into[:] = bytes(len(into))
+        for begin, data in self._parts:
+            first = max(offset, begin)
+            last = min(offset + len(into), begin + len(data))
+            if first < last:
+                into[first - offset : last - offset] = data[first - begin : last - begin]
 
 
 class Fills:

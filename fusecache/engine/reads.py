@@ -20,6 +20,7 @@ from fusecache.observe.latency import Call, timed
 
 _ATTEMPTS = 16
 _TURNS = 8
+"""Of the event loop, for an SSD to bring what was asked of it before a thread is taken."""
 
 
 class Reads:
