@@ -1,22 +1,27 @@
 """``doctor``: looks at the machine and says in order what is wrong or unwise for fusecache.
 
 Reads what the kernel and the configuration files say; changes nothing unless told to ``--fix``.
+Whatever may lie on a file server is asked by a process of its own (``store/probe.py``): a doctor
+that hangs with the patient helps nobody.
 """
 
 import ctypes
+import errno
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 
-from fusecache.cli.paths import absolute
 from fusecache.control import client
+from fusecache.control.protocol import state_directory
 from fusecache.errors import MountError
 from fusecache.fuse import mounts
+from fusecache.store import probe
 
 _KERNEL = (6, 1)
 """The oldest that fusecache is tested on."""
@@ -25,6 +30,8 @@ _ROOM = 256 << 20
 """Bytes the filesystem of the database should have left."""
 _TIME_ERROR = 5
 """adjtimex(2): the clock is not synchronized."""
+_ATTRIBUTES = 60
+"""Seconds: the most for which NFS trusts attributes unless told otherwise (nfs(5))."""
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.glusterfs", "fuse.sshfs")
 
 WRONG, UNWISE = "wrong", "unwise"
@@ -48,6 +55,8 @@ class Machine:
     database: Path | None = None
     clock_state: Callable[[], int] = field(default_factory=lambda: _clock_state)
     user: int = field(default_factory=os.geteuid)
+    ask: Callable[[str, Path], dict[str, Any]] = field(default_factory=lambda: _ask)
+    """A question about a path of the real machine; raises ``probe.NoAnswer``."""
 
     def text(self, path: str) -> str:
         """A file's text; empty if it cannot be read."""
@@ -73,6 +82,10 @@ class Machine:
         return found
 
 
+def _ask(question: str, path: Path) -> dict[str, Any]:
+    return probe.ask(question, str(path))
+
+
 def _clock_state() -> int:
     return int(ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)))
 
@@ -84,6 +97,8 @@ def fuse(machine: Machine) -> Iterator[Finding]:
     """The kernel's side and the helper of plain users."""
     if not machine.there("dev/fuse"):
         yield Finding(WRONG, "/dev/fuse is missing: load the kernel module with modprobe fuse.")
+    elif not os.access(machine.root / "dev/fuse", os.R_OK | os.W_OK):
+        yield Finding(WRONG, "/dev/fuse may not be opened: ask for read and write access to it.")
     release = machine.text("proc/sys/kernel/osrelease").strip()
     version = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
     if version and version < _KERNEL:
@@ -159,17 +174,30 @@ def origin(machine: Machine) -> Iterator[Finding]:
     path = machine.origin
     if path is None:
         return
-    if not path.is_dir():
-        yield Finding(WRONG, f"The origin {path} is no directory: is its storage mounted?")
-        return
-    kind, options = machine.mounted(path)
-    if kind.startswith("nfs"):
-        yield from _nfs(path, options)
-    elif kind == "fuse.fusecache":
+    mounted, options = machine.mounted(path)
+    if mounted == f"fuse.{mounts.SUBTYPE}":
         yield Finding(WRONG, f"The origin {path} is a fusecache mount itself.")
-    if kind in _NETWORK and "ro" in options:
+    if mounted.startswith("nfs"):
+        yield from _nfs(path, options)
+    if mounted in _NETWORK and "ro" in options:
         yield Finding(UNWISE, f"The origin {path} is mounted read-only: so is the cache then.")
-    yield from _readable(path)
+    try:
+        found = machine.ask("file", path)
+        if found.get("kind") != "directory":
+            why = f" ({found['error']})" if "error" in found else ""
+            yield Finding(WRONG, f"The origin {path} is no directory{why}: is its storage mounted?")
+            return
+        yield from _images(path, machine)
+    except probe.NoAnswer:
+        yield _silent("origin", path)
+
+
+def _silent(what: str, path: Path) -> Finding:
+    return Finding(
+        WRONG,
+        f"The {what} {path} does not answer within {probe.SECONDS:.0f} s: whoever touches it waits "
+        "until its storage is back.",
+    )
 
 
 def _nfs(path: Path, options: set[str]) -> Iterator[Finding]:
@@ -191,32 +219,39 @@ def _nfs(path: Path, options: set[str]) -> Iterator[Finding]:
             f"The origin {path} is mounted without locks ('nolock'): nothing keeps two hosts from "
             "writing one image.",
         )
-    if "noac" in options:
+    yield from _attribute_times(path, options)
+
+
+def _attribute_times(path: Path, options: set[str]) -> Iterator[Finding]:
+    """``actimeo`` and its parts, which mountinfo shows if they are not the usual ones."""
+    pairs = (option.partition("=") for option in options)
+    times = {name: int(value) for name, _, value in pairs if name[:2] == "ac" and value.isdigit()}
+    if "noac" in options or times.get("acregmax") == 0:
+        how = "noac" if "noac" in options else "actimeo=0"
         yield Finding(
-            UNWISE, f"The origin {path} is mounted 'noac': each question asks the server. Slow."
+            UNWISE, f"The origin {path} is mounted '{how}': each question asks the server. Slow."
+        )
+    elif (longest := max(times.values(), default=0)) > _ATTRIBUTES:
+        yield Finding(
+            UNWISE,
+            f"The origin {path} is mounted with 'actimeo' or a part of it at {longest} s: new "
+            "images and sizes that other hosts make are seen that late. Leave it out.",
         )
 
 
-def _readable(path: Path) -> Iterator[Finding]:
+def _images(path: Path, machine: Machine) -> Iterator[Finding]:
     """Root is not root on a server that squashes it."""
-    try:
-        with os.scandir(path) as entries:
-            images = [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
-    except OSError as exc:
-        yield Finding(WRONG, f"The origin {path} cannot be listed: {exc.strerror}.")
-        return
-    for image in images[:1]:
-        try:
-            os.close(os.open(image, os.O_RDONLY | os.O_CLOEXEC))
-        except PermissionError:
-            yield Finding(
-                WRONG,
-                f"{image} may not be read by user {os.geteuid()}: if that is root, the server "
-                "squashes it (root_squash). Export with no_root_squash, or run fusecache as the "
-                "images' owner.",
+    found = machine.ask("images", path)
+    if "error" in found:
+        yield Finding(WRONG, f"The origin {path} cannot be listed: {found['error']}.")
+    elif found.get("unreadable"):
+        number, reason = found["unreadable"]
+        if number == errno.EACCES:
+            reason = (
+                f"user {machine.user} may not. If that is root, the server squashes it "
+                "(root_squash): export with no_root_squash, or run fusecache as the images' owner"
             )
-        except OSError as exc:
-            yield Finding(WRONG, f"{image} cannot be read: {exc.strerror}.")
+        yield Finding(WRONG, f"{found['image']} cannot be read: {reason}.")
 
 
 def cache(machine: Machine) -> Iterator[Finding]:
@@ -224,15 +259,27 @@ def cache(machine: Machine) -> Iterator[Finding]:
     path = machine.cache
     if path is None:
         return
-    there = path if path.exists() else path.parent
-    if not there.exists():
+    try:
+        yield from _cache(machine, path)
+    except probe.NoAnswer:
+        yield _silent("cache", path)
+
+
+def _cache(machine: Machine, path: Path) -> Iterator[Finding]:
+    found, there = machine.ask("file", path), path
+    if found.get("kind") is None:
+        found, there = machine.ask("file", path.parent), path.parent
+    if found.get("kind") is None:
         yield Finding(WRONG, f"{there} does not exist: is the SSD mounted there?")
         return
-    st = there.stat()
-    block = there.is_block_device()
-    device = st.st_rdev if block else st.st_dev
-    images = machine.origin if machine.origin is not None and machine.origin.is_dir() else None
-    if not block and images is not None and images.stat().st_dev == st.st_dev:
+    block = found["kind"] == "block"
+    if not found["may_write"]:
+        yield Finding(
+            WRONG,
+            f"{there} may not be written to by user {machine.user}: "
+            + ("ask for write permission to the device." if block else "choose another place."),
+        )
+    if not block and found["dev"] == _filesystem(machine, machine.origin):
         yield Finding(
             WRONG,
             f"The cache {path} lies on the same filesystem as the origin: nothing can be faster "
@@ -241,6 +288,7 @@ def cache(machine: Machine) -> Iterator[Finding]:
     kind, _ = ("", set[str]()) if block else machine.mounted(there)
     if kind in _NETWORK:
         yield Finding(WRONG, f"The cache {path} lies on {kind}: choose a local SSD.")
+    device = found["rdev"] if block else found["dev"]
     name = f"sys/dev/block/{os.major(device)}:{os.minor(device)}"
     rotational = machine.text(f"{name}/queue/rotational") or machine.text(
         f"{name}/../queue/rotational"
@@ -249,18 +297,32 @@ def cache(machine: Machine) -> Iterator[Finding]:
         yield Finding(UNWISE, f"The cache {path} is on a rotating disk: choose an SSD.")
 
 
+def _filesystem(machine: Machine, directory: Path | None) -> int | None:
+    """The number of a directory's filesystem; None if nobody can tell."""
+    if directory is None:
+        return None
+    try:
+        found = machine.ask("file", directory)
+    except probe.NoAnswer:
+        return None  # the origin's own check says so
+    return found["dev"] if found.get("kind") == "directory" else None
+
+
 def room(machine: Machine) -> Iterator[Finding]:
     """Space for the database beside its cache."""
-    path = machine.database or Path("/var/lib/fusecache")
-    while not path.exists():
-        path = path.parent
-    space = os.statvfs(path)
-    left = space.f_bavail * space.f_frsize
-    if left < _ROOM:
+    path = machine.database or state_directory()
+    try:
+        found = machine.ask("space", path)
+    except probe.NoAnswer:
+        yield _silent("place of the database", path)
+        return
+    if "error" in found:
+        yield Finding(WRONG, f"{path} cannot be used for the database: {found['error']}.")
+    elif found["free"] < _ROOM:
         yield Finding(
-            WRONG if left < _ROOM // 16 else UNWISE,
-            f"{path} has {left >> 20} MiB left, and the database grows there: make room or name "
-            "another place with --db.",
+            WRONG if found["free"] < _ROOM // 16 else UNWISE,
+            f"{found['there']} has {found['free'] >> 20} MiB left, and the database grows there: "
+            "make room or name another place with --db.",
         )
 
 
@@ -288,6 +350,23 @@ def dead_mounts(*, fix: bool) -> Iterator[Finding]:
         click.echo(f"fixed: the dead mount at {path} is detached")
 
 
+def _resolved(path: Path | None) -> Path | None:
+    """Absolute and without links, as far as the filesystems on the way answer."""
+    if path is None:
+        return None
+    try:
+        return Path(_ask("resolve", path)["path"])
+    except (probe.NoAnswer, KeyError):
+        return Path(os.path.abspath(path))
+
+
+def _database(chosen: Path | None, cache_path: Path | None) -> Path | None:
+    """Where the database will lie: beside a cache file, unless it was said."""
+    if chosen is None and cache_path is not None and Path("/dev") not in cache_path.parents:
+        return Path(f"{cache_path}.sqlite")
+    return chosen
+
+
 @click.command(epilog="Example: fusecache doctor /srv/images --cache /dev/sdb")
 @click.argument("origin_path", metavar="[ORIGIN]", type=Path, required=False)
 @click.option("--cache", "cache_path", type=Path, help="The SSD: a file or block device.")
@@ -299,9 +378,9 @@ def doctor(origin_path: Path | None, cache_path: Path | None, db: Path | None, f
     Exits with 1 if anything is wrong.
     """
     machine = Machine(
-        origin=None if origin_path is None else absolute(origin_path),
-        cache=None if cache_path is None else absolute(cache_path),
-        database=None if db is None else absolute(db),
+        origin=_resolved(origin_path),
+        cache=_resolved(cache_path),
+        database=_database(_resolved(db), _resolved(cache_path)),
     )
     found = [finding for check in CHECKS for finding in check(machine)]
     found += dead_mounts(fix=fix)

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusecache.errors import MountError
-from fusecache.store import syscalls
+from fusecache.store import probe, syscalls
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 SUBTYPE = "fusecache"
-_PROBE_TIMEOUT = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +123,9 @@ def clear_dead_mount(path: Path) -> None:
 def answers(path: Path) -> bool:
     """Whether a stat of the mount succeeds soon; asked by a process that may be left behind."""
     try:
-        asked = subprocess.run(
-            ["stat", "--file-system", "--", str(path)],
-            capture_output=True,
-            timeout=_PROBE_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        return "error" not in probe.ask("alive", str(path))
+    except probe.NoAnswer:
         return False
-    return asked.returncode == 0
 
 
 def unmount(path: Path, *, detach: bool) -> None:

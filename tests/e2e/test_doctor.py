@@ -1,15 +1,21 @@
 """``fusecache doctor``: machines made up of a few files, and a real dead mount."""
 
+import errno
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusecache.cli import doctor
 from fusecache.cli.doctor import UNWISE, WRONG, Finding, Machine
+from fusecache.store import probe
+from tests.e2e.helpers import processes_of, wait_for
 from tests.support.daemon import Mount
+from tests.support.injected import InjectedMount
 
 ROOTFS = "22 1 259:1 / / rw,relatime - ext4 /dev/root rw"
 
@@ -75,6 +81,9 @@ def test_a_clock_that_nobody_sets(machine: Machine) -> None:
         ("rw,vers=4.2,hard", []),
         ("rw,vers=4.2,soft", [(WRONG, "'hard'")]),
         ("rw,hard,nocto,noac", [(WRONG, "nocto"), (UNWISE, "noac")]),
+        ("rw,hard,acregmin=0,acregmax=0,acdirmin=0,acdirmax=0", [(UNWISE, "asks the server")]),
+        ("rw,hard,acregmin=600,acregmax=600,acdirmin=600,acdirmax=600", [(UNWISE, "at 600 s")]),
+        ("rw,hard,acdirmin=30", []),
         ("rw,hard,nolock", [(UNWISE, "two hosts")]),
         ("ro,hard", [(UNWISE, "read-only")]),
     ],
@@ -90,20 +99,32 @@ def test_how_an_nfs_origin_is_mounted(
     judged(doctor.origin, machine, *said)
 
 
-def test_an_origin_that_is_not_there_or_not_readable(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_origin_that_is_not_there_or_not_readable(machine: Machine, tmp_path: Path) -> None:
     machine.origin = tmp_path / "images"
     judged(doctor.origin, machine, (WRONG, "is its storage mounted?"))
     machine.origin.mkdir()
     (machine.origin / "vm.img").write_bytes(b"")
     judged(doctor.origin, machine)
 
-    def squashed(*_: object) -> int:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "open", squashed)
+    image = str(machine.origin / "vm.img")
+    said = {"file": probe.answer("file", str(machine.origin))}
+    machine.ask = lambda question, _: said[question]
+    said["images"] = {"image": image, "unreadable": [errno.EACCES, "Permission denied"]}
     judged(doctor.origin, machine, (WRONG, "root_squash"))
+    said["images"] = {"image": image, "unreadable": [errno.EIO, "Input/output error"]}
+    judged(doctor.origin, machine, (WRONG, "Input/output error"))
+    said["images"] = {"error": "Stale file handle"}
+    judged(doctor.origin, machine, (WRONG, "cannot be listed: Stale"))
+
+
+def test_what_does_not_answer_is_said_and_not_waited_for(machine: Machine, tmp_path: Path) -> None:
+    def silent(question: str, path: Path) -> dict[str, Any]:
+        raise probe.NoAnswer
+
+    machine.ask = silent
+    machine.origin = machine.cache = machine.database = tmp_path
+    for check in (doctor.origin, doctor.cache, doctor.room):
+        judged(check, machine, (WRONG, "does not answer"))
 
 
 def test_a_cache_where_it_helps_nobody(machine: Machine, tmp_path: Path) -> None:
@@ -122,14 +143,17 @@ def test_a_cache_where_it_helps_nobody(machine: Machine, tmp_path: Path) -> None
     judged(doctor.cache, machine, (WRONG, "nfs4"), (UNWISE, "rotating"))
 
 
-def test_a_full_filesystem_under_the_database(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine.database = tmp_path / "map.sqlite"
+def test_a_device_that_may_not_be_written_to_is_named(machine: Machine) -> None:
+    machine.cache, machine.user = Path("/dev/sdb"), 1000
+    machine.ask = lambda _, path: {"kind": "block", "dev": 5, "rdev": 2064, "may_write": False}
+    judged(doctor.cache, machine, (WRONG, "/dev/sdb may not be written to by user 1000"))
+
+
+def test_a_full_filesystem_under_the_database(machine: Machine, tmp_path: Path) -> None:
+    machine.database = tmp_path / "none" / "map.sqlite"
     judged(doctor.room, machine)
-    for blocks, level in ((10 << 8, WRONG), (100 << 8, UNWISE)):
-        full = os.statvfs_result((4096, 4096, 1 << 20, blocks, blocks, 9, 9, 9, 0, 255))
-        monkeypatch.setattr(os, "statvfs", lambda _, full=full: full)
+    for free, level in ((10 << 20, WRONG), (100 << 20, UNWISE)):
+        machine.ask = lambda _, path, free=free: {"there": str(path), "free": free}
         judged(doctor.room, machine, (level, "--db"))
 
 
@@ -160,3 +184,28 @@ def test_a_dead_mount_is_found_and_fixed_and_a_living_one_left_alone(mount: Moun
     assert f"fixed: the dead mount at {mount.mountpoint}" in fixed.stdout
     assert not os.path.ismount(mount.mountpoint)
     assert str(mount.mountpoint) not in mount.run("doctor").stdout
+
+
+@pytest.mark.mount
+def test_a_hung_origin_does_not_hang_the_doctor(tmp_path: Path) -> None:
+    """The storage is a FUSE filesystem that has the question and gives no answer: then not even
+    a kill ends who asked."""
+    hung = InjectedMount(tmp_path / "fc")
+    images, block = hung.mountpoint / "images", hung.faults / "block"
+    (hung.origin / "images").mkdir()
+    try:
+        hung.start()
+        block.write_text("Tree.find")
+        began = time.monotonic()
+        said = hung.run("doctor", images, "--db", images / "map.sqlite")
+        assert time.monotonic() - began < 40
+        assert said.returncode == 1, said
+        assert f"wrong: The origin {images} does not answer within 3 s" in said.stdout
+        assert f"wrong: The place of the database {images}/map.sqlite does not" in said.stdout
+        assert processes_of(images), "those that asked are held by the kernel"
+        block.unlink()
+        wait_for(lambda: not processes_of(images), "they end with the hang")
+        assert "does not answer" not in hung.run("doctor", images).stdout
+    finally:
+        block.unlink(missing_ok=True)
+        hung.cleanup()
