@@ -80,6 +80,9 @@ CAUGHT: dict[str, str | Case] = {
         None,
         "kill",
     ),
+    "r5_a_slot_that_went_to_another_image_is_written_back_for_the_first": (
+        "slots_change_hands_between_two_batches"
+    ),
     "r5_the_row_of_a_cleaned_page_is_not_owed": ("another_host_goes_on", None, "ooo"),
     "r5_settling_pages_are_written_through": (
         "a_settling_page_is_written_in_another_mode",

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from fusecache.core.dirty import DirtyPages
+from fusecache.core.dirty import DirtyPages, Writeback
+from fusecache.core.rows import U32
 from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_writes import Part
@@ -101,6 +102,18 @@ def r5_a_slot_is_overwritten_whose_rows_are_not_committed() -> Any:
         return runs
 
     return patch(DirtyPages, "overwrite", overwrite)
+
+
+@mutation
+def r5_a_slot_that_went_to_another_image_is_written_back_for_the_first() -> Any:
+    original = DirtyPages.snapshot
+
+    def snapshot(self: DirtyPages, image: int, slots: U32) -> list[Writeback]:
+        holders = {self._slots.image[slot] for slot in slots.tolist()}
+        noted = [item for holder in holders for item in original(self, holder, slots)]
+        return sorted(noted, key=lambda item: item.block)
+
+    return patch(DirtyPages, "snapshot", snapshot)
 
 
 @mutation

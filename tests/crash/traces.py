@@ -1,12 +1,14 @@
 """Directed traces: short stories for rules that random walks seldom put to the test."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import trio
 import trio.testing
 
+from fusecache.config import WriteMode
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from tests.support.stamps import check_stamps, stamped
@@ -201,10 +203,48 @@ def while_it_lives(directory: Path) -> None:
         world.kill()
 
 
+async def _flush_waits_for_a_truncate(world: World, cache: BlockCache) -> None:
+    """Two flushes choose their slots; a truncate that goes first frees some, and while the first
+    of them is at work another image's blocks become dirty there."""
+    one = await cache.open(b"id1", b"a", 1, write=True)
+    two = await cache.open(b"id2", b"b", 2, write=True)
+    await cache.write(one, 0, stamped(1, 0, 4 * BLOCK, 2))
+    async with trio.open_nursery() as nursery:
+        async with one.cleaning:
+            nursery.start_soon(cache.truncate, one, 2 * BLOCK)
+            await trio.sleep(0.1)
+            for _ in range(2):
+                nursery.start_soon(cache.flush, one)
+                await trio.sleep(0.1)
+            world.before = {"~_copy": 5.0}
+        await trio.sleep(1)
+        await cache.committer.barrier()  # what was freed can be used
+        await cache.write(two, 2 * BLOCK, stamped(2, 2 * BLOCK, 8 * BLOCK, 2))
+    world.before = {}
+    await cache.flush(one)
+    await cache.flush(two)
+    for number, begin, end in ((1, 0, 2 * BLOCK), (2, 2 * BLOCK, 10 * BLOCK)):
+        on_origin = bytes(world.files[number].pages.data)
+        assert set(check_stamps(on_origin[begin:end], number, begin)) == {2}
+    assert len(world.files[1].pages.data) == 2 * BLOCK, "somebody else's data is there"
+
+
+def slots_change_hands_between_two_batches(directory: Path) -> None:
+    """R5: what a writeback chose before it had to wait may hold another image's block since."""
+    world = _world(directory, 0)
+    world.write_mode = WriteMode.BACK
+    world.tuning = replace(world.tuning, dirty_age=600.0)
+    world.make_file(2, stamped(2, 0, BLOCKS * BLOCK, 1))
+    alive = partial(_alive, world, _flush_waits_for_a_truncate)
+    trio.run(alive, clock=trio.testing.MockClock(autojump_threshold=0))
+    world.kill()
+
+
 TRACES = (
     a_first_write_is_cut_off,
     a_long_write_is_killed,
     a_fill_ends_during_a_barrier,
     a_write_begins_while_its_row_is_removed,
     while_it_lives,
+    slots_change_hands_between_two_batches,
 )
