@@ -66,7 +66,11 @@ class Service:
             plan.mountpoint, plan.origin, "starting", self.unmount, self._progress, self._reload
         )
         self._trouble = TroubleWatch(
-            cache.images.all, cache.state, time.monotonic, also=logs.limit.sweep
+            cache.images.all,
+            cache.state,
+            time.monotonic,
+            names=cache.threads.asking,
+            also=logs.limit.sweep,
         )
         self._control = ControlServer(cache, tree, self._mounted, runtime_directory())
         self._metrics: MetricsServer | None = None

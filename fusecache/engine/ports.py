@@ -1,5 +1,6 @@
 """What the engine needs from outside and tests replace: clocks, threads, the kernel's pages."""
 
+import itertools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Threads:
         self._storing = trio.CapacityLimiter(1)
         self._database = trio.CapacityLimiter(1)
         self._kernel = trio.CapacityLimiter(tuning.metadata_threads)
+        self._numbers = itertools.count()
+        self._asking: set[int] = set()
 
     def new_image_limiter(self) -> trio.CapacityLimiter:
         """A limiter for the origin calls of one image."""
@@ -61,7 +64,20 @@ class Threads:
 
     async def metadata(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """Lookups, listings and attributes on the origin."""
-        return await self.run(fn, *args, limiter=self._metadata)
+        return await self.run(self._asked, fn, args, limiter=self._metadata)
+
+    def _asked(self, fn: Callable[[*Ts], T], args: tuple[*Ts]) -> T:
+        number = next(self._numbers)
+        self._asking.add(number)
+        try:
+            return fn(*args)
+        finally:
+            self._asking.discard(number)
+
+    def asking(self) -> list[int]:
+        """The metadata calls that the origin has been asked and has not answered yet: a number for
+        each, never given again."""
+        return list(self._asking)
 
     async def device(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """The cache device."""

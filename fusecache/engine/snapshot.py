@@ -35,6 +35,7 @@ def mount_snapshot(cache: BlockCache) -> dict[str, Any]:
         "seconds": round(sampler.age, 1),
         "images_known": len(images),
         "waiting": sum(image.waiting for image in images),
+        "names_waiting": len(cache.threads.asking()),
         "origin_read_bytes": total.origin_read_bytes,
         "origin_write_bytes": total.origin_write_bytes,
         "read_ahead_bytes": total.read_ahead_bytes,

@@ -1,10 +1,10 @@
 """TroubleWatch: what is worth waking somebody for, said once with a count and when it is over.
 
 Once a second it looks at what the images have counted; nothing is done for a request. There are
-three kinds of trouble: the origin *fails* calls, the origin *hangs* (calls are under way and none
-has returned for a while), and the cache device cannot *store*. Each is one matter for the whole
-mount, however many images and requests meet it. Of one that lasts it is said again after a minute,
-then after ten, then every hour.
+three kinds of trouble: the origin *fails* calls, the origin *hangs* (calls for an image are under
+way and none has returned for a while, or one for a name has not), and the cache device cannot
+*store*. Each is one matter for the whole mount, however many images and requests meet it. Of one
+that lasts it is said again after a minute, then after ten, then every hour.
 """
 
 import logging
@@ -47,6 +47,8 @@ class _Trouble:
     begun: float
     images: set[int]
     errors: int = 0
+    names: int = 0
+    """Calls for names that hang now."""
     last: float = 0.0
     """When it was last met."""
     success: bool = False
@@ -72,18 +74,23 @@ class TroubleWatch:
         images: Callable[[], Iterable[Image]],
         state: CacheState,
         now: Callable[[], float],
+        names: Callable[[], Iterable[int]] = lambda: (),
         also: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             now: seconds.
+            names: the lookups, listings and attribute calls under way, each by a number.
             also: what else is to be done once a second.
         """
         self._images = images
         self._state = state
         self._now = now
+        self._names = names
         self._also = also
         self._seen: dict[int, _Seen] = {}
+        self._names_since: dict[int, float] = {}
+        """When each call for a name that is under way was first seen."""
         self._failing: _Trouble | None = None
         self._hanging: _Trouble | None = None
         self._quiet = _QUIET
@@ -107,7 +114,9 @@ class TroubleWatch:
         if self._failing is not None:
             words.append(f"the origin fails ({self._failing.errors} errors)")
         if self._hanging is not None:
-            words.append(f"the origin does not answer ({len(self._hanging.images)} images wait)")
+            waiting = [f"{len(self._hanging.images)} images"] if self._hanging.images else []
+            waiting += [f"{names} calls for names"] if (names := self._hanging.names) else []
+            words.append(f"the origin does not answer ({' and '.join(waiting)} wait)")
         return words
 
     def look(self) -> None:
@@ -132,7 +141,9 @@ class TroubleWatch:
             seen.errors, seen.succeeded = errors, succeeded
             self._seen[image.id] = seen
         self._note_failing(now, failed, worked)
-        self._note_hanging(now, hanging)
+        self._names_since = {call: self._names_since.get(call, now) for call in self._names()}
+        names = sum(now - since >= _HANGS for since in self._names_since.values())
+        self._note_hanging(now, hanging, names)
         self._note_storing(now)
 
     def _note_failing(self, now: float, failed: list[tuple[Image, int]], worked: bool) -> None:
@@ -173,25 +184,24 @@ class TroubleWatch:
                     ),
                 )
 
-    def _note_hanging(self, now: float, hanging: list[Image]) -> None:
+    def _note_hanging(self, now: float, hanging: list[Image], names: int) -> None:
         trouble = self._hanging
-        if hanging:
+        if hanging or names:
             first = trouble is None
             if trouble is None:
                 trouble = self._hanging = _Trouble(now - _HANGS, set())
                 trouble.next += _HANGS
             trouble.images |= {image.id for image in hanging}
+            trouble.names = names
             if first or trouble.due(now):
-                log.error(
-                    "the origin has not answered for %.0f s",
-                    now - trouble.begun,
-                    extra=fields(
-                        "origin-hangs",
-                        images=len(trouble.images),
-                        waiting=sum(image.waiting for image in hanging),
-                        image=hanging[0].name,
-                    ),
+                what = fields(
+                    "origin-hangs",
+                    images=len(trouble.images),
+                    waiting=sum(image.waiting for image in hanging),
+                    names=names,
+                    **({"image": hanging[0].name} if hanging else {}),
                 )
+                log.error("the origin has not answered for %.0f s", now - trouble.begun, extra=what)
         elif trouble is not None:
             self._hanging = None
             log.warning(

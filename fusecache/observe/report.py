@@ -98,7 +98,9 @@ def _mount(mount: dict[str, Any]) -> Iterator[str]:
     )
     if "reads" in mount:
         yield from _served(mount)
-        yield f"origin     {_latencies(mount)}"
+        names = mount.get("names_waiting", 0)
+        waiting = f"; {count_text(names)} calls for names under way" if names else ""
+        yield f"origin     {_latencies(mount)}{waiting}"
         yield from _workers(mount)
     yield from _under_way(mount)
     if cache["trouble"]:

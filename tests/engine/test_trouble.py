@@ -52,10 +52,11 @@ class Play:
         self.now = 1000.0
         self.images = [_Image(number) for number in range(1, 6)]
         self.state = _State()
+        self.names: set[int] = set()
         self.log = caplog
         watched: Any = self.images
         state: Any = self.state
-        self.watch = TroubleWatch(lambda: watched, state, lambda: self.now)
+        self.watch = TroubleWatch(lambda: watched, state, lambda: self.now, lambda: self.names)
         caplog.set_level(logging.INFO, "fusecache")
 
     def go(self, seconds: int, *, fails: int = 0, works: int = 0) -> list[dict[str, Any]]:
@@ -134,6 +135,29 @@ def test_a_hanging_origin_is_said_once_and_when_it_answers(play: Play) -> None:
         image.limiter.borrowed_tokens = 0
     (line,) = play.go(5)
     assert line["event"] == "origin-answers"
+
+
+def test_lookups_that_hang_are_said_once_and_when_they_come_back(play: Play) -> None:
+    play.names = {1, 2, 3}
+    assert play.go(10, works=1) == [], "images are answered all the time"
+    (line,) = play.go(30, works=1)
+    assert (line["event"], line["images"], line["names"]) == ("origin-hangs", 0, 3)
+    assert "image" not in line
+    assert play.watch.words == ["the origin does not answer (3 calls for names wait)"]
+    play.images[0].limiter.borrowed_tokens = 1
+    assert play.go(15) == []
+    assert play.watch.words == ["the origin does not answer (1 images and 3 calls for names wait)"]
+    play.names = {4}
+    assert play.go(5) == [], "the image still waits"
+    play.images[0].limiter.borrowed_tokens = 0
+    (line,) = play.go(4)
+    assert (line["event"], line["images"]) == ("origin-answers", 1)
+
+
+def test_lookups_that_are_slow_do_not_hang(play: Play) -> None:
+    for number in range(20):
+        play.names = {number, number + 1}
+        assert play.go(4) == []
 
 
 def test_a_slow_origin_that_answers_now_and_then_does_not_hang(play: Play) -> None:
