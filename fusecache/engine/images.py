@@ -321,6 +321,7 @@ class Images:
             # A killed daemon's own changes. Blocks beyond a truncate of its last moment go.
             async with image.cleaning, image.lock.everything():
                 await self.fit(image, seen.size)
+                image.size = seen.size
         elif row.recorded_ns:
             if not image.matches(seen):
                 log.info(
@@ -341,8 +342,11 @@ class Images:
             async with image.cleaning, image.lock.everything():
                 await self.drop(image, 0, dirty=False)
                 await self.fit(image, seen.size)
+                # Before any fill: one that took the old end for the end would bring zeros.
+                image.size = seen.size
             await self._threads.kernel(self._invalidate, row.identity)
-        image.size = seen.size
+        else:
+            image.size = seen.size
         image.record(seen, now, age, own=ours)
         return False
 

@@ -11,7 +11,7 @@ from fusecache.engine.image import Image
 from fusecache.errors import OriginError
 from tests.engine.conftest import BLOCK, BLOCKS
 from tests.support.stamps import check_stamps, stamped
-from tests.support.world import World
+from tests.support.world import PAGE, World
 
 
 async def _read_all(cache: BlockCache, image: Image, number: int) -> set[int]:
@@ -53,6 +53,29 @@ async def test_two_changes_within_one_tick_are_both_seen(
             data = await cache.read(image, 0, BLOCKS * BLOCK)
             assert set(check_stamps(data, 1, 0)) == {version}
             await cache.close(image, write=False)
+
+
+async def test_what_others_appended_is_not_zeros_to_those_who_read_while_it_is_noticed(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """The blocks have gone and the kernel is about to forget its own: a read in between must not
+    keep the old end's zeros."""
+    end = BLOCKS * BLOCK + 1024
+    world.make_file(1, stamped(1, 0, end, 1))
+    async with world.open() as cache:
+        reader = await cache.open(b"1", b"a", 1, write=False)
+        assert len(await cache.read(reader, 0, end + PAGE)) == end
+        await trio.sleep(3)
+        world.change_outside(1, end, stamped(1, end, 1024, 2))
+        world.before = {"no_pages": 2.0}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(cache.open, b"1", b"a", 1, write=False))
+            await trio.sleep(1)
+            await cache.read(reader, BLOCKS * BLOCK, PAGE)
+        data = await cache.read(reader, BLOCKS * BLOCK, PAGE)
+        assert check_stamps(data, 1, BLOCKS * BLOCK) == [1, 1, 2, 2]
+        for _ in range(2):
+            await cache.close(reader, write=False)
 
 
 async def test_our_own_writes_are_trusted_once_they_are_old_enough(
