@@ -135,26 +135,36 @@ class Discards:
         Gives whether the image is known, so that the removal must be synced first. Handles that
         are open keep working, uncached.
         """
-        image = self._images.find(identity)
-        if image is None:
-            yield False
-            return
-        if image.handles and self._core.dirty.pages(image.id):
-            await self._images.ownership.adopted(image)
-        async with image.opening, image.cleaning, image.lock.everything():
-            if image.handles and self._core.dirty.pages(image.id):
-                # Whoever has it open goes on with it: its data must be where they will read it.
-                await self._cleaner.finish(image)
-            yield True
-            image.detached = image.gone = True
-            with trio.CancelScope(shield=True):
-                try:
-                    await self._images.drop(image, 0, dirty=True)
-                except DatabaseError as exc:
-                    log.error("rows of a removed image stay: %s", exc)
-            await self._images.ownership.unlock(image)
-            if not image.handles:
-                await self._images.forget(image, gone=True)
+        while (image := self._images.find(identity)) is not None:
+            if self._outlives(image):
+                await self._images.ownership.adopted(image)
+            async with image.opening, image.cleaning, image.lock.everything():
+                if self._images.find(identity) is not image:
+                    continue  # evicted and forgotten while we waited
+                if self._outlives(image):
+                    if not image.origin.writable:
+                        continue  # opened while we waited
+                    await self._cleaner.finish(image)
+                yield True
+                await self._removed(image)
+                return
+        yield False
+
+    def _outlives(self, image: Image) -> bool:
+        """Whether whoever has it open goes on with it after its removal, and has dirty data: that
+        must be where they will read it."""
+        return bool(image.handles and self._core.dirty.pages(image.id))
+
+    async def _removed(self, image: Image) -> None:
+        image.detached = image.gone = True
+        with trio.CancelScope(shield=True):
+            try:
+                await self._images.drop(image, 0, dirty=True)
+            except DatabaseError as exc:
+                log.error("rows of a removed image stay: %s", exc)
+        await self._images.ownership.unlock(image)
+        if not image.handles:
+            await self._images.forget(image, gone=True)
 
     async def evict(
         self,

@@ -100,12 +100,13 @@ class Ownership:
         seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         async with image.cleaning, image.lock.everything():
             await self._images.fit(image, seen.size)
-        image.size = seen.size
+            image.size = seen.size
         image.adopted = True
 
     async def adopted(self, image: Image) -> None:
         """The image's dirty data can be written back: the origin is open for writing, locked,
-        and has been compared with what is recorded.
+        and has been compared with what is recorded. An image that was evicted and forgotten while
+        this waited has none, and stays closed.
 
         Raises:
             OriginError: not so, for now.
@@ -115,6 +116,8 @@ class Ownership:
         async with image.opening:
             if image.adopted and image.origin.writable:
                 return
+            if self._images.find(image.row.identity) is not image:
+                return  # nobody would give up the lock again
             path_fd = await self._pinned(image)
             try:
                 await self.lock(image, path_fd)
