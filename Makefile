@@ -20,7 +20,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 system:
 	@sh .ci/install-packages
 
-$(VENV)/.installed: pyproject.toml .ci/install-packages | system
+$(VENV)/.installed: pyproject.toml .ci/install-packages $(wildcard fusecache/lane/*.[ch]) | system
 	@echo "setting up $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -23,6 +23,16 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+class LaneUse(enum.StrEnum):
+    """Whether hits are served by compiled code."""
+
+    AUTO = "auto"
+    """Where that is possible."""
+    ON = "on"
+    """Or the mount fails."""
+    OFF = "off"
+
+
 class WriteMode(enum.StrEnum):
     """Where a guest's write goes before it is acknowledged."""
 
@@ -87,6 +97,8 @@ class Tuning:
     """Most bytes fetched ahead of a guest that reads an image in order; 0: none."""
     commits_in_place: bool = True
     """Commits and syncs of the cache are made in the event loop, as long as they are quick."""
+    lane_threads: int = 2
+    """Threads of the lane that read requests; no more than there are processors."""
     attribute_timeout: float = 1.0
     """How long the kernel may keep names and attributes."""
 
@@ -153,6 +165,7 @@ class MountConfig:
     """Address and port where Prometheus may ask."""
     log_level: str = "info"
     """One of ``LOG_LEVELS``."""
+    lane: LaneUse = LaneUse.AUTO
     config: Path | None = None
     """The file that some of this comes from."""
 

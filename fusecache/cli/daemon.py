@@ -226,7 +226,7 @@ async def _serve(
         gc.collect()
         gc.freeze()  # what lives as long as the mount need not be looked at again
         operations = Operations(cache, tree, xattrs=NO_XATTRS not in plan.options)
-        session = Session(operations, plan.mountpoint, plan.tuning)
+        session = Session(operations, cache, plan.mountpoint, plan.lane)
         options = tuple(option for option in plan.options if option != NO_XATTRS)
         session.mount(plan.origin, options, read_only=tree.read_only)
         try:

@@ -11,7 +11,7 @@ from fusecache.cli import config_file
 from fusecache.cli.checks import check_mount
 from fusecache.cli.paths import absolute
 from fusecache.cli.settings import PATHS, checked, plan_of
-from fusecache.config import LOG_LEVELS, MountConfig, WriteMode
+from fusecache.config import LOG_LEVELS, LaneUse, MountConfig, WriteMode
 
 
 @click.command(epilog="Example: fusecache mount /srv/images /mnt/cached --cache /dev/sdb")
@@ -62,6 +62,11 @@ from fusecache.config import LOG_LEVELS, MountConfig, WriteMode
     "--log-level",
     type=click.Choice(LOG_LEVELS),
     help="The least that is logged. [info]",
+)
+@click.option(
+    "--lane",
+    type=click.Choice([use.value for use in LaneUse]),
+    help="Serve hits by compiled code: auto: where possible; on: or fail; off. [auto]",
 )
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...", help="FUSE mount options, like ro."

@@ -10,6 +10,7 @@ from typing import Any
 from fusecache.cli.paths import absolute, mount_path
 from fusecache.config import (
     LOG_LEVELS,
+    LaneUse,
     MountConfig,
     Rule,
     Tuning,
@@ -61,6 +62,7 @@ def plan_of(
         rules=rules,
         metrics=chosen.get("metrics"),
         log_level=chosen.get("log-level", "info"),
+        lane=chosen.get("lane", LaneUse.AUTO),
         config=config,
     )
 
@@ -157,6 +159,15 @@ def write_mode(shown: str, value: Any) -> WriteMode:
         return WriteMode(value)
     except ValueError as exc:
         raise UsageError(f"{shown} must be one of: {', '.join(WriteMode)}.") from exc
+
+
+def _lane(shown: str, value: Any) -> LaneUse:
+    if isinstance(value, bool):  # TOML has true and false for it
+        return LaneUse.ON if value else LaneUse.OFF
+    try:
+        return LaneUse(value)
+    except ValueError as exc:
+        raise UsageError(f"{shown} must be one of: {', '.join(LaneUse)}.") from exc
 
 
 def _number(shown: str, value: Any, example: int) -> float:
@@ -259,6 +270,7 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "readahead": _readahead,
     "metrics": _metrics,
     "log-level": _level,
+    "lane": _lane,
 }
 """By name: what makes a value of it, from what a sentence about it begins with and the value."""
 

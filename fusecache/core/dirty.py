@@ -57,6 +57,7 @@ class DirtyPages:
         touch: the slot was used.
         invalidate: valid pages (a mask) of a slot are so no longer.
         returned: nothing in the slot is dirty any more.
+        soiled: the slots that the lane has written to since the last call.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class DirtyPages:
         touch: Callable[[int], None],
         invalidate: Callable[[int, int], None],
         returned: Callable[[int], None],
+        soiled: Callable[[], U32],
     ) -> None:
         self._geometry = geometry
         self._slots = slots
@@ -76,6 +78,7 @@ class DirtyPages:
         self._touch = touch
         self._invalidate = invalidate
         self._returned = returned
+        self._soiled = soiled
         self._pages_of: dict[int, int] = {}
         self.blocks = 0
         """Slots with a dirty page."""
@@ -414,7 +417,7 @@ class DirtyPages:
 
     def sync_begins(self) -> tuple[U32, U16]:
         """Just before a sync of the device; hand what this gives to ``sync_failed`` if it fails."""
-        slots = np.array(self._unsynced, np.uint32)
+        slots = np.concatenate((np.array(self._unsynced, np.uint32), self._soiled()))
         self._unsynced = array("I")
         pages: U16 = self._slots.unsynced_of[slots]
         self._slots.unsynced_of[slots] = 0

@@ -13,12 +13,13 @@ Invariants (checked by ``check``, which the tests call after every step):
 
 from array import array
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fusecache.core.dirty import DirtyPages
+from fusecache.core.gates import Gates
 from fusecache.core.geometry import Geometry, Run
 from fusecache.core.replacement import Lru
 from fusecache.core.rows import U16, U32, U64, OwedRows, Rows
@@ -58,6 +59,8 @@ class CacheIndex:
         self.geometry = geometry
         self.slot_count = slot_count
         self._slots = SlotTable(slot_count)
+        self.gates = Gates(slot_count)
+        """What the lane sees of open images."""
         self._tags = TagIndex(self._slots)
         self._policy = Lru(self._slots)
         self._tick = 1
@@ -78,12 +81,48 @@ class CacheIndex:
             self._touch,
             self._invalidate,
             self._policy.returned,
+            self.gates.take_soiled,
         )
         """What the origin has not, see ``DirtyPages``."""
 
     def _touch(self, slot: int) -> None:
         self._slots.last_used[slot] = self._tick
         self._tick += 1
+
+    # -- the lane -----------------------------------------------------------------------------
+
+    def begin_turn(self) -> None:
+        """From here to ``end_turn`` the lane changes nothing but ticks and counters."""
+        self._tick = self.gates.tick(self._tick)
+
+    def end_turn(self) -> None:
+        """See ``begin_turn``."""
+        self._tick = self.gates.tick(self._tick)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What the lane looks into, and writes to in its turns; see ``lane/core.h``."""
+        slots, gates = self._slots, self.gates
+        return {
+            "tags": self._tags.table_of,
+            "image": slots.image_of,
+            "block": slots.block_of,
+            "generation": slots.generation_of,
+            "valid": slots.valid_of,
+            "dirty": slots.dirty_of,
+            "cleaning": slots.cleaning_of,
+            "unsynced": slots.unsynced_of,
+            "pins": slots.pins_of,
+            "last_used": slots.last_used_of,
+            "gates": gates.words_of,
+            "clock": gates.clock_of,
+            "soiled_count": gates.soiled_count_of,
+            "soiled": gates.soiled_of,
+        }
+
+    @property
+    def tag_bits(self) -> int:
+        """How many bits of a hash choose the place in ``arrays()["tags"]``."""
+        return self._tags.bits
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -286,6 +325,7 @@ class CacheIndex:
 
     def reclaim(self, count: int) -> int:
         """Drops up to ``count`` clean blocks, least recently used first; returns how many."""
+        self._tick = self.gates.tick(self._tick)
         victims = self._policy.victims(count)
         for slot in victims:
             self._drop(slot, Event.DROP)

@@ -21,10 +21,10 @@ _MASK32 = 0xFFFFFFFF
 class TagIndex:
     """Finds the slot of a tag. Reads tags from ``slots``, which must be set before ``insert``."""
 
-    __slots__ = ("_block", "_image", "_mask", "_shift", "_table", "table_of")
+    __slots__ = ("_block", "_image", "_mask", "_shift", "_table", "bits", "table_of")
 
     def __init__(self, slots: SlotTable) -> None:
-        bits = max(4, (slots.slot_count * 4 // 3).bit_length())
+        self.bits = bits = max(4, (slots.slot_count * 4 // 3).bit_length())
         self._mask = (1 << bits) - 1
         self._shift = 32 - bits
         self.table_of: npt.NDArray[np.uint32] = np.zeros(1 << bits, np.uint32)

@@ -71,6 +71,7 @@ class BlockCache:
         self.tuning = tuning
         self.threads = threads
         self.state = CacheState(device, tuning, clock.monotonic)
+        self.state.shut = core.gates.shut
         self._nursery = nursery
         self._background = trio.CancelScope()
         self._rescuing = trio.CancelScope()
@@ -202,6 +203,10 @@ class BlockCache:
         if self.try_write(image, offset, data):
             return len(data)
         return await self._writes.write(image, offset, data)
+
+    def write_at_once(self, image: Image, offset: int, data: bytes) -> bool:
+        """All of ``write`` that needs no wait; False, and nothing is written, for all else."""
+        return self.try_write(image, offset, data) or self._writes.at_once(image, offset, data)
 
     async def write_slowly(self, image: Image, offset: int, data: bytes) -> int:
         """As ``write``, for a caller whose ``try_write`` just said no."""

@@ -94,7 +94,7 @@ class DirtyWrites:
         with self._slots.here:
             self._committer.commit_now()
             self._slots.write_now(position, memoryview(data))
-        image.changes += 1
+        image.changed()
         return True
 
     async def write(self, image: Image, parts: list[Part]) -> None:
@@ -123,7 +123,7 @@ class DirtyWrites:
                 if part.after:
                     self._core.stored_dirty(part.slot, part.after)
             await self._committer.commit_rows()
-        image.changes += 1
+        image.changed()
 
     async def _rows_first(self, image: Image, before: list[Part], parts: list[Part]) -> None:
         committed = self._committer.rows_owed()

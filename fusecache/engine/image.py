@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from fusecache.config import WriteMode
+from fusecache.core.gates import Gate, Gates
 from fusecache.engine.locks import SpanLock
 from fusecache.errors import OriginError
 from fusecache.observe.counters import ImageCounters, Reason
@@ -67,7 +68,7 @@ class Image:
     """Its own, so that writebacks never keep a guest's calls waiting."""
     write_mode: WriteMode
     max_waiting: int
-    size: int = 0
+    _size: int = 0
     lock: SpanLock = field(default_factory=SpanLock)
     opening: trio.Lock = field(default_factory=trio.Lock)
     """Held while the image is opened, closed, checked or evicted. Taken before ``cleaning``."""
@@ -84,8 +85,7 @@ class Image:
     readers: int = 0
     writers: int = 0
     waiting: int = 0
-    detached: bool = False
-    """Evicted or unlinked while open: uncached until the last handle closes."""
+    _detached: bool = False
     bypassed: bool = False
     """Detached because a rule says so, and not because it was evicted."""
     gone: bool = False
@@ -121,8 +121,7 @@ class Image:
     """Writes under way that only the whole-image row stands for."""
     last_intent: float = float("-inf")
     """When the last write with an intent ended."""
-    changes: int = 0
-    """Writes that changed the cache of this image and were acknowledged, ever."""
+    _changes: int = 0
     covered: int = 0
     """``changes`` as of when the barrier that runs, or ran last, began."""
     stable: int = 0
@@ -141,6 +140,64 @@ class Image:
     wrote: bool = False
     """Written to or truncated since its first writer came."""
     last_write: float = float("-inf")
+    gate: Gate | None = None
+    """What the lane knows of the image; None without a lane, or while nobody has it open."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._size = size
+        if self.gate is not None:
+            self.gate.resize(size)
+
+    @property
+    def detached(self) -> bool:
+        """Evicted or unlinked while open: uncached until the last handle closes."""
+        return self._detached
+
+    @detached.setter
+    def detached(self, detached: bool) -> None:
+        self._detached = detached
+        self._tell_gate()
+
+    @property
+    def changes(self) -> int:
+        """Writes that changed the cache of this image and were acknowledged, ever."""
+        return self._changes if self.gate is None else self._changes + self.gate.changes
+
+    def changed(self) -> None:
+        """One more of these."""
+        self._changes += 1
+
+    def open_gate(self, gates: Gates) -> None:
+        """Somebody has opened the image: the lane may serve it."""
+        if self.gate is None and (gate := gates.open(self.row.id, self._size)) is not None:
+            self.gate = gate
+            self.lock.told = self._tell_gate
+            gate.mark(self.marks)
+            self._tell_gate()
+
+    def close_gate(self, gates: Gates) -> None:
+        """Nobody has it open any more."""
+        if (gate := self.gate) is not None:
+            self.lock.told = None
+            self.count_lane()
+            self._changes += gate.changes
+            self.gate = None
+            gates.close(gate)
+
+    def _tell_gate(self) -> None:
+        if self.gate is not None:
+            self.gate.let(reads=not self._detached, writes=not self.lock.exclusive)
+
+    def count_lane(self) -> None:
+        """Adds what the lane did to the counters."""
+        if self.gate is not None:
+            self.counters.add_lane(self.gate.take())
 
     @property
     def id(self) -> int:

@@ -82,7 +82,7 @@ class Images:
             cleaner_limiter=trio.CapacityLimiter(self._tuning.clean_writes),
             write_mode=WriteMode(row.write_mode or self.policy.mode_of(row.path)),
             max_waiting=self._tuning.max_waiting_per_image,
-            size=row.size,
+            _size=row.size,
             adopted=not self._core.dirty.pages(row.id),
         )
         image.counters.latency.total = self._state.counters.latency
@@ -93,6 +93,13 @@ class Images:
     def all(self) -> list[Image]:
         """Every known image."""
         return list(self._by_identity.values())
+
+    def counted(self) -> list[Image]:
+        """Every known image, with what the lane did for it in its counters."""
+        images = self.all()
+        for image in images:
+            image.count_lane()
+        return images
 
     def find(self, identity: bytes) -> Image | None:
         """The image, if it is known."""
@@ -193,6 +200,7 @@ class Images:
             image.writers += 1
         else:
             image.readers += 1
+        image.open_gate(self._core.gates)
 
     async def open_side(self, image: Image, path_fd: int, *, write: bool) -> Attributes:
         """Opens the origin's file anew for reading or for writing. Raises OriginError."""
@@ -222,6 +230,8 @@ class Images:
                     await self._end_writing(image)
             else:
                 image.readers -= 1
+            if image.handles == 0:
+                image.close_gate(self._core.gates)
             if image.handles == 0 and image.detached:
                 await self._end_detached(image)
 

@@ -4,7 +4,7 @@ First come, first served: a claim waits for every earlier claim it overlaps, so 
 and there are no cycles.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -27,6 +27,8 @@ class SpanLock:
     def __init__(self) -> None:
         self._claims: dict[_Claim, None] = {}
         self._alone = 0
+        self.told: Callable[[], None] | None = None
+        """Called whenever ``exclusive`` may have changed."""
 
     @asynccontextmanager
     async def span(self, first: int, stop: int) -> AsyncIterator[None]:
@@ -45,12 +47,17 @@ class SpanLock:
     @asynccontextmanager
     async def alone(self, first: int, stop: int) -> AsyncIterator[None]:
         """As ``span``, and what takes no lock otherwise has to take one meanwhile."""
-        self._alone += 1
+        self._count_alone(1)
         try:
             async with self.span(first, stop):
                 yield
         finally:
-            self._alone -= 1
+            self._count_alone(-1)
+
+    def _count_alone(self, more: int) -> None:
+        self._alone += more
+        if self.told is not None:
+            self.told()
 
     @asynccontextmanager
     async def everything(self) -> AsyncIterator[None]:

@@ -69,8 +69,7 @@ class Readahead:
         if len(image.streams) >= _STREAMS:
             quiet = min(image.streams, key=lambda stream: stream.used)
             image.streams.remove(quiet)
-            if image.marks.get(quiet.mark) is quiet:
-                del image.marks[quiet.mark]
+            self._unmark(image, quiet)
         image.streams.append(Stream(blocks.start, blocks.stop, self._tick))
 
     def passed(self, image: Image, offset: int, length: int) -> None:
@@ -87,8 +86,7 @@ class Readahead:
 
     def _advance(self, image: Image, stream: Stream) -> None:
         """Fetches up to a window ahead of the stream and sets its mark in the middle of that."""
-        if image.marks.get(stream.mark) is stream:
-            del image.marks[stream.mark]
+        self._unmark(image, stream)
         stream.window = min(self._most, stream.window * 2 or self._first)
         begin = max(stream.next, stream.ahead)
         end = min(stream.next + stream.window, self._end(image))
@@ -111,6 +109,14 @@ class Readahead:
     def _mark(self, image: Image, stream: Stream) -> None:
         stream.mark = (stream.next + stream.ahead) // 2
         image.marks[stream.mark] = stream
+        if image.gate is not None:
+            image.gate.mark(image.marks)
+
+    def _unmark(self, image: Image, stream: Stream) -> None:
+        if image.marks.get(stream.mark) is stream:
+            del image.marks[stream.mark]
+            if image.gate is not None:
+                image.gate.mark(image.marks)
 
     def _end(self, image: Image) -> int:
         size = image.size

@@ -57,7 +57,7 @@ class Sampler:
         now = self._now()
         before, self._histories = self._histories, {}
         sums = array("q", flow(self._state.counters.forgotten))
-        for image in self._images.all():
+        for image in self._images.counted():
             values = flow(image.counters)
             for at, value in enumerate(values):
                 sums[at] += value
@@ -108,7 +108,7 @@ class Sampler:
         """What is sampled of the mount; ``sums`` if they are known already."""
         if sums is None:
             sums = array("q", flow(self._state.counters.forgotten))
-            for image in self._images.all():
+            for image in self._images.counted():
                 for at, value in enumerate(flow(image.counters)):
                     sums[at] += value
         totals = list(sums)

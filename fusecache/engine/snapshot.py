@@ -18,7 +18,7 @@ _STEPS = 60
 
 def mount_snapshot(cache: BlockCache) -> dict[str, Any]:
     """What all images together did, and what runs beside the requests."""
-    images = cache.images.all()
+    images = cache.images.counted()
     total = ImageCounters()
     total.add(cache.state.counters.forgotten)
     for image in images:
@@ -75,7 +75,7 @@ def _cleaner(cache: BlockCache) -> dict[str, Any]:
     ``doing``: ``idle`` (nothing is dirty), ``waiting`` for data to become old enough, ``writing``
     it back, ``retrying`` after a failure, or ``rescuing`` what a broken cache still has.
     """
-    images = cache.images.all()
+    images = cache.images.counted()
     writing = [image for image in images if image.cleaning.locked()]
     failed = [image for image in images if image.clean_error and _dirty_bytes(cache, image)]
     next_seconds: float | None = None

@@ -36,6 +36,8 @@ class CacheState:
         """Why the cache is not usable, or what went wrong last."""
         self.broken = trio.Event()
         """Set with the first error that makes the cache unusable."""
+        self.shut: Callable[[], None] | None = None
+        """Called when the cache is not usable any more, before anybody can act on it."""
         self.fenced = trio.Event()
         """Set once writes may go on past an unusable cache."""
         self.store_failures = 0
@@ -67,6 +69,8 @@ class CacheState:
         self.device_failed(error)
         if self.usable:
             self.usable = False
+            if self.shut is not None:
+                self.shut()
             log.error(
                 "the cache is degraded, all goes to the origin: %s",
                 error,

@@ -60,7 +60,7 @@ class Writes:
         """
         if not data:
             return 0
-        if self._at_once(image, offset, data):
+        if self.at_once(image, offset, data):
             return len(data)
         blocks = self._geometry.blocks(offset, len(data))
         torn: CacheDeviceError | None = None
@@ -79,7 +79,7 @@ class Writes:
             image.counters.wrote(served, len(data))
         return len(data)
 
-    def _at_once(self, image: Image, offset: int, data: bytes) -> bool:
+    def at_once(self, image: Image, offset: int, data: bytes) -> bool:
         """A write within one block whose pages are all valid, in write-back, without any await:
         row, then data (R2). False, and nothing is written, for anything else."""
         geometry = self._geometry
@@ -223,7 +223,7 @@ class Writes:
                 served = Served.AROUND
             else:
                 served = await self._through(image, offset, data)
-            image.changes += 1
+            image.changed()
         return served
 
     async def _through(self, image: Image, offset: int, data: bytes) -> Served:

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
@@ -21,6 +22,9 @@ from fusecache.fuse.shared import SharedStat
 from fusecache.store.origin import Attributes
 from fusecache.store.syscalls import RENAME_EXCHANGE
 from fusecache.store.tree import Found, Tree
+
+if TYPE_CHECKING:
+    from fusecache.lane._lane import Lane
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,9 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, cache: BlockCache, tree: Tree, *, xattrs: bool = True) -> None:
         super().__init__()
-        self._xattrs = xattrs
+        self.xattrs = xattrs
+        self.lane: Lane | None = None
+        """What answers hits in front of us, if anything does."""
         self.state = cache.state
         self._cache = cache
         self._tree = tree
@@ -83,7 +89,10 @@ class Operations(pyfuse3.Operations):
         if node is None:
             return
         try:
-            pyfuse3.invalidate_inode(node.id, attr_only=False)
+            if self.lane is None:
+                pyfuse3.invalidate_inode(node.id, attr_only=False)
+            else:  # pyfuse3 would not wait for the kernel's answer, which takes another way
+                self.lane.invalidate(node.id)
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
                 raise
@@ -357,7 +366,7 @@ class Operations(pyfuse3.Operations):
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Images have no file capabilities: the kernel asks before every write, so answer fast."""
-        if not self._xattrs:
+        if not self.xattrs:
             raise FUSEError(errno.ENOSYS)  # said once, and the kernel never asks again
         if name == _CAPABILITY and (node := self.inodes.get(inode)) is not None and node.regular:
             raise _NO_DATA.with_traceback(None)
@@ -370,7 +379,7 @@ class Operations(pyfuse3.Operations):
         return await self._metadata(self._tree.getxattr, node.fd, name)
 
     def _with_xattrs(self, node: Node) -> None:
-        if not self._xattrs:
+        if not self.xattrs:
             raise FUSEError(errno.ENOSYS)
         if node.fmt == stat.S_IFLNK:
             raise FUSEError(errno.EOPNOTSUPP)  # their descriptors cannot be followed
@@ -389,7 +398,7 @@ class Operations(pyfuse3.Operations):
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         """As on the origin; symbolic links have none."""
         node = self.inodes[inode]
-        if node.fmt == stat.S_IFLNK and self._xattrs:
+        if node.fmt == stat.S_IFLNK and self.xattrs:
             return []
         self._with_xattrs(node)
         return await self._metadata(self._tree.listxattr, node.fd)
@@ -411,6 +420,8 @@ class Operations(pyfuse3.Operations):
     def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
         number, self._next_handle = self._next_handle, self._next_handle + 1
         self.handles[number] = Handle(image, node, write, pid)
+        if self.lane is not None and image.gate is not None:
+            self.lane.open(number, node.id, image.gate.number)
         return FileInfo(fh=number, keep_cache=image.kernel_true and not image.detached)
 
     @guarded
@@ -508,6 +519,8 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         """The last close of a handle."""
         handle = self.handles.pop(fh)
+        if self.lane is not None:
+            self.lane.close(fh)
         await self._cache.close(handle.image, write=handle.write)
 
     @guarded

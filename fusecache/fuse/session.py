@@ -7,10 +7,15 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from fusecache.config import Tuning
+from fusecache import lane
+from fusecache.config import LaneUse
+from fusecache.engine.block_cache import BlockCache
 from fusecache.errors import MountError
+from fusecache.fuse import mounting, mounts
+from fusecache.fuse.laned import Laned
 from fusecache.fuse.mounts import CONNECTIONS, SUBTYPE, check_device, mount_at
 from fusecache.fuse.operations import Operations
+from fusecache.observe.logs import fields
 from fusecache.store import syscalls
 
 log = logging.getLogger(__name__)
@@ -25,10 +30,15 @@ _BUFFERED_AHEAD_KIB = 1024
 class Session:
     """One mount of one set of operations; pyfuse3 allows one in a process."""
 
-    def __init__(self, operations: Operations, mountpoint: Path, tuning: Tuning) -> None:
+    def __init__(
+        self, operations: Operations, cache: BlockCache, mountpoint: Path, lane_use: LaneUse
+    ) -> None:
         self._operations = operations
+        self._cache = cache
         self._mountpoint = mountpoint
-        self._tuning = tuning
+        self._lane_use = lane_use
+        self._tuning = cache.tuning
+        self._laned: Laned | None = None
         self._mounted = False
         self._detached = False
 
@@ -49,6 +59,12 @@ class Session:
         if read_only:
             chosen.add("ro")
         check_device()
+        if self._use_lane(chosen):
+            fd = mounting.mount(self._mountpoint, chosen)
+            self._mounted = True
+            self._laned = Laned(self._operations, self._cache, fd)
+            pyfuse3.init(self._operations, self._laned.path, {f"subtype={SUBTYPE}"})
+            return
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), chosen)
         except RuntimeError as exc:
@@ -61,10 +77,24 @@ class Session:
             ) from exc
         self._mounted = True
 
+    def _use_lane(self, options: set[str]) -> bool:
+        if self._lane_use is LaneUse.OFF:
+            return False
+        why_not = lane.why_not()
+        if not why_not and (unknown := mounting.unknown(options)):
+            why_not = f"only libfuse knows the mount option {unknown[0]}"
+        if why_not and self._lane_use is LaneUse.ON:
+            raise MountError(f"There is no lane: {why_not}. Mount with --lane auto or off.")
+        if why_not:
+            log.info("no lane: %s", why_not, extra=fields("no-lane"))
+        return not why_not
+
     async def run(self, ready: trio.Event) -> None:
         """Serves until unmounted. Sets ``ready`` once the kernel has been answered."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce, ready)
+            if self._laned is not None:
+                nursery.start_soon(self._laned.serve)
             most = self._tuning.max_background + _EXTRA_TASKS
             await pyfuse3.main(min_tasks=_IDLE_TASKS, max_tasks=most)
             nursery.cancel_scope.cancel()
@@ -108,5 +138,11 @@ class Session:
         """Ends the session; unmounts, lazily, if that has not happened."""
         if self._mounted:
             self._mounted = False
-            pyfuse3.close(unmount=not self._detached)
+            if self._laned is None:
+                pyfuse3.close(unmount=not self._detached)
+            else:
+                if not self._detached:
+                    mounts.unmount(self._mountpoint, detach=True)
+                pyfuse3.close(unmount=False)
+                self._laned.close()
         self._operations.inodes.close()

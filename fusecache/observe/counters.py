@@ -6,6 +6,7 @@ made once a tick or when somebody asks.
 
 import enum
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from fusecache.observe.latency import OriginLatency
@@ -127,6 +128,16 @@ class ImageCounters:
         elif served is Served.AROUND:
             self.around_writes += 1
             self.around_write_bytes += length
+
+    def add_lane(self, counted: Sequence[int]) -> None:
+        """Hits and overwrites that the lane served by itself, in the order of a gate's numbers."""
+        reads, read_bytes, ssd_reads, ssd_read_bytes, writes, write_bytes = counted
+        self.read_hits += reads
+        self.read_hit_bytes += read_bytes
+        self.ssd_reads += ssd_reads
+        self.ssd_read_bytes += ssd_read_bytes
+        self.writes += writes
+        self.write_bytes += write_bytes
 
     @property
     def untouched(self) -> bool:

@@ -54,6 +54,11 @@ class CacheDevice:
         self.synced_commit = 0
         """The last commit of the database whose note here is surely stable."""
 
+    @property
+    def fd(self) -> int:
+        """For the lane, which reads and writes slots by itself; they begin at ``DATA_OFFSET``."""
+        return self._fd
+
     def try_read(self, position: int, buffer: memoryview) -> bool:
         """Fills ``buffer`` if every byte is in the page cache; False if it is not. Never waits.
 

@@ -10,6 +10,8 @@ AT_EMPTY_PATH = 0x1000
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 MNT_DETACH = 2
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_SYNCHRONOUS, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 16, 128, 1024, 2048
 TMPFS_MAGIC = 0x01021994
 _MAX_HANDLE = 128
 _STATX_BTIME = 0x800
@@ -65,11 +67,16 @@ def umount(path: bytes, *, detach: bool) -> None:
         raise OSError(number, os.strerror(number), os.fsdecode(path))
 
 
+def mount(source: bytes, target: bytes, fstype: bytes, flags: int, data: bytes) -> None:
+    """mount(2). Raises OSError."""
+    if _libc.mount(source, target, fstype, ctypes.c_ulong(flags), data) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(target))
+
+
 def mount_fusectl() -> None:
     """Mounts fusectl where the kernel wants it, root only. Raises OSError."""
-    if _libc.mount(b"none", b"/sys/fs/fuse/connections", b"fusectl", 0, None) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    mount(b"none", b"/sys/fs/fuse/connections", b"fusectl", 0, b"")
 
 
 def chown_fd(fd: int, uid: int, gid: int) -> None:

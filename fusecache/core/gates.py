@@ -1,0 +1,121 @@
+"""Gates: what the compiled lane is told of images that are open, and what it tells.
+
+One entry of 128 bytes for each; ``lane/core.h`` lays it out in the same way. Whatever is written
+here holds for the lane at once, and whoever closes a gate may change what lies behind it: the lane
+looks once more before it answers. Without the lane nobody opens one.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+GATES = 1024
+"""Images that may be open at a time and known to the lane; others are served without it."""
+MARKS = 8
+NO_BLOCK = 0xFFFFFFFF
+_READS, _WRITES = 1, 2
+_SOILED = 1 << 16
+_WORDS32, _WORDS64 = 32, 16
+_FLAGS, _IMAGE, _FIRST_MARK = 0, 1, 4
+_SIZE, _CHANGES, _COUNTERS = 1, 7, 8
+COUNTED = 6
+"""Reads, their bytes, those that were not in memory, their bytes, overwrites, their bytes."""
+
+
+class Gates:
+    """The entries, and the slots that the lane has written to since the last sync."""
+
+    def __init__(self, slot_count: int) -> None:
+        self.words_of: npt.NDArray[np.uint64] = np.zeros(GATES * _WORDS64, np.uint64)
+        self.soiled_of: npt.NDArray[np.uint32] = np.zeros(min(_SOILED, slot_count), np.uint32)
+        self.soiled_count_of: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
+        self.clock_of: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
+        self.words32_of = self.words_of.view(np.uint32)
+        self.words32 = self.words32_of.data
+        self.words64 = self.words_of.data
+        self._clock = self.clock_of.data
+        self._soiled_count = self.soiled_count_of.data
+        self._free = list(range(GATES - 1, -1, -1))
+        self._shut = False
+        self.used = False
+        """Whether there is a lane."""
+
+    def open(self, image: int, size: int) -> "Gate | None":
+        """A gate for an image, shut; None if all are taken or there is no lane."""
+        return Gate(self, self._free.pop(), image, size) if self.used and self._free else None
+
+    def close(self, gate: "Gate") -> None:
+        """Nobody has the image open any more; ``gate.take`` has been called for the last time."""
+        gate.let(reads=False, writes=False)
+        self._free.append(gate.number)
+
+    def shut(self) -> None:
+        """Nothing passes any gate from now on."""
+        self._shut = True
+        self.words32_of[_FLAGS::_WORDS32] = 0
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether ``shut`` was called."""
+        return self._shut
+
+    def take_soiled(self) -> npt.NDArray[np.uint32]:
+        """The slots that had no unsynced page before the lane wrote to them."""
+        count = self._soiled_count[0]
+        self._soiled_count[0] = 0
+        return self.soiled_of[:count].copy()
+
+    def tick(self, own: int) -> int:
+        """The next tick of the LRU order, for both who give them out; ``own`` is ours."""
+        theirs = self._clock[0]
+        if theirs < own:
+            self._clock[0] = own
+            return own
+        return theirs
+
+
+class Gate:
+    """That of one image."""
+
+    __slots__ = ("_at32", "_at64", "_gates", "_seen", "_words32", "_words64", "number")
+
+    def __init__(self, gates: Gates, number: int, image: int, size: int) -> None:
+        self._gates = gates
+        self.number = number
+        self._words32, self._words64 = gates.words32, gates.words64
+        self._at32, self._at64 = number * _WORDS32, number * _WORDS64
+        gates.words_of[self._at64 : self._at64 + _WORDS64] = 0
+        self._words32[self._at32 + _IMAGE] = image
+        self.resize(size)
+        self.mark(())
+        self._seen = [0] * COUNTED
+
+    def resize(self, size: int) -> None:
+        """The image has so many bytes."""
+        self._words64[self._at64 + _SIZE] = size
+
+    def let(self, *, reads: bool, writes: bool) -> None:
+        """Whether hits may be answered, and dirty pages be written over, without Python."""
+        flags = (_READS if reads else 0) | (_WRITES if reads and writes else 0)
+        self._words32[self._at32 + _FLAGS] = 0 if self._gates.is_shut else flags
+
+    def mark(self, blocks: Iterable[int]) -> None:
+        """A hit in one of these blocks, at most ``MARKS``, is for Python."""
+        at = self._at32 + _FIRST_MARK
+        marks = list(blocks)[:MARKS]
+        for place in range(MARKS):
+            self._words32[at + place] = marks[place] if place < len(marks) else NO_BLOCK
+
+    @property
+    def changes(self) -> int:
+        """How often the lane wrote to the image."""
+        return self._words64[self._at64 + _CHANGES]
+
+    def take(self) -> list[int]:
+        """What the lane counted since the last call: ``COUNTED`` numbers."""
+        at = self._at64 + _COUNTERS
+        now = self._words64[at : at + COUNTED].tolist()
+        grown = [new - old for new, old in zip(now, self._seen, strict=True)]
+        self._seen = now
+        return grown

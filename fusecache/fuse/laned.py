@@ -1,0 +1,124 @@
+"""A session in front of which the lane answers hits.
+
+    kernel - /dev/fuse - lane -+- a hit: answered there
+                               +- data that is no hit, fsync, fallocate, lseek: ``Requests``
+                               +- all else: a socket pair, of which pyfuse3 has the other end
+"""
+
+import contextlib
+import os
+import socket
+from typing import Any
+
+import pyfuse3
+import trio
+
+from fusecache.core.index import CacheIndex
+from fusecache.engine.block_cache import BlockCache
+from fusecache.fuse.operations import Operations
+from fusecache.fuse.requests import Requests
+from fusecache.lane import lane_type
+from fusecache.store.cache_device import DATA_OFFSET
+
+_SPARES = 32
+"""Threads that may wait for the SSD at a time, as deep as an SSD is fast."""
+_PAIR_BYTES = 4 << 20
+"""What may wait in the pair; without privilege the kernel's limit, some 200 KiB, has to do."""
+_MOST_BACKGROUND = 0xFFFF
+_PATIENCE = 5.0
+"""Seconds that threads have to end, one of which may wait for the SSD."""
+
+
+class Laned:
+    """The lane of one mount, and what of its requests Python answers."""
+
+    def __init__(self, operations: Operations, cache: BlockCache, fd: int) -> None:
+        """Takes over ``fd``, the kernel's descriptor of the mount."""
+        core, tuning = cache.core, cache.tuning
+        self._core = core
+        self._fd = fd
+        self._ours, self._theirs = _pair()
+        core.gates.used = True
+        arrays = core.arrays()
+        self.lane = lane_type()(
+            arrays=arrays,
+            slot_count=core.slot_count,
+            gate_count=arrays["gates"].size // 16,
+            block_shift=core.geometry.block_shift,
+            page_shift=core.geometry.page_shift,
+            tag_shift=32 - core.tag_bits,
+            tag_bits=core.tag_bits,
+            soiled_room=arrays["soiled"].size,
+            fuse=fd,
+            passed=self._ours.fileno(),
+            device=cache.device.fd,
+            data_offset=DATA_OFFSET,
+            readers=min(tuning.lane_threads, os.cpu_count() or 1),
+            spares=_SPARES,
+            capability=operations.xattrs,
+            max_background=min(tuning.max_background, _MOST_BACKGROUND),
+        )
+        self._requests = Requests(self.lane, operations, cache)
+        operations.lane = self.lane
+
+    @property
+    def path(self) -> str:
+        """Where pyfuse3 may mount: libfuse takes this for a session that is mounted already."""
+        return f"/dev/fd/{self._theirs.fileno()}"
+
+    async def serve(self) -> None:
+        """Until the kernel has no more requests, or cancelled; then pyfuse3 ends as well."""
+        turns = _Turns(self.lane, self._core)
+        turns.begin()
+        try:
+            await self._requests.serve()
+        finally:
+            turns.end()
+            pyfuse3.terminate()  # before its end of the pair is closed to it
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.lane.stop, _PATIENCE)
+
+    def close(self) -> None:
+        """After pyfuse3 has closed its end of the pair."""
+        self.lane.stop(_PATIENCE)
+        self._theirs.detach()  # libfuse has closed it
+        self._ours.close()
+        os.close(self._fd)
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    forced = getattr(socket, "SO_SNDBUFFORCE", 32)
+    for end in pair:
+        for option in (forced, socket.SO_SNDBUF):
+            with contextlib.suppress(PermissionError):
+                end.setsockopt(socket.SOL_SOCKET, option, _PAIR_BYTES)
+                break
+    return pair
+
+
+class _Turns(trio.abc.Instrument):
+    """Lets the lane change the core while the event loop has nothing to do."""
+
+    def __init__(self, lane: Any, core: CacheIndex) -> None:
+        self._enter, self._leave = lane.enter, lane.leave
+        self._begin, self._end = core.begin_turn, core.end_turn
+
+    def begin(self) -> None:
+        """For a caller in the event loop."""
+        self.after_io_wait(0)
+        trio.lowlevel.add_instrument(self)
+
+    def end(self) -> None:
+        """See ``begin``. The lane has no more turns."""
+        trio.lowlevel.remove_instrument(self)
+
+    def before_io_wait(self, timeout: float) -> None:
+        """The event loop is about to wait."""
+        self._end()
+        self._leave()
+
+    def after_io_wait(self, timeout: float) -> None:
+        """It goes on."""
+        self._enter()
+        self._begin()

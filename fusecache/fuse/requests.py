@@ -1,0 +1,106 @@
+"""Requests that the lane hands to Python: data that is not simply a hit, and what pyfuse3 has no
+words for."""
+
+import errno
+import struct
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import trio
+from pyfuse3 import FUSEError
+
+from fusecache import lane as lanes
+from fusecache.engine.block_cache import BlockCache
+from fusecache.fuse.guard import answer
+from fusecache.fuse.operations import Handle, Operations
+
+if TYPE_CHECKING:
+    from fusecache.lane._lane import Lane
+
+_WRITTEN = struct.Struct("<II")
+"""``struct fuse_write_out``: bytes, padding."""
+_FOUND = struct.Struct("<Q")
+"""``struct fuse_lseek_out``."""
+_DATA_ONLY = 1
+"""``FUSE_FSYNC_FDATASYNC``."""
+
+Request = tuple[int, int, int, int, int, int, bytes | None]
+"""See ``Lane.take``."""
+
+
+class Requests:
+    """Takes them from the lane and answers them."""
+
+    def __init__(self, lane: "Lane", operations: Operations, cache: BlockCache) -> None:
+        self._lane = lane
+        self._reply = lane.reply
+        self._operations = operations
+        self._handles = operations.handles
+        self._cache = cache
+        self._state = cache.state
+        self._slowly: dict[int, Callable[[Handle, Request], Awaitable[bytes | memoryview]]] = {
+            lanes.READ: self._read,
+            lanes.WRITE: self._write,
+            lanes.FSYNC: self._fsync,
+            lanes.FALLOCATE: self._fallocate,
+            lanes.LSEEK: self._lseek,
+        }
+
+    async def serve(self) -> None:
+        """Until the kernel has no more; what is under way is answered first."""
+        async with trio.open_nursery() as nursery:
+            while not self._lane.ended:
+                await trio.lowlevel.wait_readable(self._lane.queue)
+                for request in self._lane.take():
+                    if not self._at_once(request):
+                        nursery.start_soon(self._answer, request)
+
+    def _at_once(self, request: Request) -> bool:
+        """Answers what needs no wait; False for all else."""
+        unique, opcode, number, offset, length, _, data = request
+        try:
+            image = self._handles[number].image
+            if opcode == lanes.READ:
+                hit = self._cache.try_read(image, offset, length)
+                if hit is None:
+                    return False
+                self._reply(unique, 0, hit)
+                return True
+            if data is None or not self._cache.write_at_once(image, offset, data):
+                return False
+        except Exception as exc:
+            self._reply(unique, answer(self._state, exc, "a request").errno, b"")
+            return True
+        self._reply(unique, 0, _WRITTEN.pack(length, 0))
+        return True
+
+    async def _answer(self, request: Request) -> None:
+        unique, opcode = request[:2]
+        error, data = 0, b""  # type: int, bytes | memoryview
+        try:
+            data = await self._slowly[opcode](self._handles[request[2]], request)
+        except Exception as exc:
+            failed = exc if isinstance(exc, FUSEError) else answer(self._state, exc, "a request")
+            error = failed.errno
+        self._reply(unique, error, data)
+
+    async def _read(self, handle: Handle, request: Request) -> memoryview:
+        return await self._cache.read_slowly(handle.image, request[3], request[4])
+
+    async def _write(self, handle: Handle, request: Request) -> bytes:
+        data = request[6]
+        assert data is not None
+        return _WRITTEN.pack(await self._cache.write_slowly(handle.image, request[3], data), 0)
+
+    async def _fsync(self, handle: Handle, request: Request) -> bytes:
+        await self._cache.fsync(handle.image, metadata=not request[5] & _DATA_ONLY)
+        return b""
+
+    async def _fallocate(self, handle: Handle, request: Request) -> bytes:
+        if not handle.write:
+            raise FUSEError(errno.EBADF)
+        await self._cache.allocate(handle.image, request[5], request[3], request[4])
+        return b""
+
+    async def _lseek(self, handle: Handle, request: Request) -> bytes:
+        return _FOUND.pack(await self._cache.seek(handle.image, request[3], request[5]))

@@ -1,0 +1,73 @@
+"""The compiled part; see lane.h and module.c."""
+
+from collections.abc import Mapping
+from typing import Any
+
+class Lane:
+    """Threads that serve one mount. Started when made."""
+
+    def __init__(
+        self,
+        *,
+        arrays: Mapping[str, Any],
+        slot_count: int,
+        gate_count: int,
+        block_shift: int,
+        page_shift: int,
+        tag_shift: int,
+        tag_bits: int,
+        soiled_room: int,
+        fuse: int,
+        passed: int,
+        device: int,
+        data_offset: int,
+        readers: int,
+        spares: int,
+        capability: bool,
+        max_background: int,
+    ) -> None:
+        """Takes over none of the descriptors, which must outlive it.
+
+        Args:
+            arrays: ``CacheIndex.arrays()``.
+            fuse: ``/dev/fuse``, mounted.
+            passed: our end of a SOCK_SEQPACKET pair; pyfuse3 has the other one.
+            device: the cache device, whose slots begin at ``data_offset``.
+            readers: threads that read requests; ``spares`` take over while these wait for the
+                device.
+            capability: answer the question for ``security.capability`` of images.
+
+        Raises:
+            OSError: no memory or no threads for it.
+            ValueError, KeyError: the arrays do not fit the numbers.
+        """
+    @property
+    def queue(self) -> int:
+        """A descriptor that is readable while something waits for ``take``."""
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has no more requests: unmounted, or aborted."""
+    def take(self) -> list[tuple[int, int, int, int, int, int, bytes | None]]:
+        """Requests that Python must answer, each with ``reply``: unique number, opcode, handle,
+        offset, length, detail (flags of an FSYNC, mode of a FALLOCATE, whence of an LSEEK), and
+        the data of a WRITE."""
+    def reply(self, unique: int, error: int, data: bytes | memoryview, /) -> int:
+        """Answers a request; returns the errno of that. ENOENT: nobody waits for it any more."""
+    def open(self, handle: int, node: int, gate: int, /) -> None:
+        """From now on requests with this handle pass this gate."""
+    def close(self, handle: int, /) -> None:
+        """The handle is no more."""
+    def invalidate(self, node: int, /) -> None:
+        """Makes the kernel forget pages and attributes. Blocks, without the GIL.
+
+        Raises:
+            OSError: ENOENT: the kernel does not know the node.
+        """
+    def enter(self) -> None:
+        """From here to ``leave`` the lane changes nothing in the arrays but ticks and counters."""
+    def leave(self) -> None:
+        """See ``enter``."""
+    def stop(self, seconds: float, /) -> bool:
+        """Ends all threads; False if one still hangs in the device after so many seconds."""
+    def counters(self) -> dict[str, Any]:
+        """Numbers since the start; ``read_ns`` and ``write_ns`` by powers of two."""

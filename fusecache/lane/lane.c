@@ -1,0 +1,340 @@
+#include "lane.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "serve.h"
+
+#define SPARE_BUFFERS 32 /* writes that wait for Python, beside one for each thread */
+#define STACK (512 << 10)
+
+uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* -- tables ------------------------------------------------------------------------------------ */
+
+void table_put(uint64_t *table, uint64_t number, uint32_t gate)
+{
+    uint64_t *entry = &table[number % HANDLES];
+    if (*entry == 0 && number < UINT64_C(1) << 48)
+        __atomic_store_n(entry, number << 16 | (gate + 1), __ATOMIC_RELEASE);
+}
+
+void table_drop(uint64_t *table, uint64_t number)
+{
+    uint64_t *entry = &table[number % HANDLES];
+    if (*entry >> 16 == number)
+        __atomic_store_n(entry, 0, __ATOMIC_RELEASE);
+}
+
+uint32_t table_get(const uint64_t *table, uint64_t number)
+{
+    uint64_t entry = __atomic_load_n(&table[number % HANDLES], __ATOMIC_ACQUIRE);
+    return entry && entry >> 16 == number ? (uint32_t)(entry & 0xFFFF) - 1 : UINT32_MAX;
+}
+
+/* -- the queue to Python ----------------------------------------------------------------------- */
+
+static void signal_python(struct lane *lane)
+{
+    uint64_t one = 1;
+    if (!lane->signalled) {
+        lane->signalled = true;
+        while (write(lane->queue, &one, sizeof one) < 0 && errno == EINTR)
+            ;
+    }
+}
+
+struct buffer *lane_queue(struct lane *lane, const struct request *request, struct buffer *buffer)
+{
+    bool keeps = request->kind == REQUEST_WRITE;
+    pthread_mutex_lock(&lane->mutex);
+    while (!lane->ended && (!lane->free_waiting || (keeps && !lane->buffers)))
+        pthread_cond_wait(&lane->room, &lane->mutex);
+    if (!lane->ended) {
+        struct waiting *waiting = lane->free_waiting;
+        lane->free_waiting = waiting->next;
+        waiting->request = *request;
+        waiting->buffer = keeps ? buffer : NULL;
+        waiting->next = NULL;
+        if (keeps) {
+            buffer = lane->buffers;
+            lane->buffers = buffer->next;
+        }
+        *lane->last = waiting;
+        lane->last = &waiting->next;
+        lane->counters.queued++;
+        signal_python(lane);
+    }
+    pthread_mutex_unlock(&lane->mutex);
+    return buffer;
+}
+
+struct waiting *lane_take(struct lane *lane)
+{
+    uint64_t count;
+    pthread_mutex_lock(&lane->mutex);
+    while (read(lane->queue, &count, sizeof count) < 0 && errno == EINTR)
+        ;
+    lane->signalled = false;
+    struct waiting *taken = lane->first;
+    lane->first = NULL;
+    lane->last = &lane->first;
+    pthread_mutex_unlock(&lane->mutex);
+    return taken;
+}
+
+void lane_done(struct lane *lane, struct waiting *waiting)
+{
+    pthread_mutex_lock(&lane->mutex);
+    if (waiting->buffer) {
+        waiting->buffer->next = lane->buffers;
+        lane->buffers = waiting->buffer;
+    }
+    waiting->next = lane->free_waiting;
+    lane->free_waiting = waiting;
+    pthread_cond_signal(&lane->room);
+    pthread_mutex_unlock(&lane->mutex);
+}
+
+int lane_reply(struct lane *lane, uint64_t unique, int error, const void *data, size_t size)
+{
+    struct fuse_out_header header = {
+        .len = (uint32_t)(sizeof header + size), .error = -error, .unique = unique};
+    struct iovec parts[2] = {{&header, sizeof header}, {(void *)data, size}};
+    ssize_t done;
+    do
+        done = writev(lane->fuse, parts, size ? 2 : 1);
+    while (done < 0 && errno == EINTR);
+    return done < 0 ? errno : 0;
+}
+
+/* -- threads ----------------------------------------------------------------------------------- */
+
+bool lane_step_back(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->mutex);
+    bool may = lane->active > 1 || lane->parked > 0;
+    if (may) {
+        lane->active--;
+        pthread_cond_signal(&lane->spare);
+    }
+    pthread_mutex_unlock(&lane->mutex);
+    return may;
+}
+
+bool lane_step_up(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->mutex);
+    lane->parked++;
+    while (!lane->ended && lane->active >= lane->readers)
+        pthread_cond_wait(&lane->spare, &lane->mutex);
+    lane->parked--;
+    bool reads = !lane->ended;
+    if (reads)
+        lane->active++;
+    pthread_mutex_unlock(&lane->mutex);
+    return reads;
+}
+
+static void end(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->mutex);
+    if (!lane->ended) {
+        __atomic_store_n(&lane->ended, true, __ATOMIC_RELEASE);
+        signal_python(lane);
+    }
+    pthread_cond_broadcast(&lane->spare);
+    pthread_cond_broadcast(&lane->room);
+    pthread_mutex_unlock(&lane->mutex);
+}
+
+static void leave(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->mutex);
+    lane->alive--;
+    pthread_cond_broadcast(&lane->gone);
+    pthread_mutex_unlock(&lane->mutex);
+}
+
+static void *serve_thread(void *argument)
+{
+    struct lane *lane = argument;
+    struct buffer *buffer;
+    pthread_mutex_lock(&lane->mutex);
+    buffer = lane->buffers;
+    lane->buffers = buffer->next;
+    pthread_mutex_unlock(&lane->mutex);
+    if (lane_step_up(lane))
+        serve(lane, buffer);
+    end(lane);
+    leave(lane);
+    return NULL;
+}
+
+/* Brings what pyfuse3 answers to the kernel. */
+static void *return_thread(void *argument)
+{
+    struct lane *lane = argument;
+    char *message = malloc(MESSAGE);
+    while (message) {
+        ssize_t size = recv(lane->pass, message, MESSAGE, 0);
+        if (size < 0 && errno == EINTR && !__atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE))
+            continue;
+        if (size <= 0)
+            break;
+        serve_answer(lane, message, (size_t)size);
+    }
+    free(message);
+    end(lane);
+    leave(lane);
+    return NULL;
+}
+
+static void nothing(int number)
+{
+    (void)number; /* it is there to end a read */
+}
+
+static int make_room(struct lane *lane)
+{
+    lane->buffer_count = lane->threads + SPARE_BUFFERS;
+    lane->all_buffers = calloc(lane->buffer_count, sizeof *lane->all_buffers);
+    lane->ids = calloc(lane->threads, sizeof *lane->ids);
+    lane->handles = calloc(HANDLES, sizeof *lane->handles);
+    lane->nodes = calloc(HANDLES, sizeof *lane->nodes);
+    lane->questions = calloc(HANDLES, sizeof *lane->questions);
+    lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
+    if (!lane->all_buffers || !lane->ids || !lane->handles || !lane->nodes || !lane->questions ||
+        !lane->held_until)
+        return ENOMEM;
+    for (unsigned i = 0; i < lane->buffer_count; i++) {
+        struct buffer *buffer = &lane->all_buffers[i];
+        /* Untouched pages of it take no memory. */
+        buffer->bytes = mmap(NULL, MESSAGE, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (buffer->bytes == MAP_FAILED) {
+            buffer->bytes = NULL;
+            return ENOMEM;
+        }
+        buffer->next = lane->buffers;
+        lane->buffers = buffer;
+    }
+    /* The kernel has at most max_background requests under way, and one for each thread of each
+     * guest; with more than this the lane waits for Python. */
+    for (unsigned i = 0; i < WAITING; i++) {
+        struct waiting *waiting = calloc(1, sizeof *waiting);
+        if (!waiting)
+            return ENOMEM;
+        waiting->next = lane->free_waiting;
+        lane->free_waiting = waiting;
+    }
+    return 0;
+}
+
+int lane_start(struct lane *lane)
+{
+    pthread_mutex_init(&lane->mutex, NULL);
+    pthread_cond_init(&lane->spare, NULL);
+    pthread_cond_init(&lane->room, NULL);
+    pthread_cond_init(&lane->gone, NULL);
+    turns_init(&lane->turns);
+    lane->last = &lane->first;
+    lane->can_nowait = true;
+    int error = make_room(lane);
+    if (error)
+        return error;
+    if ((lane->queue = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
+        return errno;
+    struct sigaction wake = {.sa_handler = nothing};
+    sigaction(SIGRTMAX, &wake, NULL);
+
+    /* Signals are Python's main thread's. */
+    sigset_t all, before;
+    sigfillset(&all);
+    sigdelset(&all, SIGRTMAX);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, STACK);
+    lane->alive = lane->threads + 1;
+    if ((error = pthread_create(&lane->returner, &small, return_thread, lane)) == 0)
+        lane->returner_started = true;
+    for (unsigned i = 0; i < lane->threads && !error; i++)
+        if ((error = pthread_create(&lane->ids[i], &small, serve_thread, lane)) == 0)
+            lane->started++;
+    lane->alive = lane->started + lane->returner_started;
+    pthread_attr_destroy(&small);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
+}
+
+bool lane_stop(struct lane *lane, unsigned milliseconds)
+{
+    uint64_t until = now_ns() + milliseconds * UINT64_C(1000000);
+    end(lane);
+    shutdown(lane->pass, SHUT_RDWR);
+    pthread_mutex_lock(&lane->mutex);
+    while (lane->alive && now_ns() < until) {
+        /* A signal that comes just before a read begins does not end it: again and again. */
+        for (unsigned i = 0; i < lane->started; i++)
+            pthread_kill(lane->ids[i], SIGRTMAX);
+        struct timespec soon;
+        clock_gettime(CLOCK_REALTIME, &soon);
+        soon.tv_nsec += 5000000;
+        if (soon.tv_nsec >= 1000000000) {
+            soon.tv_nsec -= 1000000000;
+            soon.tv_sec++;
+        }
+        pthread_cond_timedwait(&lane->gone, &lane->mutex, &soon);
+    }
+    bool all = lane->alive == 0;
+    pthread_mutex_unlock(&lane->mutex);
+    if (all) {
+        for (unsigned i = 0; i < lane->started; i++)
+            pthread_join(lane->ids[i], NULL);
+        if (lane->returner_started)
+            pthread_join(lane->returner, NULL);
+        lane->started = 0;
+        lane->returner_started = false;
+    }
+    return all;
+}
+
+void lane_free(struct lane *lane)
+{
+    for (unsigned i = 0; i < lane->buffer_count; i++)
+        if (lane->all_buffers && lane->all_buffers[i].bytes)
+            munmap(lane->all_buffers[i].bytes, MESSAGE);
+    free(lane->all_buffers);
+    struct waiting *lists[2] = {lane->first, lane->free_waiting};
+    for (unsigned i = 0; i < 2; i++)
+        for (struct waiting *next, *at = lists[i]; at; at = next) {
+            next = at->next;
+            free(at);
+        }
+    free(lane->ids);
+    free(lane->handles);
+    free(lane->nodes);
+    free(lane->questions);
+    free(lane->held_until);
+    if (lane->queue >= 0)
+        close(lane->queue);
+    turns_destroy(&lane->turns);
+    pthread_cond_destroy(&lane->gone);
+    pthread_cond_destroy(&lane->room);
+    pthread_cond_destroy(&lane->spare);
+    pthread_mutex_destroy(&lane->mutex);
+}

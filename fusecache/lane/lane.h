@@ -1,0 +1,109 @@
+/* The lane: threads between the kernel and Python. No function here takes the GIL. */
+#ifndef FUSECACHE_LANE_H
+#define FUSECACHE_LANE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core.h"
+#include "request.h"
+#include "turns.h"
+
+#define HANDLES (1u << 16)
+#define BUCKETS 32
+#define MESSAGE (LARGEST + 8192) /* the kernel wants room for its largest request and its header */
+
+/* A request that Python answers. */
+struct waiting {
+    struct request request;
+    struct buffer *buffer; /* of a WRITE: holds its data */
+    struct waiting *next;
+};
+
+struct buffer {
+    struct buffer *next;
+    char *bytes; /* MESSAGE of them */
+};
+
+struct lane_counters {
+    uint64_t forwarded; /* to pyfuse3 */
+    uint64_t queued;    /* to the engine */
+    uint64_t repeated;  /* hits that moved while they were read */
+    uint64_t apart;     /* overwrites given to Python because the SSD was slow */
+};
+
+struct lane {
+    struct core core;
+    struct turns turns;
+    int fuse;     /* /dev/fuse */
+    int pass;     /* our end of the pair; pyfuse3 has the other one */
+    int device;   /* the cache device */
+    uint64_t data_offset;
+    unsigned readers; /* threads that wait for requests */
+    unsigned threads; /* all of them, with those that wait for the device */
+    bool capability;  /* answer the question for security.capability */
+    unsigned max_background;
+
+    pthread_t *ids;
+    pthread_t returner;
+    unsigned started;
+    bool returner_started;
+
+    pthread_mutex_t mutex; /* over all that follows up to the tables */
+    pthread_cond_t spare;  /* somebody is to read */
+    pthread_cond_t room;   /* a buffer came back */
+    pthread_cond_t gone;   /* a thread ended */
+    unsigned active;       /* threads that read, or are about to */
+    unsigned parked;       /* threads that could */
+    unsigned alive;
+    bool ended; /* the kernel has no more requests, or we were told to stop */
+    struct buffer *buffers;
+    struct buffer *all_buffers;
+    unsigned buffer_count;
+    struct waiting *first, **last;
+    struct waiting *free_waiting;
+    bool signalled;
+    int queue; /* eventfd: something waits, or the lane has ended */
+
+    bool can_nowait;
+    uint64_t init_unique;
+    uint64_t slow_until; /* monotonic ns: until then overwrites are Python's */
+
+    /* Direct-mapped: number << 16 | gate + 1; what finds no place is simply not known here. */
+    uint64_t *handles;
+    uint64_t *nodes;
+    uint64_t *questions; /* by unique: nodes whose attributes are asked for */
+    uint64_t *held_until; /* by gate: monotonic ns */
+
+    struct lane_counters counters;
+    uint64_t read_ns[BUCKETS]; /* hits by how long they took, each bucket twice the last */
+    uint64_t read_ns_sum;
+    uint64_t write_ns[BUCKETS];
+    uint64_t write_ns_sum;
+};
+
+/* 0, or an errno; ``lane_stop`` and ``lane_free`` come after it in any case. */
+int lane_start(struct lane *lane);
+
+/* Wakes all threads and waits for them for so long; false if one still hangs in the device. */
+bool lane_stop(struct lane *lane, unsigned milliseconds);
+
+/* Gives back all memory, once no thread is left. */
+void lane_free(struct lane *lane);
+
+/* Detaches what waits for Python; ``lane_done`` takes every one of it back. */
+struct waiting *lane_take(struct lane *lane);
+void lane_done(struct lane *lane, struct waiting *waiting);
+
+/* Answers a request; errors of the kernel mean that nobody waits for it any more. */
+int lane_reply(struct lane *lane, uint64_t unique, int error, const void *data, size_t size);
+
+void table_put(uint64_t *table, uint64_t number, uint32_t gate);
+void table_drop(uint64_t *table, uint64_t number);
+/* The gate, or UINT32_MAX. */
+uint32_t table_get(const uint64_t *table, uint64_t number);
+
+uint64_t now_ns(void);
+
+#endif

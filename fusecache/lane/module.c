@@ -1,0 +1,342 @@
+/* The Python face of the lane; see _lane.pyi. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <string.h>
+
+#include "lane.h"
+
+#define ARRAYS 14
+#define SMALL (128 << 10) /* answers up to this size are written without letting go of the GIL */
+
+typedef struct {
+    PyObject_HEAD
+    struct lane lane;
+    Py_buffer arrays[ARRAYS];
+    int array_count;
+    bool started;
+    bool stopped;
+} LaneObject;
+
+static PyObject *raise_errno(int error)
+{
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* One array of the core, which stays where it is as long as we hold it. */
+static void *hold(LaneObject *self, PyObject *arrays, const char *name, size_t item, size_t count)
+{
+    PyObject *array = PyDict_GetItemString(arrays, name);
+    if (!array) {
+        PyErr_Format(PyExc_KeyError, "%s", name);
+        return NULL;
+    }
+    Py_buffer *buffer = &self->arrays[self->array_count];
+    if (PyObject_GetBuffer(array, buffer, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0)
+        return NULL;
+    self->array_count++;
+    if (buffer->len < 0 || (size_t)buffer->len != item * count) {
+        PyErr_Format(PyExc_ValueError, "%s has %zd bytes, not %zu", name, buffer->len,
+                     item * count);
+        return NULL;
+    }
+    return buffer->buf;
+}
+
+static bool hold_all(LaneObject *self, PyObject *arrays)
+{
+    struct core *core = &self->lane.core;
+    size_t slots = core->slot_count, tags = (size_t)core->tag_mask + 1;
+#define HOLD(field, item, count)                                                                   \
+    if (!(core->field = hold(self, arrays, #field, item, count)))                                  \
+        return false;
+    HOLD(tags, 4, tags)
+    HOLD(image, 4, slots)
+    HOLD(block, 4, slots)
+    HOLD(generation, 4, slots)
+    HOLD(valid, 2, slots)
+    HOLD(dirty, 2, slots)
+    HOLD(cleaning, 2, slots)
+    HOLD(unsynced, 2, slots)
+    HOLD(pins, 1, slots)
+    HOLD(last_used, 8, slots)
+    HOLD(gates, sizeof(struct gate), core->gate_count)
+    HOLD(clock, 8, 1)
+    HOLD(soiled_count, 8, 1)
+    HOLD(soiled, 4, core->soiled_room)
+#undef HOLD
+    return true;
+}
+
+static int lane_init(LaneObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"arrays",      "slot_count", "gate_count",  "block_shift",
+                            "page_shift",  "tag_shift",  "tag_bits",    "soiled_room",
+                            "fuse",        "passed",     "device",      "data_offset",
+                            "readers",     "spares",     "capability",  "max_background",
+                            NULL};
+    PyObject *arrays;
+    struct lane *lane = &self->lane;
+    unsigned tag_bits, spares;
+    int capability;
+    unsigned long long data_offset;
+    if (self->started) {
+        PyErr_SetString(PyExc_RuntimeError, "a lane is made once");
+        return -1;
+    }
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "O!IIIIIIIiiiKIIpI", names, &PyDict_Type, &arrays,
+            &lane->core.slot_count, &lane->core.gate_count, &lane->core.block_shift,
+            &lane->core.page_shift, &lane->core.tag_shift, &tag_bits, &lane->core.soiled_room,
+            &lane->fuse, &lane->pass, &lane->device, &data_offset, &lane->readers, &spares,
+            &capability, &lane->max_background))
+        return -1;
+    if (tag_bits < 1 || tag_bits > 32 || lane->readers < 1 || lane->readers > 64 || spares > 256 ||
+        lane->core.gate_count > 0xFFFE || lane->max_background > 0xFFFF) {
+        PyErr_SetString(PyExc_ValueError, "a number out of range");
+        return -1;
+    }
+    lane->core.tag_mask = (uint32_t)((UINT64_C(1) << tag_bits) - 1);
+    lane->data_offset = data_offset;
+    lane->threads = lane->readers + spares;
+    lane->capability = capability;
+    lane->queue = -1;
+    if (!hold_all(self, arrays))
+        return -1;
+    self->started = true;
+    int error = lane_start(lane);
+    if (error) {
+        raise_errno(error);
+        return -1;
+    }
+    return 0;
+}
+
+static bool stop(LaneObject *self, unsigned milliseconds)
+{
+    if (!self->stopped) {
+        Py_BEGIN_ALLOW_THREADS
+        self->stopped = lane_stop(&self->lane, milliseconds);
+        Py_END_ALLOW_THREADS
+        if (self->stopped) {
+            for (int i = 0; i < self->array_count; i++)
+                PyBuffer_Release(&self->arrays[i]);
+            self->array_count = 0;
+        }
+    }
+    return self->stopped;
+}
+
+static void lane_dealloc(LaneObject *self)
+{
+    /* A thread that hangs in the device may come back: then nothing it uses may go. */
+    if (!self->started) {
+        for (int i = 0; i < self->array_count; i++)
+            PyBuffer_Release(&self->arrays[i]);
+    } else if (stop(self, 1000)) {
+        lane_free(&self->lane);
+    } else {
+        return;
+    }
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyObject *waiting_tuple(const struct waiting *waiting)
+{
+    const struct request *request = &waiting->request;
+    PyObject *data;
+    if (waiting->buffer) {
+        data = PyBytes_FromStringAndSize(request->data, (Py_ssize_t)request->length);
+        if (!data)
+            return NULL;
+    } else {
+        data = Py_NewRef(Py_None);
+    }
+    return Py_BuildValue("(KIKKKIN)", (unsigned long long)request->unique, request->opcode,
+                         (unsigned long long)request->handle, (unsigned long long)request->offset,
+                         (unsigned long long)request->length, request->detail, data);
+}
+
+static PyObject *lane_py_take(LaneObject *self, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *list = PyList_New(0);
+    struct waiting *waiting = list ? lane_take(&self->lane) : NULL;
+    while (waiting) {
+        struct waiting *next = waiting->next;
+        PyObject *tuple = list ? waiting_tuple(waiting) : NULL;
+        if (!tuple || PyList_Append(list, tuple) < 0)
+            Py_CLEAR(list); /* no memory: the error is raised, and these get EIO */
+        if (!list)
+            lane_reply(&self->lane, waiting->request.unique, EIO, NULL, 0);
+        Py_XDECREF(tuple);
+        lane_done(&self->lane, waiting);
+        waiting = next;
+    }
+    return list;
+}
+
+static PyObject *lane_py_reply(LaneObject *self, PyObject *args)
+{
+    unsigned long long unique;
+    int error, failed;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "Kiy*", &unique, &error, &data))
+        return NULL;
+    if (data.len <= SMALL) {
+        failed = lane_reply(&self->lane, unique, error, data.buf, (size_t)data.len);
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        failed = lane_reply(&self->lane, unique, error, data.buf, (size_t)data.len);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    return PyLong_FromLong(failed);
+}
+
+static PyObject *lane_py_open(LaneObject *self, PyObject *args)
+{
+    unsigned long long handle, node;
+    unsigned gate;
+    if (!PyArg_ParseTuple(args, "KKI", &handle, &node, &gate))
+        return NULL;
+    if (gate >= self->lane.core.gate_count) {
+        PyErr_SetString(PyExc_ValueError, "no such gate");
+        return NULL;
+    }
+    table_drop(self->lane.nodes, node);
+    table_put(self->lane.nodes, node, gate);
+    table_put(self->lane.handles, handle, gate);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_close(LaneObject *self, PyObject *args)
+{
+    unsigned long long handle;
+    if (!PyArg_ParseTuple(args, "K", &handle))
+        return NULL;
+    table_drop(self->lane.handles, handle);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_invalidate(LaneObject *self, PyObject *args)
+{
+    unsigned long long node;
+    if (!PyArg_ParseTuple(args, "K", &node))
+        return NULL;
+    struct {
+        struct fuse_out_header header;
+        struct fuse_notify_inval_inode_out out;
+    } message = {.header = {.len = sizeof message, .error = FUSE_NOTIFY_INVAL_INODE},
+                 .out = {.ino = node, .off = 0, .len = 0}};
+    ssize_t done;
+    Py_BEGIN_ALLOW_THREADS
+    do
+        done = write(self->lane.fuse, &message, sizeof message);
+    while (done < 0 && errno == EINTR);
+    Py_END_ALLOW_THREADS
+    return done < 0 ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
+}
+
+static PyObject *lane_py_enter(LaneObject *self, PyObject *Py_UNUSED(ignored))
+{
+    if (!turns_try_enter(&self->lane.turns)) {
+        Py_BEGIN_ALLOW_THREADS
+        turns_enter(&self->lane.turns);
+        Py_END_ALLOW_THREADS
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_leave(LaneObject *self, PyObject *Py_UNUSED(ignored))
+{
+    turns_leave(&self->lane.turns);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_stop(LaneObject *self, PyObject *args)
+{
+    double seconds;
+    if (!PyArg_ParseTuple(args, "d", &seconds))
+        return NULL;
+    return PyBool_FromLong(stop(self, (unsigned)(seconds * 1000)));
+}
+
+static PyObject *histogram(const uint64_t *buckets)
+{
+    PyObject *list = PyList_New(BUCKETS);
+    for (int i = 0; list && i < BUCKETS; i++) {
+        PyObject *count =
+            PyLong_FromUnsignedLongLong(__atomic_load_n(&buckets[i], __ATOMIC_RELAXED));
+        if (!count)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, count);
+    }
+    return list;
+}
+
+static PyObject *lane_py_counters(LaneObject *self, PyObject *Py_UNUSED(ignored))
+{
+    const struct lane *lane = &self->lane;
+    return Py_BuildValue(
+        "{sKsKsKsKsNsKsNsK}", "forwarded", (unsigned long long)lane->counters.forwarded, "queued",
+        (unsigned long long)lane->counters.queued, "repeated",
+        (unsigned long long)lane->counters.repeated, "apart",
+        (unsigned long long)lane->counters.apart, "read_ns", histogram(lane->read_ns),
+        "read_ns_sum", (unsigned long long)lane->read_ns_sum, "write_ns",
+        histogram(lane->write_ns), "write_ns_sum", (unsigned long long)lane->write_ns_sum);
+}
+
+static PyObject *get_queue(LaneObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->lane.queue);
+}
+
+static PyObject *get_ended(LaneObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(__atomic_load_n(&self->lane.ended, __ATOMIC_ACQUIRE));
+}
+
+static PyMethodDef lane_methods[] = {
+    {"take", (PyCFunction)lane_py_take, METH_NOARGS, NULL},
+    {"reply", (PyCFunction)lane_py_reply, METH_VARARGS, NULL},
+    {"open", (PyCFunction)lane_py_open, METH_VARARGS, NULL},
+    {"close", (PyCFunction)lane_py_close, METH_VARARGS, NULL},
+    {"invalidate", (PyCFunction)lane_py_invalidate, METH_VARARGS, NULL},
+    {"enter", (PyCFunction)lane_py_enter, METH_NOARGS, NULL},
+    {"leave", (PyCFunction)lane_py_leave, METH_NOARGS, NULL},
+    {"stop", (PyCFunction)lane_py_stop, METH_VARARGS, NULL},
+    {"counters", (PyCFunction)lane_py_counters, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef lane_attributes[] = {
+    {"queue", (getter)get_queue, NULL, NULL, NULL},
+    {"ended", (getter)get_ended, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyTypeObject LaneType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "fusecache.lane._lane.Lane",
+    .tp_basicsize = sizeof(LaneObject),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)lane_init,
+    .tp_dealloc = (destructor)lane_dealloc,
+    .tp_methods = lane_methods,
+    .tp_getset = lane_attributes,
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, .m_name = "fusecache.lane._lane", .m_size = -1};
+
+PyMODINIT_FUNC PyInit__lane(void)
+{
+    PyObject *made = PyModule_Create(&module);
+    if (!made || PyType_Ready(&LaneType) < 0 ||
+        PyModule_AddObjectRef(made, "Lane", (PyObject *)&LaneType) < 0)
+        return NULL;
+    return made;
+}

@@ -1,0 +1,125 @@
+/* Parsing requests: no length is believed that was not checked. */
+#include "request.h"
+
+#include <string.h>
+
+#include "core.h"
+
+static const char CAPABILITY[] = "security.capability";
+
+/* Copies the fixed part of a request that follows its header; false if it is not there. */
+static int body(const char *message, size_t size, void *into, size_t length)
+{
+    if (size - sizeof(struct fuse_in_header) < length)
+        return 0;
+    memcpy(into, message + sizeof(struct fuse_in_header), length);
+    return 1;
+}
+
+static enum request_kind parse_read(const char *message, size_t size, struct request *request)
+{
+    struct fuse_read_in in;
+    if (!body(message, size, &in, sizeof in) || in.size > LARGEST)
+        return REQUEST_BAD;
+    request->handle = in.fh;
+    request->offset = in.offset;
+    request->length = in.size;
+    return REQUEST_READ;
+}
+
+static enum request_kind parse_write(const char *message, size_t size, struct request *request)
+{
+    struct fuse_write_in in;
+    size_t before = sizeof(struct fuse_in_header) + sizeof in;
+    if (!body(message, size, &in, sizeof in) || in.size > LARGEST || size - before != in.size)
+        return REQUEST_BAD;
+    request->handle = in.fh;
+    request->offset = in.offset;
+    request->length = in.size;
+    request->data = message + before;
+    return REQUEST_WRITE;
+}
+
+static enum request_kind parse_fsync(const char *message, size_t size, struct request *request)
+{
+    struct fuse_fsync_in in;
+    if (!body(message, size, &in, sizeof in))
+        return REQUEST_BAD;
+    request->handle = in.fh;
+    request->detail = in.fsync_flags;
+    return REQUEST_FSYNC;
+}
+
+static enum request_kind parse_fallocate(const char *message, size_t size, struct request *request)
+{
+    struct fuse_fallocate_in in;
+    if (!body(message, size, &in, sizeof in))
+        return REQUEST_BAD;
+    request->handle = in.fh;
+    request->offset = in.offset;
+    request->length = in.length;
+    request->detail = in.mode;
+    return REQUEST_FALLOCATE;
+}
+
+static enum request_kind parse_lseek(const char *message, size_t size, struct request *request)
+{
+    struct fuse_lseek_in in;
+    if (!body(message, size, &in, sizeof in))
+        return REQUEST_BAD;
+    request->handle = in.fh;
+    request->offset = in.offset;
+    request->detail = in.whence;
+    return REQUEST_LSEEK;
+}
+
+static enum request_kind parse_getxattr(const char *message, size_t size)
+{
+    size_t before = sizeof(struct fuse_in_header) + sizeof(struct fuse_getxattr_in);
+    if (size < before + sizeof CAPABILITY)
+        return REQUEST_OTHER;
+    return memcmp(message + before, CAPABILITY, sizeof CAPABILITY) ? REQUEST_OTHER
+                                                                   : REQUEST_CAPABILITY;
+}
+
+static enum request_kind parse_body(const char *message, size_t size, struct request *request)
+{
+    switch (request->opcode) {
+    case FUSE_READ:
+        return parse_read(message, size, request);
+    case FUSE_WRITE:
+        return parse_write(message, size, request);
+    case FUSE_FSYNC:
+        return parse_fsync(message, size, request);
+    case FUSE_FALLOCATE:
+        return parse_fallocate(message, size, request);
+    case FUSE_LSEEK:
+        return parse_lseek(message, size, request);
+    case FUSE_GETXATTR:
+        return parse_getxattr(message, size);
+    case FUSE_GETATTR:
+        return REQUEST_GETATTR;
+    case FUSE_INIT:
+        return REQUEST_INIT;
+    case FUSE_INTERRUPT:
+        return REQUEST_NOTHING; /* nothing we do can be interrupted, and it has no answer */
+    default:
+        return REQUEST_OTHER;
+    }
+}
+
+void request_parse(const void *message, size_t size, struct request *request)
+{
+    struct fuse_in_header header;
+    memset(request, 0, sizeof *request);
+    request->kind = REQUEST_BAD;
+    if (size < sizeof header)
+        return;
+    memcpy(&header, message, sizeof header);
+    request->opcode = header.opcode;
+    request->unique = header.unique;
+    request->node = header.nodeid;
+    if (header.len != size)
+        return;
+    request->kind = parse_body(message, size, request);
+}

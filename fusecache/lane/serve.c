@@ -1,0 +1,311 @@
+#define _GNU_SOURCE
+#include "serve.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PIECE (64u << 10)     /* see store/cache_device.py */
+#define IN_PLACE (128u << 10) /* see engine/slot_io.py */
+#define TOO_LONG 4000000u     /* ns; see engine/in_place.py */
+#define APART 500000000u
+#define OVERTAKING 200000u /* ns; see fuse/operations.py */
+
+enum outcome { HIT, COLD, NO_HIT };
+
+static void add(uint64_t *counter, uint64_t amount)
+{
+    __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED);
+}
+
+static void took(uint64_t *buckets, uint64_t *sum, uint64_t began)
+{
+    uint64_t ns = now_ns() - began;
+    unsigned bucket = 63 - (unsigned)__builtin_clzll(ns | 1);
+    add(&buckets[bucket < BUCKETS ? bucket : BUCKETS - 1], 1);
+    add(sum, ns);
+}
+
+/* -- reads ------------------------------------------------------------------------------------- */
+
+/* Reads all of it, neighbouring slots at once. With RWF_NOWAIT *done stops at what is not in
+ * memory. */
+static enum outcome read_slots(struct lane *lane, const struct found *found, char *into,
+                               uint32_t *done, int flags)
+{
+    uint32_t before = 0;
+    for (unsigned i = 0; i < found->count;) {
+        uint64_t position = found->extents[i].position;
+        uint32_t length = 0;
+        while (i < found->count && found->extents[i].position == position + length)
+            length += found->extents[i++].length;
+        uint32_t skip = *done > before ? *done - before : 0;
+        before += length;
+        while (skip < length) {
+            struct iovec part = {into + *done, length - skip};
+            ssize_t got = preadv2(lane->device, &part, 1,
+                                  (off_t)(lane->data_offset + position + skip), flags);
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got < 0 && flags && errno == EOPNOTSUPP)
+                __atomic_store_n(&lane->can_nowait, false, __ATOMIC_RELAXED);
+            if (got <= 0)
+                return flags && (got == 0 || errno == EAGAIN || errno == EOPNOTSUPP) ? COLD
+                                                                                     : NO_HIT;
+            *done += (uint32_t)got;
+            skip += (uint32_t)got;
+        }
+    }
+    return HIT;
+}
+
+static enum outcome answer_hit(struct lane *lane, const struct request *request, uint32_t gate,
+                               const struct found *found, const char *data, bool cold,
+                               uint64_t began)
+{
+    struct gate *at = &lane->core.gates[gate];
+    if (!core_unmoved(&lane->core, at, found)) {
+        add(&lane->counters.repeated, 1);
+        return NO_HIT;
+    }
+    core_touch(&lane->core, found);
+    /* Counted before the guest knows of it, so that whoever asks then finds it counted. */
+    add(&at->reads, 1);
+    add(&at->read_bytes, found->length);
+    if (cold) {
+        add(&at->ssd_reads, 1);
+        add(&at->ssd_read_bytes, found->length);
+    }
+    lane_reply(lane, request->unique, 0, data, found->length);
+    took(lane->read_ns, &lane->read_ns_sum, began);
+    return HIT;
+}
+
+/* After a question for attributes the next read waits a moment, for the reason that the docstring
+ * of Operations.read gives. */
+static void let_overtake(struct lane *lane, uint32_t gate)
+{
+    uint64_t until = __atomic_exchange_n(&lane->held_until[gate], 0, __ATOMIC_RELAXED);
+    uint64_t now = now_ns();
+    if (until > now && until - now <= OVERTAKING) {
+        struct timespec rest = {0, (long)(until - now)};
+        nanosleep(&rest, NULL);
+    }
+}
+
+/* False if Python has to answer. *reads becomes false if this thread is no reader any more. */
+static bool try_read(struct lane *lane, const struct request *request, char *into,
+                     struct found *found, bool *reads)
+{
+    uint32_t gate = table_get(lane->handles, request->handle);
+    if (gate >= lane->core.gate_count)
+        return false;
+    if (__atomic_load_n(&lane->held_until[gate], __ATOMIC_RELAXED))
+        let_overtake(lane, gate);
+    uint64_t began = now_ns();
+    if (!core_locate(&lane->core, &lane->core.gates[gate], request->offset,
+                     (uint32_t)request->length, found) ||
+        found->marked)
+        return false;
+    uint32_t done = 0;
+    enum outcome outcome = COLD;
+    if (__atomic_load_n(&lane->can_nowait, __ATOMIC_RELAXED))
+        outcome = read_slots(lane, found, into, &done, RWF_NOWAIT);
+    bool cold = outcome == COLD;
+    if (cold) {
+        if (!lane_step_back(lane))
+            return false; /* all others wait for the device: Python has threads, too */
+        *reads = false;
+        outcome = read_slots(lane, found, into, &done, 0);
+    }
+    if (outcome == HIT)
+        outcome = answer_hit(lane, request, gate, found, into, cold, began);
+    return outcome == HIT;
+}
+
+/* -- writes ------------------------------------------------------------------------------------ */
+
+static bool write_slots(struct lane *lane, const struct found *found, const char *data)
+{
+    for (unsigned i = 0; i < found->count; i++) {
+        const struct extent *extent = &found->extents[i];
+        for (uint32_t done = 0; done < extent->length;) {
+            uint32_t left = extent->length - done;
+            ssize_t put = pwrite(lane->device, data, left < PIECE ? left : PIECE,
+                                 (off_t)(lane->data_offset + extent->position + done));
+            if (put < 0 && errno == EINTR)
+                continue;
+            if (put <= 0)
+                return false;
+            done += (uint32_t)put;
+            data += put;
+        }
+    }
+    return true;
+}
+
+static bool try_write(struct lane *lane, const struct request *request, struct found *found)
+{
+    uint32_t gate = table_get(lane->handles, request->handle);
+    if (gate >= lane->core.gate_count || request->length > IN_PLACE)
+        return false;
+    struct gate *at = &lane->core.gates[gate];
+    if (!(__atomic_load_n(&at->flags, __ATOMIC_RELAXED) & GATE_WRITES))
+        return false;
+    uint64_t began = now_ns();
+    if (began < __atomic_load_n(&lane->slow_until, __ATOMIC_RELAXED)) {
+        add(&lane->counters.apart, 1);
+        return false;
+    }
+    if (!turns_take(&lane->turns))
+        return false;
+    bool done = core_overwrite(&lane->core, at, request->offset, (uint32_t)request->length,
+                               found) &&
+                write_slots(lane, found, request->data);
+    if (done) {
+        at->changes++;
+        add(&at->writes, 1);
+        add(&at->write_bytes, request->length);
+    }
+    turns_give(&lane->turns);
+    if (!done)
+        return false; /* Python meets the error again and deals with it */
+    if (now_ns() - began > TOO_LONG)
+        __atomic_store_n(&lane->slow_until, now_ns() + APART, __ATOMIC_RELAXED);
+    struct fuse_write_out out = {.size = (uint32_t)request->length};
+    lane_reply(lane, request->unique, 0, &out, sizeof out);
+    took(lane->write_ns, &lane->write_ns_sum, began);
+    return true;
+}
+
+/* -- requests ---------------------------------------------------------------------------------- */
+
+static void forward(struct lane *lane, const char *message, size_t size)
+{
+    add(&lane->counters.forwarded, 1);
+    while (send(lane->pass, message, size, MSG_NOSIGNAL) < 0) {
+        if (errno == EINTR && !__atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE))
+            continue;
+        struct fuse_in_header header;
+        memcpy(&header, message, sizeof header);
+        lane_reply(lane, header.unique, EIO, NULL, 0);
+        return;
+    }
+}
+
+static void ask_attributes(struct lane *lane, const struct request *request)
+{
+    uint32_t gate = table_get(lane->nodes, request->node);
+    if (gate < lane->core.gate_count)
+        __atomic_store_n(&lane->questions[request->unique / 2 % HANDLES],
+                         request->unique << 16 | (gate + 1), __ATOMIC_RELAXED);
+}
+
+static struct buffer *dispatch(struct lane *lane, const struct request *request, size_t size,
+                               struct buffer *buffer, struct found *found, bool *reads)
+{
+    switch (request->kind) {
+    case REQUEST_READ:
+        if (try_read(lane, request, buffer->bytes, found, reads))
+            return buffer;
+        return lane_queue(lane, request, buffer);
+    case REQUEST_WRITE:
+        if (try_write(lane, request, found))
+            return buffer;
+        return lane_queue(lane, request, buffer);
+    case REQUEST_FSYNC:
+    case REQUEST_FALLOCATE:
+    case REQUEST_LSEEK:
+        return lane_queue(lane, request, buffer);
+    case REQUEST_CAPABILITY:
+        if (lane->capability && table_get(lane->nodes, request->node) != UINT32_MAX)
+            lane_reply(lane, request->unique, ENODATA, NULL, 0);
+        else
+            forward(lane, buffer->bytes, size);
+        return buffer;
+    case REQUEST_BAD:
+        if (request->unique)
+            lane_reply(lane, request->unique, EIO, NULL, 0);
+        return buffer;
+    case REQUEST_NOTHING:
+        return buffer;
+    case REQUEST_INIT:
+        __atomic_store_n(&lane->init_unique, request->unique, __ATOMIC_RELEASE);
+        break;
+    case REQUEST_GETATTR:
+        ask_attributes(lane, request);
+        break;
+    case REQUEST_OTHER:
+        break;
+    }
+    forward(lane, buffer->bytes, size);
+    return buffer;
+}
+
+void serve(struct lane *lane, struct buffer *buffer)
+{
+    struct found *found = malloc(sizeof *found);
+    bool reads = true;
+    while (found) {
+        if (!reads) {
+            if (!lane_step_up(lane))
+                break;
+            reads = true;
+        }
+        ssize_t size = read(lane->fuse, buffer->bytes, MESSAGE);
+        if (__atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE))
+            break;
+        if (size < 0) {
+            if (errno == EINTR || errno == EAGAIN || errno == ENOENT)
+                continue;
+            break; /* unmounted or aborted */
+        }
+        struct request request;
+        request_parse(buffer->bytes, (size_t)size, &request);
+        buffer = dispatch(lane, &request, (size_t)size, buffer, found, &reads);
+    }
+    free(found);
+}
+
+/* -- answers ----------------------------------------------------------------------------------- */
+
+static void widen(struct lane *lane, char *message, size_t size)
+{
+    struct fuse_out_header header;
+    struct fuse_init_out init;
+    if (size < sizeof header + sizeof init)
+        return;
+    memcpy(&header, message, sizeof header);
+    if (header.error)
+        return;
+    memcpy(&init, message + sizeof header, sizeof init);
+    init.max_background = (uint16_t)lane->max_background;
+    init.congestion_threshold = (uint16_t)(lane->max_background * 3 / 4);
+    memcpy(message + sizeof header, &init, sizeof init);
+}
+
+void serve_answer(struct lane *lane, char *message, size_t size)
+{
+    struct fuse_out_header header;
+    if (size < sizeof header)
+        return;
+    memcpy(&header, message, sizeof header);
+    if (header.unique && header.unique == __atomic_load_n(&lane->init_unique, __ATOMIC_ACQUIRE)) {
+        __atomic_store_n(&lane->init_unique, 0, __ATOMIC_RELAXED);
+        widen(lane, message, size);
+    }
+    uint64_t question = __atomic_load_n(&lane->questions[header.unique / 2 % HANDLES],
+                                        __ATOMIC_RELAXED);
+    if (header.unique && question && question >> 16 == (header.unique & 0xFFFFFFFFFFFF)) {
+        uint32_t gate = (uint32_t)(question & 0xFFFF) - 1;
+        if (gate < lane->core.gate_count)
+            __atomic_store_n(&lane->held_until[gate], now_ns() + OVERTAKING, __ATOMIC_RELAXED);
+        __atomic_store_n(&lane->questions[header.unique / 2 % HANDLES], 0, __ATOMIC_RELAXED);
+    }
+    while (write(lane->fuse, message, size) < 0 && errno == EINTR)
+        ;
+}

@@ -1,0 +1,26 @@
+/* What the lane does with one request, and with one answer of pyfuse3. */
+#ifndef FUSECACHE_SERVE_H
+#define FUSECACHE_SERVE_H
+
+#include "lane.h"
+
+#define WAITING 40000 /* requests that may wait for Python: more than max_background */
+
+/* Serves requests until the kernel has no more. The caller is one of ``readers``. */
+void serve(struct lane *lane, struct buffer *buffer);
+
+/* Hands an answer of pyfuse3 to the kernel. */
+void serve_answer(struct lane *lane, char *message, size_t size);
+
+/* -- of lane.c, for serve.c -- */
+
+/* Queues a request for Python. Returns the buffer to go on with: of a WRITE another one. */
+struct buffer *lane_queue(struct lane *lane, const struct request *request, struct buffer *buffer);
+
+/* Whether this thread may wait for the device now, because another one can read meanwhile. */
+bool lane_step_back(struct lane *lane);
+
+/* Waits until a reader is needed; false at the end. */
+bool lane_step_up(struct lane *lane);
+
+#endif
