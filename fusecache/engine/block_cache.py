@@ -237,7 +237,7 @@ class BlockCache:
         except FusecacheError as exc:
             # Of clean data the origin has all, and the guest's fsync stands.
             log.debug("no barrier: %s", exc)
-            if self.state.usable and self.core.dirty.slots(image.id).size:
+            if self.state.usable and self.core.dirty.holds(image.id):
                 errors.append(exc)
         try:
             if not self.state.usable:
@@ -249,7 +249,7 @@ class BlockCache:
         """The cache is broken: what is dirty is brought to the origin, and the slots are synced,
         since the next start may believe them."""
         await self.state.passable()
-        if self._degraded.holds(image) and self.core.dirty.slots(image.id).size:
+        if self._counts(image):
             await self._degraded.rescue(image)
             if self._degraded.holds(image):
                 await self.threads.device(self.device.sync)
@@ -286,7 +286,7 @@ class BlockCache:
         try:
             await self.flush(image)
         except FusecacheError as exc:
-            if self.core.dirty.slots(image.id).size:
+            if self.core.dirty.holds(image.id):
                 self.cleaner.failed(image, exc)
             else:
                 log.error("%s could not be synced: %s", image.name, exc)
@@ -378,9 +378,12 @@ class BlockCache:
         path_fd: int | None = None,
         *,
         discard_dirty: bool = False,
+        only_closed: bool = False,
     ) -> int:
         """See ``Discards.evict``."""
-        return await self._discards.evict(image, path_fd, discard_dirty=discard_dirty)
+        return await self._discards.evict(
+            image, path_fd, discard_dirty=discard_dirty, only_closed=only_closed
+        )
 
     def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
         """See ``Discards.removing``."""
@@ -433,16 +436,20 @@ class BlockCache:
         with self._rescuing:
             async with trio.open_nursery() as nursery:
                 for image in self.images.all():
-                    if self.core.dirty.slots(image.id).size:
+                    if self._counts(image):
                         nursery.start_soon(self._rescue, image)
             empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
             self.state.emptied = await self.committer.fence(empty)
             if self.state.emptied:
                 log.warning("everything that was dirty is on the origin")
 
+    def _counts(self, image: Image) -> bool:
+        """Whether slots of the image still count although the cache is broken."""
+        return self._degraded.holds(image) and self.core.dirty.holds(image.id)
+
     async def _rescue(self, image: Image) -> None:
         pause = self.tuning.clean_pause
-        while not image.rescued and self.core.dirty.slots(image.id).size:
+        while not image.rescued and self._counts(image):
             try:
                 await self._degraded.rescue(image)
             except FusecacheError as exc:
