@@ -171,7 +171,7 @@ class Images:
 
     async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
         seen: Attributes | None = None
-        if write and not image.detached:
+        if write and self._locks(image):
             await self.ownership.lock(image, path_fd)
         if image.writers == 0 or not image.origin.readable:
             try:
@@ -193,6 +193,13 @@ class Images:
             image.writers += 1
         else:
             image.readers += 1
+
+    def _locks(self, image: Image) -> bool:
+        """Whether to open it for writing takes the lock. Those who write an evicted image go on
+        without; if none of them is left, whoever opens it anew needs it again."""
+        if image.detached:
+            return not (image.writers or image.bypassed or image.gone)
+        return True
 
     async def open_side(self, image: Image, path_fd: int, *, write: bool) -> Attributes:
         """Opens the origin's file anew for reading or for writing. Raises OriginError."""
@@ -236,9 +243,7 @@ class Images:
                 image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
         image.closing = None
         image.row_owed = True
-        if not self._core.dirty.pages(image.id):
-            image.row.writing = 0
-            await self.ownership.unlock(image)
+        await self.ownership.release(image)
 
     async def _attributes_at_close(self, image: Image) -> Attributes:
         """As of the last close(2). The kernel tells us of the end of a handle only later, and
