@@ -378,12 +378,9 @@ class BlockCache:
         path_fd: int | None = None,
         *,
         discard_dirty: bool = False,
-        only_closed: bool = False,
     ) -> int:
         """See ``Discards.evict``."""
-        return await self._discards.evict(
-            image, path_fd, discard_dirty=discard_dirty, only_closed=only_closed
-        )
+        return await self._discards.evict(image, path_fd, discard_dirty=discard_dirty)
 
     def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
         """See ``Discards.removing``."""

@@ -19,7 +19,7 @@ from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.ports import Invalidate, Threads
 from fusecache.engine.state import CacheState
-from fusecache.errors import DatabaseError, ImageOpenError, OriginError
+from fusecache.errors import DatabaseError, OriginError
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,6 @@ class Discards:
         path_fd: int | None = None,
         *,
         discard_dirty: bool = False,
-        only_closed: bool = False,
     ) -> int:
         """Flushes an image and drops its blocks alone; returns how many were dropped.
 
@@ -188,28 +187,19 @@ class Discards:
         Args:
             path_fd: a descriptor to open the image by for its sync, if nobody has it open.
             discard_dirty: what the origin has not is dropped as well.
-            only_closed: an image that is open, or is opened while it is flushed, stays as it is.
 
         Raises:
-            ImageOpenError: see ``only_closed``.
             OriginError, LostDataError, CacheDeviceError: it is not all on the origin; the image
                 stays as it was, or is detached if only its last sync failed.
             DatabaseError: the rows could not be dropped.
         """
         self._refuse_broken()
-        if only_closed:
-            _refuse_open(image)
         image.draining += 1
         try:
             if self._core.dirty.pages(image.id) and not discard_dirty:
                 await self._threads.kernel(self._invalidate, image.row.identity)
                 await self._cleaner.clean(image)
-            if only_closed:
-                # Before it is detached: who opens it then is not kept from the cache for long.
-                await self.sync(image, path_fd)
             async with image.opening, image.cleaning, image.lock.everything():
-                if only_closed:
-                    _refuse_open(image)
                 if not discard_dirty and self._core.dirty.pages(image.id):
                     await self._cleaner.finish(image)
                 blocks = self._core.usage(image.id).blocks
@@ -275,8 +265,3 @@ class Discards:
                 return  # the file is gone, or its last holder synced it
             await self._images.open_side(image, path_fd, write=False)
         await self._intents.sync_origin(image)
-
-
-def _refuse_open(image: Image) -> None:
-    if image.handles:
-        raise ImageOpenError(f"'{image.name}' is open")
