@@ -64,6 +64,10 @@ class LostDataError(FusecacheError):
     """The cache device lost what a guest had written and the origin does not have (EIO)."""
 
 
+class ImageOpenError(FusecacheError):
+    """The image is open, and what was asked for is done to closed ones only."""
+
+
 class MountError(FusecacheError):
     """The filesystem cannot be mounted or unmounted."""
 

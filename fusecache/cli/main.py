@@ -14,6 +14,7 @@ from fusecache.cli.doctor import doctor
 from fusecache.cli.format import format_cache
 from fusecache.cli.images import evict, flush, set_image
 from fusecache.cli.inspect import check, dump, repair
+from fusecache.cli.libvirt_hook import libvirt_hook
 from fusecache.cli.mount import mount
 from fusecache.cli.mount_helper import mount_helper
 from fusecache.cli.status import status
@@ -40,7 +41,7 @@ def cli(context: click.Context) -> None:
 for _verb in (mount, umount, evict, flush, set_image, status, format_cache, check, dump, repair):
     cli.add_command(_verb)
 cli.add_command(top)
-for _verb in (config, reload, log_level, install_units, mount_helper, doctor):
+for _verb in (config, reload, log_level, install_units, mount_helper, libvirt_hook, doctor):
     cli.add_command(_verb)
 
 

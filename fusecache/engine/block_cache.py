@@ -382,6 +382,10 @@ class BlockCache:
         """See ``Discards.evict``."""
         return await self._discards.evict(image, path_fd, discard_dirty=discard_dirty)
 
+    async def evict_closed(self, image: Image, path_fd: int | None = None) -> int:
+        """See ``Discards.evict_closed``."""
+        return await self._discards.evict_closed(image, path_fd)
+
     def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
         """See ``Discards.removing``."""
         return self._discards.removing(identity)
