@@ -533,13 +533,31 @@ class Images:
         image = self.find(identity)
         if image is None or image.row.path == path:
             return
+        self._move(image, path)
+        if self._core.dirty.pages(image.id):
+            await self._commit_names()
+
+    async def moved_below(self, directories: dict[bytes, bytes]) -> None:
+        """As ``moved``, of every image in directories that have new names: old name to new."""
+        dirty = False
+        for image in self.all():
+            for before, after in directories.items():
+                if image.row.path.startswith(before + b"/"):
+                    self._move(image, after + image.row.path[len(before) :])
+                    dirty = dirty or self._core.dirty.pages(image.id) > 0
+                    break
+        if dirty:
+            await self._commit_names()
+
+    def _move(self, image: Image, path: bytes) -> None:
         image.row.path = path
         image.row_owed = image.row_owed or image.row.recorded_ns != 0
-        if self._core.dirty.pages(image.id):
-            try:
-                await self.committer.commit_owed()
-            except DatabaseError:
-                log.debug("the new name is not recorded: the cache is unusable")
+
+    async def _commit_names(self) -> None:
+        try:
+            await self.committer.commit_owed()
+        except DatabaseError:
+            log.debug("new names are not recorded: the cache is unusable")
 
     def attributes_changed(self, identity: bytes) -> None:
         """Owner, mode or times were set on the origin: the next fsync has something to sync."""
