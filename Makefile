@@ -45,6 +45,7 @@ test: $(VENV)/.installed guests
 	$(BIN)/pytest
 
 test-slow: $(VENV)/.installed guests
+	@sh .ci/install-packages mmdebstrap
 	$(BIN)/pytest -m slow
 
 lint: $(VENV)/.installed
