@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fusecache.cli import completion
 from fusecache.cli.images import mount_option
 from fusecache.cli.paths import mount_path
 from fusecache.control import client, protocol
@@ -16,7 +17,7 @@ from fusecache.observe import report
 
 
 @click.command(epilog="Example: fusecache status --json")
-@click.argument("images", nargs=-1, metavar="[IMAGE...]")
+@click.argument("images", nargs=-1, metavar="[IMAGE...]", shell_complete=completion.images)
 @click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
 @mount_option
 def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> None:

@@ -70,8 +70,8 @@ def ask(
     raise ControlError("The daemon ended before it had answered; see its log.")
 
 
-def daemons() -> list[Daemon]:
-    """Every daemon that answers; sockets of dead ones are removed."""
+def daemons(timeout: float = _CONNECT_TIMEOUT) -> list[Daemon]:
+    """Every daemon that answers in time; sockets of dead ones are removed."""
     found = []
     for directory in protocol.runtime_directories():
         for path in sorted(directory.glob("*.sock")):
@@ -81,7 +81,7 @@ def daemons() -> list[Daemon]:
                     path.with_suffix(".mount").unlink()
                 continue
             with contextlib.suppress(ControlError):
-                who = ask(path, {"verb": "who"}, timeout=_CONNECT_TIMEOUT)
+                who = ask(path, {"verb": "who"}, timeout=timeout)
                 found.append(
                     Daemon(
                         path,
