@@ -1,4 +1,5 @@
-"""``install-units``: systemd's unit, mount(8)'s helper, tmpfiles, libvirt's hook: put in place."""
+"""``install-units``: systemd's unit, mount(8)'s helper, tmpfiles, the manual, what shells need for
+completion, libvirt's hook: put in place."""
 
 import os
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from fusecache.cli import completion, manual
 from fusecache.errors import MountError, UsageError
 
 _FILES = (
@@ -16,6 +18,12 @@ _FILES = (
 )
 _HOOK = (("hook", "etc/libvirt/hooks/qemu.d/fusecache", 0o755),)
 _DIRECTORIES = (("etc/fusecache", 0o755),)
+_COMPLETIONS = {
+    "bash": "bash-completion/completions/fusecache",
+    "zsh": "zsh/site-functions/_fusecache",
+    "fish": "fish/vendor_completions.d/fusecache.fish",
+}
+"""Where each shell looks below a share directory."""
 _BY_PATH = "/usr/bin/env fusecache"
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where systemd and mount(8) look for programs."""
@@ -34,7 +42,8 @@ _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     help="Also the hook that evicts the disks of guests that have stopped, if they ask for it.",
 )
 def install_units(root: Path, libvirt_hook: bool) -> None:
-    """Put the systemd unit, /sbin/mount.fusecache and the tmpfiles in place.
+    """Put the systemd unit, /sbin/mount.fusecache, the tmpfiles, the manual pages and the shells'
+    completions in place.
 
     Says what to do next. Files of an earlier version are replaced; nothing is started.
     """
@@ -51,11 +60,30 @@ def install_units(root: Path, libvirt_hook: bool) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             _write(target, (source / name).read_text().replace(_BY_PATH, program), mode)
             click.echo(f"installed {target}")
+        share = root / ("usr/local/share" if here else "usr/share")
+        _write_all(share / "man/man8", manual.pages(_whole_program()))
+        for shell in completion.SHELLS:
+            file = share / _COMPLETIONS[shell]
+            _write_all(file.parent, {file.name: completion.script(_whole_program(), shell)})
     except OSError as exc:
         hint = " Run it as root, or give --root." if isinstance(exc, PermissionError) else ""
         raise MountError(f"Cannot write {exc.filename}: {exc.strerror}.{hint}") from exc
     if here:
         _say_what_next(libvirt_hook)
+
+
+def _write_all(directory: Path, texts: dict[str, str]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        _write(directory / name, text, 0o644)
+    names = next(iter(texts)) if len(texts) == 1 else f"{len(texts)} pages"
+    click.echo(f"installed {directory}: {names}")
+
+
+def _whole_program() -> click.Group:
+    group = click.get_current_context().find_root().command
+    assert isinstance(group, click.Group)
+    return group
 
 
 def _source(clone: str, share: str, files: tuple[tuple[str, str, int], ...]) -> Path:
