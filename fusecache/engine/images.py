@@ -452,10 +452,14 @@ class Images:
         It moves the change time, which is then recorded as ours, so that libvirt's chown at a
         guest's start does not cost the guest its cache. The wait of one tick afterwards makes
         sure that whatever follows this call has a change time of its own.
+
+        libvirt has the image open for writing meanwhile, without writing, to lock it. At a guest's
+        end the kernel may not yet have told of the end of QEMU's handle: then what was noted at
+        its close(2) is brought up to date.
         """
         image = self.find(identity)
         self.attributes_changed(identity)
-        if image is None or image.writers:
+        if image is None:
             yield
             return
         async with image.opening:
@@ -463,14 +467,21 @@ class Images:
             before = await self._threads.metadata(attributes)
             known = image.row.recorded_ns != 0 and image.matches(before)
             trusted = image.row.trusted
+            closing = image.closing
+            noted = closing is not None and closing[1] == before
             yield
-            if known and not image.writers:
-                await trio.sleep(self._tuning.tick)
-                after = await self._threads.metadata(attributes)
-                if (after.size, after.mtime_ns) == (before.size, before.mtime_ns):
-                    settle = self._tuning.settle_age
-                    image.record(after, self._clock.origin_ns(), settle, own=image.settles)
-                    image.row.trusted = trusted
+            if not known and not noted:
+                return
+            await trio.sleep(self._tuning.tick)
+            after = await self._threads.metadata(attributes)
+            if (after.size, after.mtime_ns) != (before.size, before.mtime_ns):
+                return
+            if known:
+                settle = self._tuning.settle_age
+                image.record(after, self._clock.origin_ns(), settle, own=image.settles)
+                image.row.trusted = trusted
+            if noted and closing is not None and image.closing is closing:
+                image.closing = (closing[0], after)
 
     async def settle(self, image: Image) -> None:
         """Trusts a record of our own making once its change time is old enough (P3)."""
