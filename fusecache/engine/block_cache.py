@@ -92,6 +92,7 @@ class BlockCache:
             self.state.unusable,
         )
         self.images.committer = self.committer
+        self.images.distrust = self._begin_distrust
         self.images.ownership = Ownership(
             self.images, core, self.state, threads, clock, tuning, pin
         )
@@ -100,7 +101,7 @@ class BlockCache:
             threads,
             tuning,
             clock.monotonic,
-            lambda image: nursery.start_soon(self._distrust, image),
+            self._begin_distrust,
         )
         self.reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self.reclaimer.wake)
@@ -214,7 +215,7 @@ class BlockCache:
         the other for what changed in the cache (R1).
 
         Raises:
-            OriginError: the origin's sync failed.
+            OriginError: the origin's sync failed, or one that no guest asked for since the last.
             CacheDeviceError, DatabaseError, LostDataError: what the cache alone has is not stable.
         """
         errors: list[FusecacheError] = []
@@ -227,6 +228,9 @@ class BlockCache:
                     await self._intents.sync_origin(image, metadata=metadata)
                 except OriginError as exc:
                     errors.append(exc)
+        if image.sync_error_owed:
+            image.sync_error_owed = False
+            errors.append(OriginError(5, "a sync of the origin failed since the last fsync"))
         if errors:
             raise errors[0]
 
@@ -352,6 +356,9 @@ class BlockCache:
             await self._discards.sync(image)
         except OriginError as exc:
             log.error("the origin could not be synced: %s", exc)
+
+    def _begin_distrust(self, image: Image) -> None:
+        self._nursery.start_soon(self._distrust, image)
 
     async def _distrust(self, image: Image) -> None:
         """After a failed origin sync the kernel may have dropped what was written: the cache

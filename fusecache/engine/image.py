@@ -108,6 +108,8 @@ class Image:
     """Nothing is written back by the clock before then."""
     failed_syncs: int = 0
     """Origin syncs failed, ever: what was written before one may be gone (R5)."""
+    sync_error_owed: bool = False
+    """One of them may have lost what guests wrote: the next fsync has to fail for it (P2)."""
     row_owed: bool = False
     settles: bool = False
     """The recorded change time is of our own making and may be trusted once it is old enough."""
@@ -179,6 +181,13 @@ class Image:
             yield
         finally:
             self.waiting -= 1
+
+    def sync_failed(self) -> None:
+        """An origin sync failed. The kernel tells of it once and may have dropped all that was
+        written since the last good one, so that the next one works although it is gone."""
+        self.failed_syncs += 1
+        if self.synced < self.guest_written and self.guest_written > 1:
+            self.sync_error_owed = True
 
     def record(self, seen: Attributes, now_ns: int, settle_age: float, *, own: bool) -> None:
         """Takes ``seen`` for what the cached blocks belong to (P3).

@@ -61,6 +61,8 @@ class Images:
         self._next_id = 1
         self.committer: Committer
         self.ownership: Ownership
+        self.distrust: Callable[[Image], None]
+        """Has the clean blocks of an image dropped, soon: a sync of its origin failed."""
 
     def load(self, rows: Iterable[ImageRow], intents: Iterable[tuple[int, int, int]]) -> None:
         """Takes over what the database knows."""
@@ -272,7 +274,7 @@ class Images:
                 await self._threads.harmless(image.limiter, image.origin.sync)
             except OriginError as exc:
                 image.counters.failed(exc)
-                image.failed_syncs += 1
+                image.sync_failed()
                 log.warning("%s could not be synced at its last close: %s", image.name, exc)
                 if covered > 1 and not image.gone:
                     return
@@ -528,7 +530,8 @@ class Images:
                 await self._threads.harmless(image.limiter, image.origin.sync)
             except OriginError as exc:
                 image.counters.failed(exc)
-                image.failed_syncs += 1
+                image.sync_failed()
+                self.distrust(image)
                 return False
             image.synced = max(image.synced, covered)
         return not self._needs_origin(image)
