@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fusecache.cli import completion, offline
+from fusecache.cli import completion
 from fusecache.cli.paths import absolute, mount_path
 from fusecache.cli.progress import Progress, count_text, interruptible
 from fusecache.config import WriteMode, format_size
@@ -173,6 +173,8 @@ def _work(
         raise UsageError(
             "Say -m for a cache that is mounted, or --cache for one that no daemon has open."
         )
+    from fusecache.cli import offline  # numpy and SQLite take their time to load
+
     database = None if db is None else absolute(db)
     if request["verb"] == "flush":
         return [offline.flush(absolute(cache), database, images)]

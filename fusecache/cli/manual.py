@@ -44,8 +44,10 @@ def pages(group: click.Group, program: str = "fusecache") -> dict[str, str]:
 
 def _commands(group: click.Group, name: str) -> Iterator[tuple[str, click.Command]]:
     """All verbs with their whole names, also those of verbs, but not the hidden ones."""
-    for verb, command in group.commands.items():
-        if not command.hidden:
+    context = click.Context(group)
+    for verb in group.list_commands(context):
+        command = group.get_command(context, verb)
+        if command is not None and not command.hidden:
             yield f"{name} {verb}", command
             if isinstance(command, click.Group):
                 yield from _commands(command, f"{name} {verb}")

@@ -15,7 +15,7 @@ import click
 
 from fusecache.config import format_size
 from fusecache.errors import GivenUpError
-from fusecache.observe.report import time_text
+from fusecache.observe.times import time_text
 
 _WINDOW = 10.0
 """Seconds of which the rate is."""

@@ -22,7 +22,10 @@ from tests.support.daemon import BLOCK, Mount
 
 def _verbs(group: click.Group, name: str = "fusecache") -> dict[str, click.Command]:
     found: dict[str, click.Command] = {}
-    for verb, command in group.commands.items():
+    context = click.Context(group)
+    for verb in group.list_commands(context):
+        command = group.get_command(context, verb)
+        assert command is not None and command.name == verb
         if not command.hidden:
             found[f"{name}-{verb}"] = command
             if isinstance(command, click.Group):
