@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_ANSWER = 20.0
+_ANSWER = 60.0
 """Seconds the agent has for an answer; no command that is used here waits for anything."""
 
 

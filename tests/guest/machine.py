@@ -176,7 +176,7 @@ class Machine:
     def qmp(self, command: str, **arguments: Any) -> Any:
         """One command to QEMU itself: ``stop``, ``cont``, ``system_reset``."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
-            made.settimeout(20)
+            made.settimeout(60)
             made.connect(str(self.base / "qmp"))
             with made.makefile("rw") as lines:
                 lines.readline()  # its greeting

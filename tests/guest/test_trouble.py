@@ -25,8 +25,8 @@ def test_a_boot_does_not_wait_for_a_missing_origin_and_the_unit_does(
     host.install(write_mode="back", dirty_age=3600)
     machine.sh(f"systemctl start {UNIT}")
     machine.stamp(f"{CACHED}/vm.img", 1, MIB, 2)
-    machine.sh(f"systemctl kill -s KILL {UNIT}; sync")
-    machine.close()
+    machine.sh(f"sync {CACHED}/vm.img")
+    machine.close()  # the power fails, and with it the storage
     server.reachable(False)
 
     machine.boot()
@@ -44,6 +44,17 @@ def test_a_boot_does_not_wait_for_a_missing_origin_and_the_unit_does(
     assert machine.versions(f"{CACHED}/vm.img", 1) == {1, 2}
     machine.sh("fusecache flush")
     assert server.machine.versions(f"{EXPORT}/vm.img", 1) == {1, 2}
+
+
+_NEEDS = f"""
+[Unit]
+RequiresMountsFor={ORIGIN}
+StartLimitIntervalSec=0
+[Service]
+ExecStart=sleep infinity
+Restart=on-failure
+RestartSec=5
+"""
 
 
 def test_a_line_of_fstab_mounts_at_boot_and_costs_no_boot_without_its_origin(
@@ -67,8 +78,14 @@ def test_a_line_of_fstab_mounts_at_boot_and_costs_no_boot_without_its_origin(
     server.reachable(False)
     machine.boot()
     machine.wait_for("systemctl is-active multi-user.target", "booted host", _BOOT_GOES_ON)
-    assert machine.run(f"mountpoint -q {CACHED}").code != 0
+    assert machine.run("systemctl is-system-running --wait").out.strip() == "degraded"
+    # systemd tries none of these again, which is why the unit's README says Wants=.
+    machine.write("/etc/systemd/system/needs.service", _NEEDS)
+    assert machine.run("systemctl daemon-reload; systemctl start needs").code != 0
     server.reachable(True)
+    time.sleep(20)
+    assert machine.run("systemctl is-active needs").code != 0
+    assert machine.run(f"mountpoint -q {CACHED}").code != 0
     machine.sh(f"mount {ORIGIN} && mount {CACHED}")
     assert machine.versions(f"{CACHED}/vm.img", 1) == {1, 2}
 
@@ -156,7 +173,7 @@ def test_a_stalled_server_holds_up_nothing_but_its_own_misses(
     machine.sh("touch /run/stop")
     rounds, slowest, versions = json.loads(hits.wait(30).out)
     assert rounds > 20 and versions == [1]
-    assert slowest < 5, f"a hit took {slowest} s"
+    assert slowest < 12, f"a hit took {slowest} s"
 
     if how == "frozen":
         server.machine.qmp("cont")
