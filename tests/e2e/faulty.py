@@ -4,7 +4,7 @@ The directory that FUSECACHE_FAULTS names says how, from one call to the next:
 
 ``fail-write``   while it is there, writes to the origin fail with EIO
 ``slow-write``   holds the seconds that every write to the origin takes longer
-``hang-write``   while it is there, writes to the origin do not return
+``hang-write``   while it is there, writes to the origin do not return, and make ``reached``
 ``hang-sync``    while it is there, syncs of the origin do not return
 ``fail-read``    while it is there, reads of the cache device fail with EIO
 ``hang-space``, ``hang-create``, ``hang-copy``, ``hang-restore``
@@ -84,6 +84,7 @@ def _inject() -> None:
 
     def faulty(self: OriginImage, *args: Any, **kwargs: Any) -> Any:
         while (faults / "hang-write").exists():
+            (faults / "reached").touch()
             time.sleep(0.01)
         if (faults / "fail-write").exists():
             raise OriginError(5, "injected")
