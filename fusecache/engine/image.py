@@ -132,6 +132,8 @@ class Image:
     guest_written: int = 1
     """``written`` as of the last change a guest made there: what the guest's fsync must cover. What
     the cleaner wrote stays dirty here until it is synced."""
+    guest_data: int = 0
+    """``written`` as of the last data of a guest that went there."""
     written: int = 1
     """Origin writes ended, ever, and one for what an earlier life may have left unsynced."""
     synced: int = 0
@@ -186,7 +188,7 @@ class Image:
         """An origin sync failed. The kernel tells of it once and may have dropped all that was
         written since the last good one, so that the next one works although it is gone."""
         self.failed_syncs += 1
-        if self.synced < self.guest_written and self.guest_written > 1:
+        if self.synced < self.guest_data:
             self.sync_error_owed = True
 
     def record(self, seen: Attributes, now_ns: int, settle_age: float, *, own: bool) -> None:

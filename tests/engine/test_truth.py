@@ -7,6 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from fusecache.config import WriteMode
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import OriginError
@@ -269,6 +270,30 @@ async def test_a_failed_sync_after_the_last_close_leaves_nothing_newer_than_the_
         with pytest.raises(OriginError):
             await cache.fsync(again, metadata=False)
         await cache.close(again, write=True)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+async def test_a_failed_writeback_fails_no_fsync_of_a_guest_whose_data_is_dirty(
+    world: World, autojump_clock: MockClock, grows: bool
+) -> None:
+    """Nothing is lost: it is written back again. Nor is the chown at a guest's start its data."""
+    world.write_mode = WriteMode.BACK
+    world.failed_syncs_lose = True
+    async with world.open() as cache:
+        image = await cache.open(b"1", b"a", 1, write=True)
+        cache.images.attributes_changed(b"1")
+        first = (BLOCKS if grows else 0) * BLOCK
+        await cache.write(image, first, stamped(1, first, BLOCK, 2))
+        world.faults.fail = lambda kind, number: kind == "origin.sync"
+        with pytest.raises(OriginError):
+            await cache.cleaner.flush(image)
+        world.faults.fail = lambda kind, number: False
+        await cache.fsync(image, metadata=False)
+        await cache.flush(image)
+        stable = world.files[1].pages
+        assert not stable.unsynced
+        assert set(check_stamps(bytes(stable.data[first : first + BLOCK]), 1, first)) == {2}
+        await cache.close(image, write=True)
 
 
 async def test_a_truncate_whose_sync_fails_leaves_no_old_data(
