@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: demo test test-slow lint clean system peers
+.PHONY: demo test test-slow lint clean system peers guests
 .PHONY: bench bench-quick bench-compare bench-far bench-read bench-writes bench-misses bench-scale
 .PHONY: bench-cold bench-replay
 
@@ -34,13 +34,18 @@ $(VENV)/.bench-installed: $(VENV)/.installed benchmarks/install-packages | peers
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	@touch $@
 
+# What the tests with guests need besides.
+guests:
+	@sh .ci/install-guests
+
 demo: $(VENV)/.installed
 	@$(BIN)/python docs/demo.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed guests
 	$(BIN)/pytest
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.installed guests
+	@sh .ci/install-packages mmdebstrap
 	$(BIN)/pytest -m slow
 
 lint: $(VENV)/.installed

@@ -64,6 +64,14 @@ class LostDataError(FusecacheError):
     """The cache device lost what a guest had written and the origin does not have (EIO)."""
 
 
+class GivenUpError(FusecacheError):
+    """The user interrupted the work; the sentence says how things are now."""
+
+
+class ImageOpenError(FusecacheError):
+    """The image is open, and what was asked for is done to closed ones only."""
+
+
 class MountError(FusecacheError):
     """The filesystem cannot be mounted or unmounted."""
 

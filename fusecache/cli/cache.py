@@ -1,7 +1,6 @@
 """What every verb needs to open a cache or to make one."""
 
 import contextlib
-import errno
 import os
 import stat
 import time
@@ -27,6 +26,7 @@ from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.dirty_data import DirtyData, dirty_data
 from fusecache.store.superblock import DATA_OFFSET, Superblock
+from fusecache.store.telling import Tell, silent
 
 _ENDING = 5.0
 """Seconds that a daemon whose socket is gone may still have its cache open."""
@@ -65,7 +65,7 @@ def open_cache_device(
 
 
 @contextlib.contextmanager
-def made_if_missing(path: Path, size: int | None) -> Iterator[None]:
+def made_if_missing(path: Path, size: int | None, tell: Tell = silent) -> Iterator[None]:
     """A cache file that was made here does not outlive an error here."""
     if os.path.lexists(path):
         yield
@@ -76,7 +76,7 @@ def made_if_missing(path: Path, size: int | None) -> Iterator[None]:
         )
     if not path.parent.is_dir():
         raise CacheDeviceError(f"Cannot create the cache {path}: there is no {path.parent}.")
-    cache_device.create_file(path, size)
+    cache_device.create_file(path, size, tell)
     try:
         yield
     except BaseException:
@@ -176,6 +176,7 @@ def make(
     block_size: int | None,
     *,
     force: bool = False,
+    tell: Tell = silent,
 ) -> tuple[CacheDevice, BlockMap]:
     """Makes an empty cache. Ordered so that a cut at any moment leaves none at all:
     the old superblock goes first, the new one comes last, the database in between."""
@@ -185,7 +186,7 @@ def make(
     place = database or default_database(path, superblock)
     _check_database_place(place, path, leftover=database is None, force=force)
     if size is not None:
-        _fit(fd, path, size)
+        _fit(fd, path, size, tell)
     try:
         cache_device.erase_superblock(fd, path)
         block_map = BlockMap.create(place, superblock)
@@ -241,7 +242,7 @@ def describe(found: DirtyData) -> str:
     return f"{format_size(found.bytes)} of {count_text(len(largest))} ({', '.join(names + more)})"
 
 
-def _fit(fd: int, path: Path, size: int) -> None:
+def _fit(fd: int, path: Path, size: int, tell: Tell) -> None:
     """Makes a file as large as asked; a device has to be large enough."""
     had = cache_device.size_of(fd)
     if had >= size:
@@ -249,13 +250,10 @@ def _fit(fd: int, path: Path, size: int) -> None:
     if stat.S_ISBLK(os.fstat(fd).st_mode):
         raise CacheDeviceError(f"{path} has only {format_size(had)}: choose a smaller --size.")
     try:
-        os.posix_fallocate(fd, had, size - had)
-    except OSError as exc:
+        cache_device.take_space(fd, path, size, tell)
+    except BaseException:
         _cut_back(fd, had)
-        hint = " Choose a smaller --size." if exc.errno in (errno.ENOSPC, errno.EFBIG) else ""
-        raise CacheDeviceError(
-            f"Cannot take {format_size(size)} for the cache {path}: {exc.strerror}.{hint}"
-        ) from exc
+        raise
 
 
 def _cut_back(fd: int, size: int) -> None:

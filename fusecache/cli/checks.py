@@ -35,6 +35,17 @@ def _check_origin(origin: Path) -> None:
         raise MountError(f"The origin {origin} is not a directory: name the images' directory.")
     if not os.access(origin, os.R_OK | os.X_OK):
         raise MountError(f"The origin {origin} may not be read: ask for access to it.")
+    _check_mounted(origin)
+
+
+def _check_mounted(origin: Path) -> None:
+    """A directory whose storage is not mounted shows no images, which is worse than no mount."""
+    for path in mounts.points_of_fstab():
+        if (path == origin or path in origin.parents) and mounts.mount_at(path) is None:
+            raise MountError(
+                f"The origin {origin} is not mounted: /etc/fstab has a line for {path}. "
+                f"Mount it: mount {path}"
+            )
 
 
 def _check_nesting(plan: MountConfig) -> None:

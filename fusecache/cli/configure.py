@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from fusecache.cli import config_file
+from fusecache.cli import completion, config_file
 from fusecache.cli.paths import absolute, mount_path
 from fusecache.config import LOG_LEVELS
 from fusecache.control import client
@@ -22,7 +22,7 @@ def config() -> None:
 
 
 @config.command(epilog="Example: fusecache config check /etc/fusecache/vms.toml")
-@click.argument("file", type=Path)
+@click.argument("file", type=Path, shell_complete=completion.files)
 def check(file: Path) -> None:
     """Say everything that is wrong with FILE, or that nothing is.
 
@@ -38,7 +38,7 @@ def check(file: Path) -> None:
 
 
 @click.command(epilog="Example: fusecache reload /mnt/cached")
-@click.argument("mountpoint", type=Path, required=False)
+@click.argument("mountpoint", type=Path, required=False, shell_complete=completion.running_mounts)
 @click.option("--pid", type=int, help="The mount of this daemon, for service managers.")
 def reload(mountpoint: Path | None, pid: int | None) -> None:
     """Apply what has changed in the configuration file of a mount, as far as that can be done
@@ -56,7 +56,7 @@ def reload(mountpoint: Path | None, pid: int | None) -> None:
 
 @click.command("log-level", epilog="Example: fusecache log-level debug /mnt/cached")
 @click.argument("level", type=click.Choice(LOG_LEVELS))
-@click.argument("mountpoint", type=Path, required=False)
+@click.argument("mountpoint", type=Path, required=False, shell_complete=completion.running_mounts)
 def log_level(level: str, mountpoint: Path | None) -> None:
     """Log more or less from now on, until the next start."""
     request: dict[str, Any] = {"verb": "log-level", "level": level}

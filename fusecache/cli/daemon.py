@@ -46,6 +46,8 @@ def start(plan: MountConfig, again: Callable[[], MountConfig]) -> None:
     Raises:
         FusecacheError: it does not serve (in front only; else exits with 1).
     """
+    # What a daemon makes for itself is nobody else's; what guests make has the modes they ask for.
+    os.umask(0o077)
     if plan.foreground:
         logs.to_front(plan.log_level)
         serve(plan, again, lambda: None)

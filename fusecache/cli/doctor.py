@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from fusecache.cli import completion
 from fusecache.control import client
 from fusecache.control.protocol import state_directory
 from fusecache.errors import MountError
@@ -368,8 +369,20 @@ def _database(chosen: Path | None, cache_path: Path | None) -> Path | None:
 
 
 @click.command(epilog="Example: fusecache doctor /srv/images --cache /dev/sdb")
-@click.argument("origin_path", metavar="[ORIGIN]", type=Path, required=False)
-@click.option("--cache", "cache_path", type=Path, help="The SSD: a file or block device.")
+@click.argument(
+    "origin_path",
+    metavar="[ORIGIN]",
+    type=Path,
+    required=False,
+    shell_complete=completion.directories,
+)
+@click.option(
+    "--cache",
+    "cache_path",
+    type=Path,
+    shell_complete=completion.files,
+    help="The SSD: a file or block device.",
+)
 @click.option("--db", type=Path, help="Where the cache's database lies.")
 @click.option("--fix", is_flag=True, help="Detach mounts whose daemon is gone.")
 def doctor(origin_path: Path | None, cache_path: Path | None, db: Path | None, fix: bool) -> None:

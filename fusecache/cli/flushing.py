@@ -114,7 +114,7 @@ class Flushing:
                 if now - logged >= _LOG_INTERVAL:
                     logged = now
                     log.info("flushing: %s", left_text(left, self._of))
-                line.show(f"fusecache: {left_text(left, self._of)}")
+                line.write_back("fusecache", left, self._of)
 
     def _signs(self) -> tuple[int, ...]:
         """What changes when the origin takes something."""

@@ -3,22 +3,26 @@
 import contextlib
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import click
 
+from fusecache.cli import completion
 from fusecache.cli.cache import default_database, describe, made_if_missing, make, open_locked
 from fusecache.cli.paths import absolute
+from fusecache.cli.progress import Progress, interruptible
 from fusecache.config import check_block_size, format_size, parse_size
 from fusecache.control.protocol import readable
 from fusecache.errors import DatabaseError, EmptyCacheError, NotACacheError, SuperblockError
 from fusecache.store import cache_device
 from fusecache.store.dirty_data import DirtyData, dirty_data
 from fusecache.store.superblock import Superblock, remedy
+from fusecache.store.telling import Tell
 
 
 @click.command("format", epilog="Example: fusecache format /dev/sdb")
-@click.argument("path", type=Path)
+@click.argument("path", type=Path, shell_complete=completion.files)
 @click.option("--size", help="Size of the cache, like 20G; needed to create a file.")
 @click.option("--block-size", help="Size of a block, a power of two from 4K to 1M. [64K]")
 @click.option("--db", "database", type=Path, help="Where its database goes.")
@@ -39,7 +43,23 @@ def format_cache(
     database = None if database is None else absolute(database)
     wanted = None if size is None else parse_size(size)
     blocks = None if block_size is None else check_block_size(parse_size(block_size))
-    with made_if_missing(path, wanted):
+    new = not os.path.lexists(path)
+    made = "nothing was made." if new else f"what {path} is now says: fusecache check {path}"
+    with interruptible(made), Progress() as line:
+        tell = partial(line.follow, "format")
+        _format(path, wanted, blocks, database, force, discard_dirty, tell)
+
+
+def _format(
+    path: Path,
+    size: int | None,
+    block_size: int | None,
+    database: Path | None,
+    force: bool,
+    discard_dirty: bool,
+    tell: Tell,
+) -> None:
+    with made_if_missing(path, size, tell):
         fd = open_locked(path)
         try:
             if not force:
@@ -47,7 +67,7 @@ def format_cache(
             elif not discard_dirty:
                 _refuse_if_dirty(fd, path, database)
             old = _old_database(fd, path)
-            device, block_map = make(fd, path, database, wanted, blocks, force=force)
+            device, block_map = make(fd, path, database, size, block_size, force=force, tell=tell)
             block_map.close()
             if old is not None and old != block_map.path:
                 _remove_database(old)

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from fusecache.cli import offline
+from fusecache.cli import completion
 from fusecache.cli.paths import absolute, mount_path
-from fusecache.cli.progress import Progress, count_text
+from fusecache.cli.progress import Progress, count_text, interruptible
 from fusecache.config import WriteMode, format_size
 from fusecache.control import client, protocol
 from fusecache.control.client import Daemon
@@ -18,11 +18,19 @@ mount_option = click.option(
     "-m",
     "--mountpoint",
     type=Path,
+    shell_complete=completion.running_mounts,
     help="Which mount is meant, if several run.",
 )
 _cache_options = (
-    click.option("--cache", type=Path, help="A cache that no daemon has open."),
-    click.option("--db", type=Path, help="With --cache: its database."),
+    click.option(
+        "--cache",
+        type=Path,
+        shell_complete=completion.files,
+        help="A cache that no daemon has open.",
+    ),
+    click.option(
+        "--db", type=Path, shell_complete=completion.files, help="With --cache: its database."
+    ),
 )
 
 
@@ -33,7 +41,7 @@ def _with_cache(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(epilog="Example: fusecache evict vm2.img")
-@click.argument("images", nargs=-1, metavar="IMAGE...")
+@click.argument("images", nargs=-1, metavar="IMAGE...", shell_complete=completion.images)
 @click.option("--all", "everything", is_flag=True, help="Every image of the mount.")
 @click.option(
     "--discard-dirty",
@@ -57,7 +65,11 @@ def evict(
     if bool(images) == everything:
         raise UsageError("Name the images to evict, or say --all.")
     request = {"verb": "evict", "discard_dirty": discard_dirty}
-    answers = _work(request, images, mountpoint, cache, db)
+    with interruptible(
+        "what was evicted by then stays evicted, everything else is served as before and nothing "
+        "is lost. Evict again before a migration."
+    ):
+        answers = _work(request, images, mountpoint, cache, db)
     count, failed = _outcome(answers)
     if count or not failed:
         blocks = sum(answer["blocks"] for answer in answers)
@@ -66,21 +78,25 @@ def evict(
 
 
 @click.command(epilog="Example: fusecache flush vm2.img")
-@click.argument("images", nargs=-1, metavar="[IMAGE...]")
+@click.argument("images", nargs=-1, metavar="[IMAGE...]", shell_complete=completion.images)
 @mount_option
 @_with_cache
 def flush(
     images: tuple[str, ...], mountpoint: Path | None, cache: Path | None, db: Path | None
 ) -> None:
     """Bring everything written to the images, or to all, onto the origin's stable storage."""
-    count, failed = _outcome(_work({"verb": "flush"}, images, mountpoint, cache, db))
+    with interruptible("what is not on the origin yet stays on the cache; nothing is lost."):
+        answers = _work({"verb": "flush"}, images, mountpoint, cache, db)
+    count, failed = _outcome(answers)
     if count or not failed:
         click.echo(f"flushed {count_text(count)}")
     _fail(f"'{image['image']}' was not flushed: {_why(image, 'Flush')}" for image in failed)
 
 
 @click.command("set", epilog="Example: fusecache set vm2.img --write-mode back")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument(
+    "images", nargs=-1, required=True, metavar="IMAGE...", shell_complete=completion.images
+)
 @click.option(
     "--write-mode",
     type=click.Choice([*(mode.value for mode in WriteMode), "default"]),
@@ -95,7 +111,9 @@ def set_image(images: tuple[str, ...], write_mode: str | None, mountpoint: Path 
     if write_mode is None:
         raise UsageError("Say which: --write-mode through, around, back or default.")
     request = {"verb": "set", "write_mode": write_mode}
-    count, failed = _outcome(_for_images(request, images, mountpoint))
+    with interruptible("see fusecache status for the images' write modes; nothing is lost."):
+        answers = _for_images(request, images, mountpoint)
+    count, failed = _outcome(answers)
     mode = "the mount's write mode" if write_mode == "default" else f"write-{write_mode}"
     if count:
         click.echo(f"{count_text(count)}: {mode}")
@@ -155,6 +173,8 @@ def _work(
         raise UsageError(
             "Say -m for a cache that is mounted, or --cache for one that no daemon has open."
         )
+    from fusecache.cli import offline  # numpy and SQLite take their time to load
+
     database = None if db is None else absolute(db)
     if request["verb"] == "flush":
         return [offline.flush(absolute(cache), database, images)]
@@ -177,10 +197,13 @@ def _for_images(
             raise ControlError(f"There are several mounts ({places}): choose one with -m.")
         work = {running[0]: []}
     with Progress() as line:
+        of = 0
 
         def progress(news: dict[str, Any]) -> None:
-            left = f", {format_size(news['left'])} left to write back" if news["left"] else ""
-            line.show(f"{request['verb']}: {news['done']} of {count_text(news['of'])}{left}")
+            nonlocal of
+            of = max(of, news["left"])
+            more = f" ({news['done']} of {count_text(news['of'])})"
+            line.write_back(request["verb"], news["left"], of, more)
 
         return [
             client.ask(daemon.socket_path, {**request, "images": paths}, progress=progress)

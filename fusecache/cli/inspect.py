@@ -6,14 +6,17 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from fusecache.cli import completion
 from fusecache.cli.cache import default_database, open_locked
 from fusecache.cli.paths import absolute
+from fusecache.cli.progress import Progress, interruptible
 from fusecache.config import format_size
 from fusecache.control.protocol import readable
 from fusecache.core.rows import Rows
@@ -30,12 +33,15 @@ _LEFT = {
     "cut": "its daemon did not stop cleanly, and the host was started since",
     "unknown": "how it was left is not known",
 }
-_argument = click.argument("cache", type=Path)
+_UNCHANGED = "nothing was changed."
+_argument = click.argument("cache", type=Path, shell_complete=completion.files)
 _db = click.option("--db", "database", type=Path, help="Where its database lies.")
 
 
 @contextlib.contextmanager
-def _inspected(cache: Path, database: Path | None) -> Iterator[tuple[int, Inspection]]:
+def _inspected(
+    verb: str, cache: Path, database: Path | None
+) -> Iterator[tuple[int, Inspection, Progress]]:
     """The cache, locked: its daemon must not change it while we look."""
     cache = absolute(cache)
     if not os.path.lexists(cache):
@@ -43,7 +49,10 @@ def _inspected(cache: Path, database: Path | None) -> Iterator[tuple[int, Inspec
     fd = open_locked(cache)
     try:
         place = _database(fd, cache, None if database is None else absolute(database))
-        yield fd, inspect(fd, cache, place, boot_id())
+        with Progress() as line:
+            found = inspect(fd, cache, place, boot_id(), partial(line.follow, verb))
+            line.show("")
+            yield fd, found, line
     finally:
         os.close(fd)
 
@@ -72,7 +81,7 @@ def check(context: click.Context, cache: Path, database: Path | None) -> None:
 
     Exit code 1 if anything is. Data that is dirty is not wrong, and is counted.
     """
-    with _inspected(cache, database) as (_, found):
+    with interruptible(_UNCHANGED), _inspected("check", cache, database) as (_, found, _line):
         for finding in found.findings:
             example = f" ({finding.example})" if finding.example else ""
             click.echo(f"{finding.count} x {finding.what}{example}")
@@ -111,7 +120,7 @@ def dump(cache: Path, database: Path | None, as_json: bool) -> None:
 
     With --json: one line about the cache, one for each image, one for each cached block.
     """
-    with _inspected(cache, database) as (_, found):
+    with interruptible(_UNCHANGED), _inspected("dump", cache, database) as (_, found, _line):
         rows = found.rows()
         images = list(_images(found, rows))
         header = _header(found, rows)
@@ -194,7 +203,8 @@ def repair(context: click.Context, cache: Path, database: Path | None, yes: bool
 
     Says first which data, that the origin does not have, cannot be saved.
     """
-    with _inspected(cache, database) as (fd, found):
+    state = f"go on with fusecache repair {cache} --yes" if yes else _UNCHANGED
+    with interruptible(state), _inspected("repair", cache, database) as (fd, found, line):
         made = mending.plan(found, fd)
         if not made.needed:
             click.echo(f"{found.path}: nothing is wrong, nothing to do")
@@ -207,7 +217,8 @@ def repair(context: click.Context, cache: Path, database: Path | None, yes: bool
             found = replace(found, database=default_database(found.path, made.superblock))
         _tell(found, made)
         if yes:
-            mending.carry_out(made, found, fd)
+            mending.carry_out(made, found, fd, partial(line.follow, "repair"))
+            line.show("")
             click.echo(f"{found.path}: repaired")
             return
         click.echo(f"Nothing was done. To do it: fusecache repair {found.path} --yes")

@@ -5,26 +5,55 @@ Exit codes: 0 done, 1 failed (why, on standard error), 2 wrong usage.
 
 import os
 import sys
+from importlib import import_module
 
 import click
 
 from fusecache import __version__
-from fusecache.cli.configure import config, log_level, reload
-from fusecache.cli.doctor import doctor
-from fusecache.cli.format import format_cache
-from fusecache.cli.images import evict, flush, set_image
-from fusecache.cli.inspect import check, dump, repair
-from fusecache.cli.mount import mount
-from fusecache.cli.mount_helper import mount_helper
-from fusecache.cli.status import status
-from fusecache.cli.top import top
-from fusecache.cli.umount import umount
-from fusecache.cli.units import install_units
 from fusecache.errors import FusecacheError, UsageError
 from fusecache.observe.logs import is_journal
 
+_VERBS = {
+    "mount": "mount:mount",
+    "umount": "umount:umount",
+    "evict": "images:evict",
+    "flush": "images:flush",
+    "set": "images:set_image",
+    "status": "status:status",
+    "top": "top:top",
+    "format": "format:format_cache",
+    "check": "inspect:check",
+    "dump": "inspect:dump",
+    "repair": "inspect:repair",
+    "config": "configure:config",
+    "reload": "configure:reload",
+    "log-level": "configure:log_level",
+    "install-units": "units:install_units",
+    "doctor": "doctor:doctor",
+    "mount-helper": "mount_helper:mount_helper",
+}
+"""Where each verb is: module below ``fusecache.cli``, and name in it."""
+
+
+class Verbs(click.Group):
+    """Loads a verb when it is asked for: numpy, SQLite and rich take longer to load than most verbs
+    to run, and ``status`` and ``evict`` need none or one of them (0.3 s all, 0.1 s without)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All of them, in the order in which help shows them."""
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """None if there is no such verb."""
+        if cmd_name not in _VERBS:
+            return None
+        module, _, name = _VERBS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(f"fusecache.cli.{module}"), name)
+        return command
+
 
 @click.group(
+    cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: fusecache mount /srv/images /mnt/cached --cache /dev/sdb",
     invoke_without_command=True,
@@ -35,13 +64,6 @@ def cli(context: click.Context) -> None:
     """Serve VM images from shared storage through an SSD cache in this host."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-for _verb in (mount, umount, evict, flush, set_image, status, format_cache, check, dump, repair):
-    cli.add_command(_verb)
-cli.add_command(top)
-for _verb in (config, reload, log_level, install_units, mount_helper, doctor):
-    cli.add_command(_verb)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fusecache.cli import config_file
+from fusecache.cli import completion, config_file
 from fusecache.cli.checks import check_mount
 from fusecache.cli.paths import absolute
 from fusecache.cli.settings import PATHS, checked, plan_of
@@ -15,9 +15,14 @@ from fusecache.config import LOG_LEVELS, LaneUse, MountConfig, WriteMode
 
 
 @click.command(epilog="Example: fusecache mount /srv/images /mnt/cached --cache /dev/sdb")
-@click.argument("origin", type=Path, required=False)
-@click.argument("mountpoint", type=Path, required=False)
-@click.option("--cache", type=Path, help="The SSD: a file or block device.")
+@click.argument("origin", type=Path, required=False, shell_complete=completion.directories)
+@click.argument("mountpoint", type=Path, required=False, shell_complete=completion.directories)
+@click.option(
+    "--cache",
+    type=Path,
+    shell_complete=completion.files,
+    help="The SSD: a file or block device.",
+)
 @click.option("--size", help="Size of a cache file to create, like 20G.")
 @click.option("--block-size", help="Block size of a cache to create: 4K to 1M. [64K]")
 @click.option(
@@ -47,10 +52,13 @@ from fusecache.config import LOG_LEVELS, LaneUse, MountConfig, WriteMode
     metavar="SIZE",
     help="Most that is fetched ahead of a guest that reads in order; 0: nothing. [2M]",
 )
-@click.option("--db", type=Path, help="Where the cache's database lies.")
+@click.option(
+    "--db", type=Path, shell_complete=completion.files, help="Where the cache's database lies."
+)
 @click.option(
     "--config",
     type=Path,
+    shell_complete=completion.files,
     help="A TOML file with the same names, and rules for images; options given here win.",
 )
 @click.option(

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
+from fusecache.cli import completion
 from fusecache.cli.images import mount_option
 from fusecache.cli.paths import mount_path
 from fusecache.control import client, protocol
 from fusecache.control.client import Daemon
-from fusecache.observe import report
 
 
 @click.command(epilog="Example: fusecache status --json")
-@click.argument("images", nargs=-1, metavar="[IMAGE...]")
+@click.argument("images", nargs=-1, metavar="[IMAGE...]", shell_complete=completion.images)
 @click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
 @mount_option
 def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> None:
@@ -39,6 +38,10 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
     elif not mounts:
         click.echo("No fusecache daemon is running. Start one with: fusecache mount")
     else:
+        from rich.console import Console  # takes its time to load
+
+        from fusecache.observe import report
+
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         report.show({"mounts": mounts}, console, details=bool(images))
 

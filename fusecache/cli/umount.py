@@ -2,21 +2,27 @@
 
 import os
 import select
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fusecache.cli import completion
 from fusecache.cli.paths import mount_path
-from fusecache.cli.progress import Progress, kept_text, left_text
+from fusecache.cli.progress import Progress, interruptible, kept_text
 from fusecache.control import client
 from fusecache.control.client import Daemon
 from fusecache.errors import ControlError, MountError
 from fusecache.fuse import mounts
 
+_NOTICES = 3.0
+"""Seconds in which a daemon sees that its client has gone."""
+
 
 @click.command(epilog="Example: fusecache umount /mnt/cached")
-@click.argument("mountpoint", type=Path)
+@click.argument("mountpoint", type=Path, shell_complete=completion.all_mounts)
 @click.option(
     "--keep-dirty",
     is_flag=True,
@@ -48,13 +54,13 @@ def umount(mountpoint: Path, keep_dirty: bool, force: bool) -> None:
 
 def _end(daemon: Daemon, keep_dirty: bool, force: bool) -> None:
     kept: dict[str, Any] | None = None
-    with Progress() as line:
+    with interruptible(partial(_how_it_is, daemon)), Progress() as line:
 
         def progress(news: dict[str, Any]) -> None:
             nonlocal kept
             kept = news.get("kept", kept)
             if "left" in news:
-                line.show(f"umount: {left_text(news['left'], news['of'])}")
+                line.write_back("umount", news["left"], news["of"])
 
         request = {"verb": "umount", "force": force, "keep_dirty": keep_dirty}
         try:
@@ -65,6 +71,27 @@ def _end(daemon: Daemon, keep_dirty: bool, force: bool) -> None:
         _wait_for_end(daemon, line)
     if kept is not None:
         click.echo(kept_text(kept))
+
+
+def _how_it_is(daemon: Daemon) -> str:
+    """After an interrupt: the daemon gives up what it does for a client that has gone."""
+    path, deadline = daemon.mountpoint, time.monotonic() + _NOTICES
+    while time.monotonic() < deadline:
+        try:
+            state = client.ask(daemon.socket_path, {"verb": "who"}, timeout=_NOTICES)["state"]
+        except ControlError:
+            break  # it has ended, or is about to
+        if state == "serving":
+            return (
+                f"{path} stays mounted and serves; what is not on the origin yet stays on the "
+                "cache."
+            )
+        if state == "flushing":
+            return f"{path} is unmounted; its daemon goes on to bring the rest to the origin."
+        time.sleep(0.05)
+    if mounts.mount_at(path) is None:
+        return f"{path} is unmounted."
+    return f"whether {path} stays mounted says: fusecache status"
 
 
 def _wait_for_end(daemon: Daemon, line: Progress) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import trio
 
-from fusecache.cli.progress import Progress, left_text
+from fusecache.cli.progress import Progress
 from fusecache.engine.block_cache import BlockCache, open_cache
 from fusecache.engine.image import Image
 from fusecache.engine.ports import Clock
@@ -146,8 +146,9 @@ class _Work:
 
     async def _show(self, cache: BlockCache, line: Progress) -> None:
         of = sum(map(cache.core.dirty_bytes, self._left))
+        verb = "evict" if self._evict else "flush"
         while True:
-            line.show(left_text(sum(map(cache.core.dirty_bytes, self._left)), of))
+            line.write_back(verb, sum(map(cache.core.dirty_bytes, self._left)), of)
             await trio.sleep(_LOOK)
 
     async def _obey_signals(self, scope: trio.CancelScope) -> None:
@@ -163,5 +164,9 @@ def _end_anyway() -> None:
     """A call that hangs on a stalled origin cannot be left behind otherwise. The cache is then as
     after a kill: the next start recovers it."""
     time.sleep(_GRACE)
-    os.write(2, b"fusecache: interrupted; the origin does not answer\n")
+    os.write(
+        2,
+        b"fusecache: interrupted: the origin does not answer; what is not there yet stays on the "
+        b"cache.\n",
+    )
     os._exit(1)

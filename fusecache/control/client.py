@@ -70,8 +70,8 @@ def ask(
     raise ControlError("The daemon ended before it had answered; see its log.")
 
 
-def daemons() -> list[Daemon]:
-    """Every daemon that answers; sockets of dead ones are removed."""
+def daemons(timeout: float = _CONNECT_TIMEOUT) -> list[Daemon]:
+    """Every daemon that answers in time; sockets of dead ones are removed."""
     found = []
     for directory in protocol.runtime_directories():
         for path in sorted(directory.glob("*.sock")):
@@ -81,7 +81,7 @@ def daemons() -> list[Daemon]:
                     path.with_suffix(".mount").unlink()
                 continue
             with contextlib.suppress(ControlError):
-                who = ask(path, {"verb": "who"}, timeout=_CONNECT_TIMEOUT)
+                who = ask(path, {"verb": "who"}, timeout=timeout)
                 found.append(
                     Daemon(
                         path,
@@ -101,11 +101,26 @@ def _alive(path: Path) -> bool:
     a call that cannot be interrupted, does not."""
     try:
         status = Path(f"/proc/{int(path.stem)}/status").read_text()
-    except (ValueError, OSError):
+    except ValueError:
         return False
+    except OSError:
+        return _listens(path)  # it is gone, or we are in another PID namespace
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     killed = int(fields["ShdPnd"], 16) >> (signal.SIGKILL - 1) & 1
     return fields["State"][0] not in "ZX" and not killed
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody has the socket open; that of a dead process refuses."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(_CONNECT_TIMEOUT)
+        try:
+            sock.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            pass  # nobody can tell
+    return True
 
 
 def silent_holder(mountpoint: Path, answered: list[Daemon]) -> int | None:

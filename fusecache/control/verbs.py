@@ -21,7 +21,7 @@ from fusecache.engine.snapshot import (
     image_snapshots,
     mount_snapshot,
 )
-from fusecache.errors import ControlError, FusecacheError, LostDataError
+from fusecache.errors import ControlError, FusecacheError, ImageOpenError, LostDataError
 from fusecache.observe import logs
 from fusecache.observe.windows import seconds_left
 from fusecache.store.tree import Found, Tree
@@ -155,9 +155,11 @@ class Verbs:
         return images
 
     async def _evict(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
-        discard = bool(request.get("discard_dirty"))
+        discard, closed = bool(request.get("discard_dirty")), bool(request.get("only_closed"))
 
         async def evict(image: Image, path_fd: int | None) -> int:
+            if closed:
+                return await self._cache.evict_closed(image, path_fd)
             return await self._cache.evict(image, path_fd, discard_dirty=discard)
 
         return await self._each("evict", await self._wanted(request), send, evict)
@@ -283,6 +285,7 @@ class Verbs:
             "error": reason,
             "dirty_bytes": self._cache.core.dirty_bytes(image.id),
             "lost": isinstance(exc, LostDataError),
+            "open": isinstance(exc, ImageOpenError),
         }
 
     # -- names -------------------------------------------------------------------------------------

@@ -119,6 +119,10 @@ class DirtyPages:
         """Whether any page of any image is dirty or settling."""
         return self.blocks > 0 or self.in_writeback > 0
 
+    def holds(self, image: int) -> bool:
+        """Whether any page of an image is dirty or settling."""
+        return self.any_held and bool(self.slots(image).size)
+
     def images(self) -> list[int]:
         """Images that have dirty pages."""
         return [image for image, pages in self._pages_of.items() if pages]

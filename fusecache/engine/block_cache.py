@@ -93,6 +93,7 @@ class BlockCache:
             self.state.unusable,
         )
         self.images.committer = self.committer
+        self.images.distrust = self._begin_distrust
         self.images.ownership = Ownership(
             self.images, core, self.state, threads, clock, tuning, pin
         )
@@ -101,7 +102,7 @@ class BlockCache:
             threads,
             tuning,
             clock.monotonic,
-            lambda image: nursery.start_soon(self._distrust, image),
+            self._begin_distrust,
         )
         self.reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self.reclaimer.wake)
@@ -219,7 +220,7 @@ class BlockCache:
         the other for what changed in the cache (R1).
 
         Raises:
-            OriginError: the origin's sync failed.
+            OriginError: the origin's sync failed, or one that no guest asked for since the last.
             CacheDeviceError, DatabaseError, LostDataError: what the cache alone has is not stable.
         """
         errors: list[FusecacheError] = []
@@ -232,6 +233,9 @@ class BlockCache:
                     await self._intents.sync_origin(image, metadata=metadata)
                 except OriginError as exc:
                     errors.append(exc)
+        if image.sync_error_owed:
+            image.sync_error_owed = False
+            errors.append(OriginError(5, "a sync of the origin failed since the last fsync"))
         if errors:
             raise errors[0]
 
@@ -242,7 +246,7 @@ class BlockCache:
         except FusecacheError as exc:
             # Of clean data the origin has all, and the guest's fsync stands.
             log.debug("no barrier: %s", exc)
-            if self.state.usable and self.core.dirty.slots(image.id).size:
+            if self.state.usable and self.core.dirty.holds(image.id):
                 errors.append(exc)
         try:
             if not self.state.usable:
@@ -254,7 +258,7 @@ class BlockCache:
         """The cache is broken: what is dirty is brought to the origin, and the slots are synced,
         since the next start may believe them."""
         await self.state.passable()
-        if self._degraded.holds(image) and self.core.dirty.slots(image.id).size:
+        if self._counts(image):
             await self._degraded.rescue(image)
             if self._degraded.holds(image):
                 await self.threads.device(self.device.sync)
@@ -291,7 +295,7 @@ class BlockCache:
         try:
             await self.flush(image)
         except FusecacheError as exc:
-            if self.core.dirty.slots(image.id).size:
+            if self.core.dirty.holds(image.id):
                 self.cleaner.failed(image, exc)
             else:
                 log.error("%s could not be synced: %s", image.name, exc)
@@ -358,6 +362,9 @@ class BlockCache:
         except OriginError as exc:
             log.error("the origin could not be synced: %s", exc)
 
+    def _begin_distrust(self, image: Image) -> None:
+        self._nursery.start_soon(self._distrust, image)
+
     async def _distrust(self, image: Image) -> None:
         """After a failed origin sync the kernel may have dropped what was written: the cache
         would be newer than the origin, and go back in time when a block leaves it."""
@@ -386,6 +393,10 @@ class BlockCache:
     ) -> int:
         """See ``Discards.evict``."""
         return await self._discards.evict(image, path_fd, discard_dirty=discard_dirty)
+
+    async def evict_closed(self, image: Image, path_fd: int | None = None) -> int:
+        """See ``Discards.evict_closed``."""
+        return await self._discards.evict_closed(image, path_fd)
 
     def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
         """See ``Discards.removing``."""
@@ -438,16 +449,20 @@ class BlockCache:
         with self._rescuing:
             async with trio.open_nursery() as nursery:
                 for image in self.images.all():
-                    if self.core.dirty.slots(image.id).size:
+                    if self._counts(image):
                         nursery.start_soon(self._rescue, image)
             empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
             self.state.emptied = await self.committer.fence(empty)
             if self.state.emptied:
                 log.warning("everything that was dirty is on the origin")
 
+    def _counts(self, image: Image) -> bool:
+        """Whether slots of the image still count although the cache is broken."""
+        return self._degraded.holds(image) and self.core.dirty.holds(image.id)
+
     async def _rescue(self, image: Image) -> None:
         pause = self.tuning.clean_pause
-        while not image.rescued and self.core.dirty.slots(image.id).size:
+        while not image.rescued and self._counts(image):
             try:
                 await self._degraded.rescue(image)
             except FusecacheError as exc:

@@ -240,7 +240,12 @@ class Cleaner:
             OriginError, DatabaseError, CacheDeviceError: at once; what is left stays dirty.
             LostDataError: at the end; all that can be read is on the origin.
         """
-        slots = self._dirty.due(image.id, 1 << 32)
+        if alone:
+            slots = self._dirty.due(image.id, 1 << 32)
+        else:
+            # Nothing is on its way then: what another batch has taken may fail there.
+            async with image.cleaning:
+                slots = self._dirty.due(image.id, 1 << 32)
         lost: LostDataError | None = None
         for first in range(0, slots.size, self._batch_blocks):
             try:

@@ -19,7 +19,7 @@ from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.ports import Invalidate, Threads
 from fusecache.engine.state import CacheState
-from fusecache.errors import DatabaseError, OriginError
+from fusecache.errors import DatabaseError, ImageOpenError, OriginError
 
 log = logging.getLogger(__name__)
 
@@ -138,13 +138,16 @@ class Discards:
         while (image := self._images.find(identity)) is not None:
             if self._outlives(image):
                 await self._images.ownership.adopted(image)
+                if not self._state.usable:
+                    await self._degraded.rescue(image)
             async with image.opening, image.cleaning, image.lock.everything():
                 if self._images.find(identity) is not image:
                     continue  # evicted and forgotten while we waited
                 if self._outlives(image):
-                    if not image.origin.writable:
-                        continue  # opened while we waited
-                    await self._cleaner.finish(image)
+                    if not (image.origin.writable and (self._state.usable or image.rescued)):
+                        continue  # opened, or the cache broke, while we waited
+                    if self._state.usable:
+                        await self._cleaner.finish(image)
                 yield True
                 await self._removed(image)
                 return
@@ -221,6 +224,39 @@ class Discards:
         self._refuse_broken()
         return blocks
 
+    async def evict_closed(self, image: Image, path_fd: int | None) -> int:
+        """``evict`` for an image that nobody has open; whoever opens it then finds it forgotten,
+        and not detached for as long as he has it open.
+
+        Opens wait meanwhile. The kernel cannot: of a closed image nothing is changed in mappings,
+        and no read is unanswered.
+
+        Raises:
+            ImageOpenError: it is open, or was opened while it was flushed; it stays cached.
+            OriginError, LostDataError, CacheDeviceError, DatabaseError: see ``evict``.
+        """
+        self._refuse_broken()
+        _refuse_open(image)
+        await self.drain(image)
+        await self.sync(image, path_fd)
+        async with image.opening:
+            if self._images.find(image.row.identity) is not image:
+                raise ImageOpenError(f"'{image.name}' was opened meanwhile")
+            async with image.cleaning, image.lock.everything():
+                _refuse_open(image)
+                if self._core.dirty.pages(image.id):
+                    await self._cleaner.finish(image)
+                blocks = self._core.usage(image.id).blocks
+                with trio.CancelScope(shield=True):
+                    await self._images.drop(image, 0, dirty=True)
+                    image.unreadable.clear()
+                await self._sync(image, path_fd)
+            await self._threads.kernel(self._invalidate, image.row.identity)
+            await self._images.ownership.unlock(image)
+            await self._images.forget(image)
+        self._refuse_broken()
+        return blocks
+
     def _refuse_broken(self) -> None:
         if not self._state.usable:
             raise DatabaseError(
@@ -262,3 +298,8 @@ class Discards:
                 return  # the file is gone, or its last holder synced it
             await self._images.open_side(image, path_fd, write=False)
         await self._intents.sync_origin(image)
+
+
+def _refuse_open(image: Image) -> None:
+    if image.handles:
+        raise ImageOpenError(f"'{image.name}' is open")

@@ -108,6 +108,8 @@ class Image:
     """Nothing is written back by the clock before then."""
     failed_syncs: int = 0
     """Origin syncs failed, ever: what was written before one may be gone (R5)."""
+    sync_error_owed: bool = False
+    """One of them may have lost what guests wrote: the next fsync has to fail for it (P2)."""
     row_owed: bool = False
     settles: bool = False
     """The recorded change time is of our own making and may be trusted once it is old enough."""
@@ -129,6 +131,8 @@ class Image:
     guest_written: int = 1
     """``written`` as of the last change a guest made there: what the guest's fsync must cover. What
     the cleaner wrote stays dirty here until it is synced."""
+    guest_data: int = 0
+    """``written`` as of the last data of a guest that went there."""
     written: int = 1
     """Origin writes ended, ever, and one for what an earlier life may have left unsynced."""
     synced: int = 0
@@ -236,6 +240,13 @@ class Image:
             yield
         finally:
             self.waiting -= 1
+
+    def sync_failed(self) -> None:
+        """An origin sync failed. The kernel tells of it once and may have dropped all that was
+        written since the last good one, so that the next one works although it is gone."""
+        self.failed_syncs += 1
+        if self.synced < self.guest_data:
+            self.sync_error_owed = True
 
     def record(self, seen: Attributes, now_ns: int, settle_age: float, *, own: bool) -> None:
         """Takes ``seen`` for what the cached blocks belong to (P3).

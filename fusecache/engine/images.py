@@ -61,6 +61,8 @@ class Images:
         self._next_id = 1
         self.committer: Committer
         self.ownership: Ownership
+        self.distrust: Callable[[Image], None]
+        """Has the clean blocks of an image dropped, soon: a sync of its origin failed."""
 
     def load(self, rows: Iterable[ImageRow], intents: Iterable[tuple[int, int, int]]) -> None:
         """Takes over what the database knows."""
@@ -178,7 +180,7 @@ class Images:
 
     async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
         seen: Attributes | None = None
-        if write and not image.detached:
+        if write and self._locks(image):
             await self.ownership.lock(image, path_fd)
         if image.writers == 0 or not image.origin.readable:
             try:
@@ -201,6 +203,13 @@ class Images:
         else:
             image.readers += 1
         image.open_gate(self._core.gates)
+
+    def _locks(self, image: Image) -> bool:
+        """Whether to open it for writing takes the lock. Those who write an evicted image go on
+        without; if none of them is left, whoever opens it anew needs it again."""
+        if image.detached:
+            return not (image.writers or image.bypassed or image.gone)
+        return True
 
     async def open_side(self, image: Image, path_fd: int, *, write: bool) -> Attributes:
         """Opens the origin's file anew for reading or for writing. Raises OriginError."""
@@ -246,9 +255,7 @@ class Images:
                 image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
         image.closing = None
         image.row_owed = True
-        if not self._core.dirty.pages(image.id):
-            image.row.writing = 0
-            await self.ownership.unlock(image)
+        await self.ownership.release(image)
 
     async def _attributes_at_close(self, image: Image) -> Attributes:
         """As of the last close(2). The kernel tells us of the end of a handle only later, and
@@ -277,7 +284,7 @@ class Images:
                 await self._threads.harmless(image.limiter, image.origin.sync)
             except OriginError as exc:
                 image.counters.failed(exc)
-                image.failed_syncs += 1
+                image.sync_failed()
                 log.warning("%s could not be synced at its last close: %s", image.name, exc)
                 if covered > 1 and not image.gone:
                     return
@@ -457,10 +464,14 @@ class Images:
         It moves the change time, which is then recorded as ours, so that libvirt's chown at a
         guest's start does not cost the guest its cache. The wait of one tick afterwards makes
         sure that whatever follows this call has a change time of its own.
+
+        libvirt has the image open for writing meanwhile, without writing, to lock it. At a guest's
+        end the kernel may not yet have told of the end of QEMU's handle: then what was noted at
+        its close(2) is brought up to date.
         """
         image = self.find(identity)
         self.attributes_changed(identity)
-        if image is None or image.writers:
+        if image is None:
             yield
             return
         async with image.opening:
@@ -468,14 +479,21 @@ class Images:
             before = await self._threads.metadata(attributes)
             known = image.row.recorded_ns != 0 and image.matches(before)
             trusted = image.row.trusted
+            closing = image.closing
+            noted = closing is not None and closing[1] == before
             yield
-            if known and not image.writers:
-                await trio.sleep(self._tuning.tick)
-                after = await self._threads.metadata(attributes)
-                if (after.size, after.mtime_ns) == (before.size, before.mtime_ns):
-                    settle = self._tuning.settle_age
-                    image.record(after, self._clock.origin_ns(), settle, own=image.settles)
-                    image.row.trusted = trusted
+            if not known and not noted:
+                return
+            await trio.sleep(self._tuning.tick)
+            after = await self._threads.metadata(attributes)
+            if (after.size, after.mtime_ns) != (before.size, before.mtime_ns):
+                return
+            if known:
+                settle = self._tuning.settle_age
+                image.record(after, self._clock.origin_ns(), settle, own=image.settles)
+                image.row.trusted = trusted
+            if noted and closing is not None and image.closing is closing:
+                image.closing = (closing[0], after)
 
     async def settle(self, image: Image) -> None:
         """Trusts a record of our own making once its change time is old enough (P3)."""
@@ -522,7 +540,8 @@ class Images:
                 await self._threads.harmless(image.limiter, image.origin.sync)
             except OriginError as exc:
                 image.counters.failed(exc)
-                image.failed_syncs += 1
+                image.sync_failed()
+                self.distrust(image)
                 return False
             image.synced = max(image.synced, covered)
         return not self._needs_origin(image)
@@ -538,13 +557,31 @@ class Images:
         image = self.find(identity)
         if image is None or image.row.path == path:
             return
+        self._move(image, path)
+        if self._core.dirty.pages(image.id):
+            await self._commit_names()
+
+    async def moved_below(self, directories: dict[bytes, bytes]) -> None:
+        """As ``moved``, of every image in directories that have new names: old name to new."""
+        dirty = False
+        for image in self.all():
+            for before, after in directories.items():
+                if image.row.path.startswith(before + b"/"):
+                    self._move(image, after + image.row.path[len(before) :])
+                    dirty = dirty or self._core.dirty.pages(image.id) > 0
+                    break
+        if dirty:
+            await self._commit_names()
+
+    def _move(self, image: Image, path: bytes) -> None:
         image.row.path = path
         image.row_owed = image.row_owed or image.row.recorded_ns != 0
-        if self._core.dirty.pages(image.id):
-            try:
-                await self.committer.commit_owed()
-            except DatabaseError:
-                log.debug("the new name is not recorded: the cache is unusable")
+
+    async def _commit_names(self) -> None:
+        try:
+            await self.committer.commit_owed()
+        except DatabaseError:
+            log.debug("new names are not recorded: the cache is unusable")
 
     def attributes_changed(self, identity: bytes) -> None:
         """Owner, mode or times were set on the origin: the next fsync has something to sync."""

@@ -29,13 +29,13 @@ class WriteIntents:
         threads: Threads,
         tuning: Tuning,
         now: Callable[[], float],
-        sync_failed: Callable[[Image], None],
+        distrust: Callable[[Image], None],
     ) -> None:
         self._committer = committer
         self._threads = threads
         self._tuning = tuning
         self._now = now
-        self._sync_failed = sync_failed
+        self._distrust = distrust
 
     @asynccontextmanager
     async def writing(
@@ -175,8 +175,8 @@ class WriteIntents:
             await self._threads.harmless(image.limiter, sync)
         except OriginError as exc:
             image.counters.failed(exc)
-            image.failed_syncs += 1
-            self._sync_failed(image)
+            image.sync_failed()
+            self._distrust(image)
             raise
         finally:
             image.counters.latency.add(Call.SYNC, spans)

@@ -101,7 +101,7 @@ class OriginWrites:
             raise
         finally:
             image.written += 1
-            image.guest_written = image.written
+            image.guest_written = image.guest_data = image.written
             image.last_write = self._now()
             image.counters.latency.add(Call.WRITE, spans)
         image.size = max(image.size, offset + len(data))

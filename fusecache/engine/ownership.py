@@ -17,7 +17,7 @@ from fusecache.core.index import CacheIndex
 from fusecache.engine.image import Image
 from fusecache.engine.ports import Clock, Pin, Threads
 from fusecache.engine.state import CacheState
-from fusecache.errors import LockedElsewhereError, LocksUnsupportedError, OriginError
+from fusecache.errors import DatabaseError, LockedElsewhereError, LocksUnsupportedError, OriginError
 from fusecache.observe.logs import fields
 
 if TYPE_CHECKING:
@@ -77,9 +77,24 @@ class Ownership:
             log.debug("%s is not locked: %s", image.name, exc)
 
     async def release(self, image: Image) -> None:
-        """If nobody writes the image and nothing of it is dirty."""
-        if not image.writers and not self._core.dirty.pages(image.id):
-            await self.unlock(image)
+        """Gives the lock up if nobody writes the image and nothing of it is dirty, nor settling: a
+        power cut would bring that back over what another host has written since.
+
+        First the record says so, or a killed daemon's successor would take for its own what others
+        changed then (P3). For a caller that holds ``image.opening``.
+        """
+        if image.writers or self._core.dirty.holds(image.id):
+            return
+        if image.row.writing:
+            image.row.writing = 0
+            image.row_owed = True
+        try:
+            if image.row_owed and self._state.usable:
+                await self._images.committer.commit_owed()
+        except DatabaseError:
+            log.debug("not recorded as closed: the cache is unusable")
+        await self._state.passable()
+        await self.unlock(image)
 
     async def unlock(self, image: Image) -> None:
         """Other hosts may write the image again."""
@@ -162,7 +177,4 @@ class Ownership:
                 else:
                     image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
                 image.own_pending = False
-            if not self._core.dirty.pages(image.id):
-                image.row.writing = 0
-                image.row_owed = True
-                await self.unlock(image)
+            await self.release(image)

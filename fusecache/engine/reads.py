@@ -223,8 +223,9 @@ class Reads:
                 image.counters.read_miss_bytes += got
                 return got
             fetch = None
-        # Reclaimed again and again between fetch and copy: read it where it cannot move.
-        async with image.lock.span(block, block + 1):
+        # Reclaimed again and again between fetch and copy, or beside a page that cannot be read:
+        # read it where it cannot move, nor anything become clean between origin and slot.
+        async with image.cleaning, image.lock.span(block, block + 1):
             base = block << geometry.block_shift
             data = await self._past(image, base + start, len(into))
             into[: len(data)] = data

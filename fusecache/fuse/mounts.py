@@ -61,6 +61,21 @@ def points_of(fstype: str) -> list[Path]:
     ]
 
 
+def points_of_fstab() -> list[Path]:
+    """Where /etc/fstab wants something mounted at boot below the root, see fstab(5)."""
+    points = []
+    with contextlib.suppress(OSError):
+        for line in Path("/etc/fstab").read_bytes().splitlines():
+            fields = line.split()
+            if len(fields) < 4 or fields[0].startswith(b"#"):
+                continue
+            with contextlib.suppress(ValueError):  # an escape that is none
+                point = _name(fields[1])
+                if len(point.parts) > 1 and b"noauto" not in fields[3].split(b","):
+                    points.append(point)
+    return points
+
+
 def location(path: Path) -> tuple[str, Path]:
     """The filesystem (major:minor) of an absolute path without links, and where in it the path
     is: the same for two paths that bind mounts make one. By mountinfo alone."""

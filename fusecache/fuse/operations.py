@@ -213,11 +213,11 @@ class Operations(pyfuse3.Operations):
                         await stack.enter_async_context(change)
                     elif not flags:
                         known = await self._losing_a_name(stack, found)
+                both = [moved, replaced] if replaced and flags & RENAME_EXCHANGE else [moved]
+                before = [self._tree.path_of(found.fd) for found in both]
                 names = (old.fd, name_old, new.fd, name_new, flags)
                 await self._metadata(self._tree.rename, *names)
-                await self._moved(moved)
-                if replaced is not None and flags & RENAME_EXCHANGE:
-                    await self._moved(replaced)
+                await self._moved(both, before)
                 if known:
                     await self._metadata(self._tree.sync_directory, new.fd)
         finally:
@@ -225,8 +225,13 @@ class Operations(pyfuse3.Operations):
             if replaced is not None:
                 os.close(replaced.fd)
 
-    async def _moved(self, found: Found) -> None:
-        await self._cache.images.moved(found.identity, self._tree.path_of(found.fd))
+    async def _moved(self, moved: list[Found], before: list[bytes]) -> None:
+        after = [self._tree.path_of(found.fd) for found in moved]
+        for found, path in zip(moved, after, strict=True):
+            if stat.S_ISREG(found.st.st_mode):
+                await self._cache.images.moved(found.identity, path)
+        if any(stat.S_ISDIR(found.st.st_mode) for found in moved):
+            await self._cache.images.moved_below(dict(zip(before, after, strict=True)))
 
     async def _find_or_none(self, parent: Node, name: bytes) -> Found | None:
         try:

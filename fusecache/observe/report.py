@@ -7,6 +7,8 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
+from fusecache.observe.times import time_text
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -32,23 +34,6 @@ def size_text(size: float) -> str:
 def count_text(count: int) -> str:
     """``12,345``."""
     return f"{count:,}"
-
-
-def time_text(seconds: float | None) -> str:
-    """A time for people, with two digits that count: ``0.42 ms``, ``75 s``, ``3 h 12 min``."""
-    if seconds is None:
-        return "-"
-    if seconds < 1:
-        return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{1000 * seconds:.0f} ms"
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 def percent_text(share: float | None) -> str:

@@ -27,10 +27,12 @@ from fusecache.store.records import WHOLE_IMAGE, Batch, ImageRow, Meta
 from fusecache.store.schema import SCHEMA_VERSION, migrations
 from fusecache.store.superblock import Fence, Superblock, remedy
 from fusecache.store.tables import EVERYTHING, Tables, latest
+from fusecache.store.telling import Tell, silent
 from fusecache.store.watching import Watch, WitnessKeeper
 
 __all__ = ["WHOLE_IMAGE", "Batch", "BlockMap", "ImageRow", "Meta"]
 
+_AT_ONCE = 256
 _OWN_CHANGE_SLACK_NS = 2_000_000_000
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -63,7 +65,7 @@ class BlockMap:
         try:
             for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
                 name.unlink(missing_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as exc:
             raise DatabaseError(f"Cannot create the database {path}: {exc.strerror}.") from exc
@@ -311,12 +313,14 @@ class BlockMap:
             self._put_rows(rows)
         self._tables.delete_pending(mark)
 
-    def _put_rows(self, rows: Rows) -> None:
+    def _put_rows(self, rows: Rows, tell: Tell = silent) -> None:
         """Rows of distinct tags, sorted by tag."""
         regions = rows.block // np.uint32(REGION_BLOCKS)
         changes = np.flatnonzero(np.diff(regions) | np.diff(rows.image)) + 1
         edges = [0, *changes.tolist(), rows.slot.size]
-        for start, stop in itertools.pairwise(edges):
+        for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+            if number % _AT_ONCE == 0:
+                tell("of the block map written", number, len(edges) - 1, "regions")
             part = rows.where(slice(start, stop))
             image, region = int(part.image[0]), int(regions[start])
             columns = self._tables.columns(image, region)
@@ -343,7 +347,12 @@ class BlockMap:
             self._tables.add_packed(rows)
 
     def restore(
-        self, meta: Meta, images: list[ImageRow], rows: Rows | None, order: list[tuple[int, U64]]
+        self,
+        meta: Meta,
+        images: list[ImageRow],
+        rows: Rows | None,
+        order: list[tuple[int, U64]],
+        tell: Tell = silent,
     ) -> None:
         """Fills a new database, stably, with what was kept of another, and how that was left."""
         tables = self._tables
@@ -356,7 +365,7 @@ class BlockMap:
                 for image in images:
                     tables.put_image(image)
                 if rows is not None and rows.slot.size:
-                    self._put_rows(packing.last_of_each(rows))
+                    self._put_rows(packing.last_of_each(rows), tell)
                 self._put_order(order)
             self.checkpoint(truncate=True)
 

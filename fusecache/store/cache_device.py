@@ -31,6 +31,7 @@ from fusecache.store.superblock import (
     Witness,
     remedy,
 )
+from fusecache.store.telling import Tell, silent
 
 MIN_SLOTS = 16
 _PIECE = 64 << 10
@@ -40,6 +41,7 @@ where whole reads are as fast (measured)."""
 _PIECES = 512
 """Buffers of one call; the kernel takes 1024."""
 _EDGE = 1 << 20
+_SPACE_PART = 1 << 30
 
 
 class CacheDevice:
@@ -166,6 +168,11 @@ def open_locked(path: Path) -> int:
             raise CacheInUseError(
                 f"{path} is in use: mounted, part of an array, or open elsewhere{_holder(path)}."
             ) from exc
+        if isinstance(exc, PermissionError):
+            raise CacheDeviceError(
+                f"The cache {path} may not be opened by user {os.geteuid()}: ask for permission to "
+                "read and write it."
+            ) from exc
         raise CacheDeviceError(f"Cannot open the cache {path}: {exc.strerror}.") from exc
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -269,8 +276,9 @@ def _put(fd: int, path: Path, data: bytes, offset: int = 0) -> None:
         raise CacheDeviceError(f"Cannot write to {path}: {exc.strerror}.") from exc
 
 
-def create_file(path: Path, size: int) -> None:
-    """A new cache file, readable by its owner alone, with its space taken from the filesystem.
+def create_file(path: Path, size: int, tell: Tell = silent) -> None:
+    """A new cache file, readable by its owner alone, with its space taken from the filesystem. If
+    it cannot be made, or the work is interrupted, there is none.
 
     Raises:
         CacheDeviceError: no space, no such directory, not permitted.
@@ -280,12 +288,27 @@ def create_file(path: Path, size: int) -> None:
     except OSError as exc:
         raise CacheDeviceError(f"Cannot create the cache {path}: {exc.strerror}.") from exc
     try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as exc:
+        take_space(fd, path, size, tell)
+    except BaseException:
         os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def take_space(fd: int, path: Path, size: int, tell: Tell = silent) -> None:
+    """Makes a file ``size`` bytes long, all of them on the filesystem. Not every one can do that
+    at once, so it is done in parts that can be interrupted.
+
+    Raises:
+        CacheDeviceError: there is not that much.
+    """
+    try:
+        for done in range(size_of(fd), size, _SPACE_PART):
+            tell("taken", done, size)
+            os.posix_fallocate(fd, done, min(_SPACE_PART, size - done))
+    except OSError as exc:
         hint = " Choose a smaller --size." if exc.errno in (errno.ENOSPC, errno.EFBIG) else ""
         raise CacheDeviceError(
             f"Cannot take {format_size(size)} for the cache {path}: {exc.strerror}.{hint}"
         ) from exc
-    finally:
-        os.close(fd)

@@ -29,6 +29,7 @@ from fusecache.store.superblock import (
     Witness,
 )
 from fusecache.store.tables import latest
+from fusecache.store.telling import Tell, silent
 from fusecache.store.watching import lost_record
 
 _NO_ROWS = Rows(
@@ -130,7 +131,9 @@ def present(rows: Rows | None) -> Rows:
     return _NO_ROWS if rows is None else rows.where(rows.slot != NO_SLOT)
 
 
-def inspect(fd: int, path: Path, database: Path | None, boot_id: str) -> Inspection:
+def inspect(
+    fd: int, path: Path, database: Path | None, boot_id: str, tell: Tell = silent
+) -> Inspection:
     """Looks at a cache that nobody has open.
 
     Args:
@@ -145,7 +148,7 @@ def inspect(fd: int, path: Path, database: Path | None, boot_id: str) -> Inspect
     if not database.is_file():
         found.add("database missing", f"the database {database} is missing")
         return found
-    read = found.read = salvage(database)
+    read = found.read = salvage(database, tell)
     _database(found, read, boot_id)
     if not found.foreign and not read.other_version:
         _tables(found, read)

@@ -28,6 +28,7 @@ from fusecache.store.salvage import TABLES, Salvaged, salvage
 from fusecache.store.superblock import DATA_OFFSET, Fence, Superblock, Witness
 from fusecache.store.tables import latest
 from fusecache.store.tallies import Tally
+from fusecache.store.telling import Tell, silent
 
 Ranges = list[tuple[int, int]]
 
@@ -389,7 +390,7 @@ class _Losses:
 # -- acting ----------------------------------------------------------------------------------------
 
 
-def carry_out(made: Plan, found: Inspection, fd: int) -> None:
+def carry_out(made: Plan, found: Inspection, fd: int, tell: Tell = silent) -> None:
     """Does what the plan says. A cut at any moment leaves a cache that is refused or repaired:
 
     1. the device is synced: data before the rows that will name it (R1);
@@ -401,7 +402,7 @@ def carry_out(made: Plan, found: Inspection, fd: int) -> None:
     """
     os.fsync(fd)  # 1
     if not made.finish:
-        _make(made, found)  # 2
+        _make(made, found, tell)  # 2
     _switch(found.database)  # 3
     witness = found.witness
     if witness is None or witness.blank or found.superblock is None:
@@ -409,12 +410,12 @@ def carry_out(made: Plan, found: Inspection, fd: int) -> None:
     cache_device.write_superblock(fd, found.path, made.superblock)  # 4
 
 
-def _make(made: Plan, found: Inspection) -> None:
+def _make(made: Plan, found: Inspection, tell: Tell) -> None:
     # Only what is whole bears the name by which ``_unfinished`` knows it.
     path = Path(f"{found.database}.unfinished")
     block_map = BlockMap.create(path, made.superblock)
     try:
-        block_map.restore(made.meta, made.images, made.rows, made.order)
+        block_map.restore(made.meta, made.images, made.rows, made.order, tell)
     finally:
         block_map.close()
     _sync(path)

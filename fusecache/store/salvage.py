@@ -4,7 +4,7 @@ Nothing here decides: every row is either sound by its own checksum or counted a
 """
 
 import contextlib
-import shutil
+import os
 import sqlite3
 import struct
 import tempfile
@@ -33,9 +33,12 @@ from fusecache.store.records import (
 from fusecache.store.schema import SCHEMA_VERSION, migrations
 from fusecache.store.tables import Tables
 from fusecache.store.tallies import Tally
+from fusecache.store.telling import Tell, silent
 
 TABLES = ("block", "pending", "region", "image", "part")
 _MOST_COMPLAINTS = 20
+_PIECE = 4 << 20
+_AT_ONCE = 256
 _KEYS = {"block": "image {0}, region {0}", "pending": "seq {0}", "region": "image {0}, region {0}"}
 _VALUES = (ValueError, TypeError, OverflowError, AttributeError, struct.error)
 """What values of the wrong kind lead to."""
@@ -78,22 +81,32 @@ class Salvaged:
         return packing.unpack_regions(self.regions)
 
 
-def salvage(path: Path) -> Salvaged:
+def salvage(path: Path, tell: Tell = silent) -> Salvaged:
     """Everything that can be read of the database and its write-ahead log."""
     read = Salvaged(damaged={name: [] for name in TABLES}, found=dict.fromkeys(TABLES, Tally()))
     with tempfile.TemporaryDirectory(prefix="fusecache-") as directory:
         copy = Path(directory) / "copy.sqlite"
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+                _copy(f"{path}{suffix}", f"{copy}{suffix}", tell)
         with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as connection:
             # One flipped bit in a text must not make the row unreadable.
             connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-            _read(connection, read)
+            _read(connection, read, tell)
     return read
 
 
-def _read(connection: sqlite3.Connection, read: Salvaged) -> None:
+def _copy(source: str, target: str, tell: Tell) -> None:
+    done = 0
+    with open(source, "rb") as old, open(target, "wb") as new:
+        of = os.fstat(old.fileno()).st_size
+        while piece := old.read(_PIECE):
+            new.write(piece)
+            done += len(piece)
+            tell("of the database copied", done, of)
+
+
+def _read(connection: sqlite3.Connection, read: Salvaged, tell: Tell) -> None:
     try:
         # Also where the header says otherwise; and no index of the log in a mapped file.
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -109,7 +122,7 @@ def _read(connection: sqlite3.Connection, read: Salvaged) -> None:
         read.meta = Tables(connection).written_meta()
     except (*_SQL, *_VALUES) as exc:
         read.complaints.append(f"meta: {exc}" if "meta" not in str(exc) else str(exc))
-    _read_block(connection, read)
+    _read_block(connection, read, tell)
     _read_pending(connection, read)
     _read_region(connection, read)
     _read_image(connection, read)
@@ -172,9 +185,12 @@ def _count(read: Salvaged, table: str, hashed: int) -> None:
     read.found[table] = read.found[table].plus(hashed)
 
 
-def _read_block(connection: sqlite3.Connection, read: Salvaged) -> None:
+def _read_block(connection: sqlite3.Connection, read: Salvaged, tell: Tell) -> None:
     sql = "SELECT image, region, slots, valid, dirty, crc FROM block"
-    for row in _rows(connection, read, "block", sql):
+    of = 0 if read.meta is None else read.meta.tally("block").rows
+    for number, row in enumerate(_rows(connection, read, "block", sql)):
+        if number % _AT_ONCE == 0:
+            tell("of the block map read", number, of, "regions")
         region = PackedRegion(*row)
         try:
             _count(read, "block", block_hash(region.image, region.region, region.crc))

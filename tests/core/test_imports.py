@@ -1,6 +1,8 @@
 """Imports run one way: ``cli -> fuse, control -> engine -> store -> core``."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +121,17 @@ def test_a_wrong_arrow_is_seen(part: str, source: str) -> None:
 )
 def test_a_right_arrow_passes(part: str, source: str) -> None:
     assert wrong_imports(source, part) == []
+
+
+@pytest.mark.parametrize("verb", ["umount", "evict", "flush", "set", "status", "reload", "doctor"])
+def test_verbs_that_only_ask_load_nothing_that_takes_long_to_load(verb: str) -> None:
+    """They are called from scripts, hooks and completion, many times."""
+    program = (
+        "import sys, click; from fusecache.cli.main import cli; "
+        f"assert cli.get_command(click.Context(cli), {verb!r}) is not None; "
+        "print(*{'numpy', 'sqlite3', 'sqlite_utils', 'rich', 'trio', 'pyfuse3'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

@@ -204,24 +204,22 @@ def while_it_lives(directory: Path) -> None:
 
 
 async def _flush_waits_for_a_truncate(world: World, cache: BlockCache) -> None:
-    """Two flushes choose their slots; a truncate that goes first frees some, and while the first
-    of them is at work another image's blocks become dirty there."""
+    """Between the two batches of a flush a truncate frees slots, and another image's blocks become
+    dirty there."""
     one = await cache.open(b"id1", b"a", 1, write=True)
     two = await cache.open(b"id2", b"b", 2, write=True)
     await cache.write(one, 0, stamped(1, 0, 4 * BLOCK, 2))
+    cache.cleaner._batch_blocks = 2
+    world.before = {"~_copy": 5.0}
     async with trio.open_nursery() as nursery:
-        async with one.cleaning:
-            nursery.start_soon(cache.truncate, one, 2 * BLOCK)
-            await trio.sleep(0.1)
-            for _ in range(2):
-                nursery.start_soon(cache.flush, one)
-                await trio.sleep(0.1)
-            world.before = {"~_copy": 5.0}
+        nursery.start_soon(cache.flush, one)
         await trio.sleep(1)
-        await cache.committer.barrier()  # what was freed can be used
-        await cache.write(two, 2 * BLOCK, stamped(2, 2 * BLOCK, 8 * BLOCK, 2))
+        nursery.start_soon(cache.truncate, one, 2 * BLOCK)
+        await trio.sleep(1)
+        async with one.cleaning:  # after the truncate, and before the second batch
+            await cache.committer.barrier()  # what was freed can be used
+            await cache.write(two, 2 * BLOCK, stamped(2, 2 * BLOCK, 8 * BLOCK, 2))
     world.before = {}
-    await cache.flush(one)
     await cache.flush(two)
     for number, begin, end in ((1, 0, 2 * BLOCK), (2, 2 * BLOCK, 10 * BLOCK)):
         on_origin = bytes(world.files[number].pages.data)

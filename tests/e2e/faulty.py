@@ -4,9 +4,12 @@ The directory that FUSECACHE_FAULTS names says how, from one call to the next:
 
 ``fail-write``   while it is there, writes to the origin fail with EIO
 ``slow-write``   holds the seconds that every write to the origin takes longer
-``hang-write``   while it is there, writes to the origin do not return
+``hang-write``   while it is there, writes to the origin do not return, and make ``reached``
 ``hang-sync``    while it is there, syncs of the origin do not return
 ``fail-read``    while it is there, reads of the cache device fail with EIO
+``hang-space``, ``hang-create``, ``hang-copy``, ``hang-restore``
+                 while it is there, the command waits, and has made ``reached``, before it takes
+                 space for a cache, makes a database, copies one to look at, fills a mended one
 """
 
 import contextlib
@@ -81,6 +84,7 @@ def _inject() -> None:
 
     def faulty(self: OriginImage, *args: Any, **kwargs: Any) -> Any:
         while (faults / "hang-write").exists():
+            (faults / "reached").touch()
             time.sleep(0.01)
         if (faults / "fail-write").exists():
             raise OriginError(5, "injected")
@@ -105,10 +109,32 @@ def _inject() -> None:
     def not_cached(self: CacheDevice, *args: Any) -> bool:
         return not (faults / "fail-read").exists() and try_read(self, *args)
 
+    _inject_waits(faults)
     CacheDevice.read = unreadable  # type: ignore[method-assign]
     CacheDevice.try_read = not_cached  # type: ignore[method-assign]
     OriginImage.write = faulty  # type: ignore[method-assign]
     OriginImage.sync = hanging  # type: ignore[method-assign]
+
+
+def _inject_waits(faults: Path) -> None:
+    from fusecache.store import cache_device, salvage
+    from fusecache.store.block_map import BlockMap
+
+    def waiting(owner: Any, name: str, fault: str) -> None:
+        inner = getattr(owner, name)
+
+        def wait(*args: Any, **kwargs: Any) -> Any:
+            while (faults / fault).exists():
+                (faults / "reached").touch()
+                time.sleep(0.01)
+            return inner(*args, **kwargs)
+
+        setattr(owner, name, wait)
+
+    waiting(cache_device, "take_space", "hang-space")
+    waiting(salvage, "_copy", "hang-copy")
+    waiting(BlockMap, "create", "hang-create")
+    waiting(BlockMap, "restore", "hang-restore")
 
 
 if __name__ == "__main__":

@@ -137,6 +137,20 @@ def test_a_cache_that_is_a_directory_or_a_fifo(mount: Mount) -> None:
     refused_mount(mount, "neither a file nor a block device")
 
 
+def test_a_place_that_is_not_there_is_named_and_other_mounts_go_on(make_mount: MakeMount) -> None:
+    one, two = make_mount("one").start(), make_mount("two")
+    gone = two.base / "pool" / "images"
+    for args in (
+        [gone, two.mountpoint, "--cache", two.cache, "--size", "8M"],
+        [two.origin, two.mountpoint, "--cache", gone / "c", "--size", "8M"],
+        [two.origin, two.mountpoint, "--cache", gone / "c"],
+    ):
+        said = two.run("mount", *args)
+        refused(said, str(gone), code=2 if args[-1] == gone / "c" else 1)
+        assert not is_mounted(two.mountpoint) and not two.cache.exists()
+    assert one.status()["state"] == "serving"
+
+
 def test_a_missing_cache_without_a_size(mount: Mount) -> None:
     refused_mount(mount, "--size", args=[*mount.arguments()[:2], "--cache", mount.cache], code=2)
     refused_mount(mount, "--cache", args=mount.arguments()[:2], code=2)

@@ -102,6 +102,29 @@ def test_clients_that_say_nothing_or_hang_up_disturb_nobody(mount: Mount) -> Non
     assert mount.status()["cache"]["unexpected_errors"] == 0
 
 
+def test_clients_that_never_read_their_answers_hold_up_neither_others_nor_the_end(
+    mount: Mount,
+) -> None:
+    for number in range(50):
+        (mount.origin / f"vm{number}.img").write_bytes(stamped(number, 0, 4096, 1))
+    mount.start()
+    for number in range(50):
+        (mount.mountpoint / f"vm{number}.img").read_bytes()
+    path = str(_socket_of(mount))
+    slow = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    try:
+        for client in slow:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.connect(path)
+            client.sendall(b'{"verb": "status", "history": true}\n')
+        assert mount.status()["state"] == "serving"
+        check_stamps((mount.mountpoint / "vm7.img").read_bytes(), 7, 0)
+        mount.stop()
+    finally:
+        for client in slow:
+            client.close()
+
+
 def test_two_hundred_clients_at_once_are_all_answered(mount: Mount) -> None:
     (mount.origin / "vm.img").write_bytes(stamped(1, 0, BLOCK, 1))
     mount.start()
@@ -134,7 +157,7 @@ def test_an_interrupted_evict_leaves_things_fine(mount: Mount) -> None:
             evict.send_signal(signal.SIGINT)
             _, said = evict.communicate(timeout=30)
             assert evict.returncode in (0, 1, -signal.SIGINT)
-            assert evict.returncode != 1 or said.strip() == b"fusecache: interrupted"
+            assert evict.returncode != 1 or said.startswith(b"fusecache: interrupted: what was")
     for number, name in enumerate(names):
         check_stamps((mount.mountpoint / name).read_bytes(), number, 0)
     assert mount.run("evict", "--all").returncode == 0

@@ -117,7 +117,8 @@ def test_umount_of_a_stalled_origin_can_be_interrupted_and_the_mount_serves_on(
             refused(faulty.run("umount", faulty.mountpoint), "being unmounted already")
             umount.send_signal(signal.SIGINT)
             _, said = umount.communicate(timeout=30)
-            assert (umount.returncode, said.strip()) == (1, b"fusecache: interrupted")
+            assert umount.returncode == 1
+            assert said.startswith(b"fusecache: interrupted: ") and b"stays mounted" in said
         wait_for(lambda: faulty.status()["state"] == "serving", "the mount serving on")
         assert _served(faulty) == (2, 2)
         refused(faulty.run("umount", faulty.mountpoint, "--force"), "does not answer", "512.0 KiB")
@@ -141,23 +142,6 @@ def test_an_origin_whose_syncs_hang_does_not_keep_the_daemon(faulty: FaultyMount
     faulty.start()
     assert _served(faulty) == (2, 2)
     faulty.stop()
-    assert _origin(faulty) == (2, 2)
-
-
-def test_on_a_terminal_it_shows_how_much_is_left(faulty: FaultyMount) -> None:
-    master, terminal = os.openpty()
-    try:
-        with faulty.fault("slow-write", "0.3"):
-            for verb in ("flush", "umount"):
-                path = faulty.mountpoint / "vm1.img" if verb == "flush" else faulty.mountpoint
-                command = [*COMMAND, verb, str(path)]
-                with process(*command, env=faulty.environment, stderr=terminal) as shown:
-                    assert shown.wait(60) == 0
-                said = os.read(master, 1 << 16)
-                assert b"left to write back" in said and said.endswith(b"\r\x1b[K"), said
-    finally:
-        os.close(terminal)
-        os.close(master)
     assert _origin(faulty) == (2, 2)
 
 

@@ -2,7 +2,8 @@
 
 import errno
 import os
-import signal
+import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from fusecache.cli import doctor
 from fusecache.cli.doctor import UNWISE, WRONG, Finding, Machine
 from fusecache.store import probe
-from tests.e2e.helpers import processes_of, wait_for
+from tests.e2e.helpers import COMMAND, environment, processes_of, wait_for
 from tests.support.daemon import Mount
 from tests.support.injected import InjectedMount
 
@@ -171,19 +172,35 @@ def test_what_keeps_guests_from_their_disks(machine: Machine) -> None:
 
 @pytest.mark.mount
 def test_a_dead_mount_is_found_and_fixed_and_a_living_one_left_alone(mount: Mount) -> None:
-    mount.origin.mkdir(exist_ok=True)
+    """In a mount namespace of its own with no other fusecache: dead mounts of other tests are not
+    to be fixed by this one."""
     (mount.origin / "vm.img").write_bytes(bytes(65536))
-    mount.start()
-    said = mount.run("doctor", mount.origin)
-    assert str(mount.mountpoint) not in said.stdout
-    os.kill(mount.status()["pid"], signal.SIGKILL)
-    found = mount.run("doctor")
-    assert found.returncode == 1
-    assert f"wrong: {mount.mountpoint} is a mount whose daemon is gone" in found.stdout
-    fixed = mount.run("doctor", "--fix")
-    assert f"fixed: the dead mount at {mount.mountpoint}" in fixed.stdout
-    assert not os.path.ismount(mount.mountpoint)
-    assert str(mount.mountpoint) not in mount.run("doctor").stdout
+    words = shlex.join(map(str, mount.arguments()))
+    script = [
+        "set -e",
+        f'fc() {{ {shlex.join(COMMAND)} "$@"; }}',
+        "for other in $(findmnt -rn -t fuse.fusecache -o TARGET); do umount -l $other; done",
+        f"fc mount {words}",
+        f"fc doctor {mount.origin}; echo living: $?",
+        f"pid=$(basename {mount.runtime}/*.sock .sock)",
+        "kill -9 $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done",
+        "fc doctor || echo dead: $?",
+        "fc doctor --fix",
+        f"! grep -q {mount.mountpoint} /proc/self/mounts",
+        "fc doctor",
+    ]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", "\n".join(script)],
+        capture_output=True, text=True, timeout=90, check=False, env=environment(mount),
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    living, _, rest = done.stdout.partition("living: 0\n")
+    dead, _, fixed = rest.partition("dead: 1\n")
+    assert rest and fixed and str(mount.mountpoint) not in living
+    assert f"wrong: {mount.mountpoint} is a mount whose daemon is gone" in dead
+    said, _, after = fixed.partition("\n")
+    assert said == f"fixed: the dead mount at {mount.mountpoint} is detached"
+    assert str(mount.mountpoint) not in after
 
 
 @pytest.mark.mount

@@ -197,10 +197,11 @@ def test_a_port_in_use_refuses_the_mount(mount: Mount) -> None:
         refused_mount(mount, *words)
     assert not mount.cache.exists(), "refused before anything was made"
     mount.start()
-    wait_for(lambda: "fusecache_images" in _text_at(port), "metrics at the port that is free now")
+    wait_for(lambda: "fusecache_images" in text_at(port), "metrics at the port that is free now")
 
 
-def _text_at(port: int) -> str:
+def text_at(port: int) -> str:
+    """The metrics at a port of this host."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         client.request("GET", "/metrics")
@@ -228,4 +229,4 @@ def test_the_configuration_file_may_say_it(mount: Mount, tmp_path: Path) -> None
     file.write_text(f'cache = "{mount.cache}"\nsize = "64M"\nmetrics = {port}\n')
     done = mount.run("mount", mount.origin, mount.mountpoint, "--config", file)
     assert done.returncode == 0, done.stderr
-    assert "fusecache_images" in _text_at(port)
+    assert "fusecache_images" in text_at(port)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from fusecache.cli import manual
+from fusecache.cli.main import cli
 from tests.e2e.helpers import (
     COMMAND,
     environment,
@@ -205,6 +207,10 @@ def test_install_units_puts_everything_below_a_root(mount: Mount) -> None:
         "etc/systemd/system/fusecache@.service": 0o644,
         "etc/tmpfiles.d/fusecache.conf": 0o644,
         "sbin/mount.fusecache": 0o755,
+        "usr/share/bash-completion/completions/fusecache": 0o644,
+        "usr/share/zsh/site-functions/_fusecache": 0o644,
+        "usr/share/fish/vendor_completions.d/fusecache.fish": 0o644,
+        **{f"usr/share/man/man8/{name}": 0o644 for name in manual.pages(cli)},
     }
     assert (root / "etc/fusecache").is_dir()
     (mount.base / "file").touch()
@@ -297,3 +303,26 @@ def test_mount8_and_a_line_of_fstab_find_the_helper(mount: Mount, helper: Path) 
         wait_for(lambda: list(mount.runtime.glob("*.sock")) == [], "the daemon ends")
     finally:
         HELPER.unlink()
+
+
+def test_an_origin_that_fstab_wants_mounted_is_not_served_without(mount: Mount) -> None:
+    """An empty directory in place of the images would be worse than no mount."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    storage = mount.base / "the storage"
+    mount.origin = storage / "images"
+    mount.origin.mkdir(parents=True)
+    fstab = mount.base / "fstab"
+    words = str(storage).replace(" ", "\\040")
+    # In a mount namespace of its own, where this is /etc/fstab.
+    script = f'mount --bind "{fstab}" /etc/fstab && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-ec", script, "sh", *COMMAND, "mount"]
+
+    fstab.write_text(f"# nothing\nserver:/images {words} nfs nofail,_netdev 0 0\n\n/x \\ y\n")
+    done = call(mount, *command, *mount.arguments())
+    refused(done, f"{mount.origin} is not mounted", f"mount {storage}")
+    nothing_left(mount)
+    mount.cache.mkdir()  # refused next
+    for line in (f"server:/images {words} nfs noauto", f"#x {words} nfs defaults"):
+        fstab.write_text(f"{line}\n")
+        refused(call(mount, *command, *mount.arguments()), "is a directory")

@@ -40,25 +40,23 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 async def test_slots_that_went_to_another_image_during_a_flush_are_not_its_own_any_more(
     back: World, autojump_clock: MockClock
 ) -> None:
-    """The flush has chosen its slots; a truncate frees one of them, and another image takes it."""
+    """Between two of its batches a truncate frees some of them, and another image takes these."""
     tune(back, dirty_age=600.0)
     async with back.open() as cache:
+        cache.cleaner._batch_blocks = 2
         one, two = await opened(cache), await opened(cache, 2)
         await write(cache, one, 0, 4 * BLOCK, 2)
+        chosen = set(cache.core.dirty.slots(one.id).tolist())
+        back.before = {"~_copy": 5.0}
         async with trio.open_nursery() as nursery:
-            async with one.cleaning:
-                nursery.start_soon(cache.truncate, one, 2 * BLOCK)
-                await trio.sleep(0.1)
-                nursery.start_soon(cache.flush, one)
-                await trio.sleep(0.1)  # it has chosen all four and waits for the truncate
-                chosen = set(cache.core.dirty.slots(one.id).tolist())
-                back.before = {"~_copy": 5.0}
-                nursery.start_soon(cache.flush, one)
-                await trio.sleep(0.1)
+            nursery.start_soon(cache.flush, one)
             await trio.sleep(1)
-            await cache.committer.barrier()  # what the truncate dropped can be used again
-            await write(cache, two, 2 * BLOCK, 8 * BLOCK, 3, number=2)
-            assert chosen & set(cache.core.dirty.slots(two.id).tolist())
+            nursery.start_soon(cache.truncate, one, 2 * BLOCK)
+            await trio.sleep(1)
+            async with one.cleaning:  # after the truncate, and before the second batch
+                await cache.committer.barrier()  # what the truncate dropped can be used again
+                await write(cache, two, 2 * BLOCK, 8 * BLOCK, 3, number=2)
+                assert chosen & set(cache.core.dirty.slots(two.id).tolist())
         back.before = {}
         assert on_origin(back, 0, 2 * BLOCK) == [2] * (2 * BLOCK // STAMP)
         assert len(back.files[1].pages.data) == 2 * BLOCK, "the other image's data is not here"
@@ -66,6 +64,29 @@ async def test_slots_that_went_to_another_image_during_a_flush_are_not_its_own_a
         assert on_origin(back, 2 * BLOCK, 8 * BLOCK, 2) == [3] * (8 * BLOCK // STAMP)
         await cache.close(one, write=True)
         await cache.close(two, write=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_flush_waits_for_what_another_one_is_bringing_home(
+    back: World, autojump_clock: MockClock, fails: bool
+) -> None:
+    """And if that one fails it does so itself."""
+    tune(back, dirty_age=600.0)
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, 2 * PAGE, 2)
+        back.before = {"~_copy": 5.0}
+        back.faults.fail = lambda kind, number: (
+            fails and kind == "origin.write" and trio.current_time() < 6
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_refused if fails else BlockCache.flush, cache, image)
+            await trio.sleep(1)
+            assert cache.core.dirty.in_writeback
+            await cache.flush(image)
+            assert on_origin(back, 0, 2 * PAGE) == [2] * 16
+            assert not back.files[1].pages.unsynced and not cache.dirty_bytes
+        await cache.close(image, write=True)
 
 
 # -- when ------------------------------------------------------------------------------------------

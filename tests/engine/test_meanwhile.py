@@ -6,10 +6,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from fusecache.engine.degraded import Degraded
 from fusecache.engine.image import Image
-from fusecache.errors import LockedElsewhereError
-from tests.engine.handles import opened, write
-from tests.support.world import PAGE, OriginDouble, World
+from fusecache.engine.reads import Reads
+from fusecache.errors import CacheDeviceError, LockedElsewhereError, OriginError
+from tests.engine.conftest import BLOCK
+from tests.engine.handles import fail, on_origin, opened, tune, versions, write
+from tests.support.world import PAGE, DeviceDouble, OriginDouble, World
 
 
 async def test_the_cleaner_takes_no_lock_of_an_image_that_was_forgotten_while_it_waited(
@@ -77,3 +80,128 @@ async def test_an_image_that_became_another_one_while_its_removal_waited_is_remo
         await cache.close(again[0], write=True)
         await trio.sleep(60)
         assert not cache.dirty_bytes and not cache.core.used and not cache.images.all()
+
+
+async def test_a_read_beside_a_bad_page_is_not_older_than_what_is_written_back_meanwhile(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clean page cannot be read, so the block is read from the origin, which had not yet what
+    is dirty; when that comes, nothing is dirty any more."""
+    tune(back, dirty_age=600.0)
+    back.cold = True
+    past, read = Reads._past, DeviceDouble.read
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.read(image, 0, BLOCK)
+        await trio.sleep(0.1)
+        await write(cache, image, PAGE, PAGE, 2)
+        located = cache.core.locate(image.id, 0)
+        assert located is not None
+        bad = located.slot * BLOCK
+
+        def reads(self: DeviceDouble, position: int, length: int) -> bytes:
+            if position <= bad < position + length:
+                raise CacheDeviceError("a bad sector")
+            return read(self, position, length)
+
+        async def slowly(self: Reads, image: Image, offset: int, length: int) -> bytes:
+            data = await past(self, image, offset, length)
+            nursery.start_soon(cache.flush, image)
+            await trio.sleep(5)
+            return data
+
+        monkeypatch.setattr(DeviceDouble, "read", reads)
+        monkeypatch.setattr(Reads, "_past", slowly)
+        async with trio.open_nursery() as nursery:
+            assert await versions(cache, image, 0, 2 * PAGE) == [1] * 8 + [2] * 8
+        assert on_origin(back, PAGE, PAGE) == [2] * 8
+        await cache.close(image, write=True)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_removed_image_is_not_rescued_for_ever(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    """Its rows stay in a broken database, but nobody wants its data on the origin."""
+    rescue, asked = Degraded.rescue, 0
+
+    async def counted(self: Degraded, image: Image) -> None:
+        nonlocal asked
+        asked += 1
+        assert asked < 100, "again and again, and nothing else runs"
+        await rescue(self, image)
+
+    monkeypatch.setattr(Degraded, "rescue", counted)
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, PAGE, 2)
+        fail(back, "database", "origin.write")
+        if closed:
+            await cache.close(image, write=True)
+        await trio.sleep(10)
+        assert not cache.state.usable
+        if not closed:
+            with pytest.raises(OriginError):
+                async with cache.removing(b"id1"):
+                    raise AssertionError("whoever has it open would lose what he wrote")
+            fail(back, "database")
+        async with cache.removing(b"id1"):
+            pass
+        await trio.sleep(100)
+        assert cache.state.emptied
+        if not closed:
+            assert set(await versions(cache, image, 0, PAGE)) == {2}
+            await cache.close(image, write=True)
+
+
+async def test_a_settling_page_keeps_the_lock_after_the_last_close(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P8: a power cut would bring the page back, over what another host has written since."""
+    unlock, given_up = OriginDouble.unlock, 0
+    async with back.open() as cache:
+        image = await opened(cache)
+
+        def checked(self: OriginDouble) -> None:
+            nonlocal given_up
+            given_up += self.locked
+            assert not cache.core.dirty.slots(image.id).size
+            assert [row.writing for row in cache.block_map.images()] == [0]
+            unlock(self)
+
+        monkeypatch.setattr(OriginDouble, "unlock", checked)
+        await write(cache, image, 0, PAGE, 2)
+        back.before = {"sync": 2.0}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cache.flush, image)
+            while cache.dirty_bytes:
+                await trio.sleep(0.1)
+            await cache.close(image, write=True)
+            assert image.origin.locked
+        await trio.sleep(1)
+        assert given_up == 1 and not image.origin.locked
+        again = await opened(cache)
+        await cache.close(again, write=True)
+        assert given_up == 2 and not image.origin.locked
+
+
+async def test_an_evicted_image_that_is_opened_again_is_locked(
+    back: World, autojump_clock: MockClock
+) -> None:
+    """Its last handle is closed, but it could not be synced and so is still known (P8)."""
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.evict(image)
+        assert not image.origin.locked
+        second = await opened(cache)
+        assert second is image and not image.origin.locked
+        await cache.close(second, write=True)
+        await write(cache, image, 0, PAGE, 2)
+        fail(back, "origin.sync")
+        await cache.close(image, write=True)
+        assert cache.images.find(b"id1") is image
+        again = await opened(cache)
+        assert again is image and image.origin.locked
+        fail(back)
+        await cache.close(again, write=True)
+        assert cache.images.find(b"id1") is None and not image.origin.locked

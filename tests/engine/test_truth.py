@@ -1,11 +1,13 @@
 """P3 and P5: whose blocks these are, and what is left of an image that was evicted."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from fusecache.config import WriteMode
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import OriginError
@@ -218,6 +220,79 @@ async def test_an_fsync_never_counts_a_write_that_was_still_on_its_way(
                 await cache.fsync(image, metadata=False)
                 stable = world.files[1].pages.unsynced.get(0, [world.files[1].pages.page(0)])[0]
                 assert set(check_stamps(stable, 1, 0)) == {version}
+        await cache.close(image, write=True)
+
+
+async def test_a_failed_sync_that_no_guest_asked_for_fails_the_next_fsync_once(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """The kernel tells of it once and forgets what it could not write: the next sync works, and
+    what the guest had written is not there (P2)."""
+    world.failed_syncs_lose = True
+    async with world.open() as cache:
+        image = await cache.open(b"1", b"a", 1, write=True)
+        await cache.write(image, 0, stamped(1, 0, BLOCK, 2))
+        world.faults.fail = lambda kind, number: kind == "origin.sync"
+        while not image.failed_syncs:  # write intents are about to go
+            await trio.sleep(0.1)
+        world.faults.fail = lambda kind, number: False
+        await trio.sleep(20)
+        with pytest.raises(OriginError):
+            await cache.fsync(image, metadata=False)
+        await cache.fsync(image, metadata=False)
+        await cache.write(image, 0, stamped(1, 0, BLOCK, 3))
+        await cache.fsync(image, metadata=False)
+        assert not world.files[1].pages.unsynced
+        assert await _read_all(cache, image, 1) == {1, 3}
+        await cache.close(image, write=True)
+
+
+async def test_a_failed_sync_after_the_last_close_leaves_nothing_newer_than_the_origin(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """The old data would come back when a block leaves the cache."""
+    world.failed_syncs_lose = True
+    world.tuning = replace(world.tuning, intent_removal=600.0, settle_age=0.0)
+    async with world.open() as cache:
+        image = await cache.open(b"1", b"a", 1, write=True)
+        await cache.write(image, 0, stamped(1, 0, BLOCK, 2))
+        await cache.images.before_close(image)
+        await cache.close(image, write=True)
+        image.intents.clear()
+        world.faults.fail = lambda kind, number: kind == "origin.sync"
+        while not image.failed_syncs:
+            await trio.sleep(0.1)
+        await trio.sleep(5)
+        assert not cache.core.used
+        world.faults.fail = lambda kind, number: False
+        again = await cache.open(b"1", b"a", 1, write=True)
+        assert await _read_all(cache, again, 1) == {1}
+        with pytest.raises(OriginError):
+            await cache.fsync(again, metadata=False)
+        await cache.close(again, write=True)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+async def test_a_failed_writeback_fails_no_fsync_of_a_guest_whose_data_is_dirty(
+    world: World, autojump_clock: MockClock, grows: bool
+) -> None:
+    """Nothing is lost: it is written back again. Nor is the chown at a guest's start its data."""
+    world.write_mode = WriteMode.BACK
+    world.failed_syncs_lose = True
+    async with world.open() as cache:
+        image = await cache.open(b"1", b"a", 1, write=True)
+        cache.images.attributes_changed(b"1")
+        first = (BLOCKS if grows else 0) * BLOCK
+        await cache.write(image, first, stamped(1, first, BLOCK, 2))
+        world.faults.fail = lambda kind, number: kind == "origin.sync"
+        with pytest.raises(OriginError):
+            await cache.cleaner.flush(image)
+        world.faults.fail = lambda kind, number: False
+        await cache.fsync(image, metadata=False)
+        await cache.flush(image)
+        stable = world.files[1].pages
+        assert not stable.unsynced
+        assert set(check_stamps(bytes(stable.data[first : first + BLOCK]), 1, first)) == {2}
         await cache.close(image, write=True)
 
 

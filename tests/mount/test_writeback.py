@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fusecache.store import syscalls
 from tests.mount.modes import home, stop_and_compare
 from tests.mount.tracing import syncs, traced
 from tests.support.daemon import BLOCK, Mount
@@ -280,6 +281,34 @@ def test_a_renamed_image_takes_its_dirty_data_along(alone: Mount) -> None:
     done = alone.run("flush", "below/new")
     assert done.returncode == 0, done.stderr
     assert (alone.origin / "below" / "new").read_bytes() == data
+    stop_and_compare(alone)
+
+
+@pytest.mark.parametrize("exchanged", [False, True], ids=["moved", "exchanged"])
+def test_images_in_a_renamed_directory_take_their_dirty_data_along(
+    alone: Mount, exchanged: bool
+) -> None:
+    """The same, with a directory that gets a new name, or changes names with another one."""
+    for number, name in enumerate(("one", "other"), 1):
+        (alone.origin / name / "below").mkdir(parents=True)
+        _image(alone.origin / name / "below", number)
+    alone.start()
+    data = [
+        _write(alone.mountpoint / name / "below" / "image", number, 2)
+        for number, name in enumerate(("one", "other"), 1)
+    ]
+    if exchanged:
+        with opened(alone.mountpoint, os.O_RDONLY) as root:
+            syscalls.renameat2(root, b"one", root, b"other", syscalls.RENAME_EXCHANGE)
+    else:
+        (alone.mountpoint / "one").rename(alone.mountpoint / "other" / "new")
+    alone.kill()
+    alone.start()
+    first, second = ("other", "one") if exchanged else ("other/new", "other")
+    for name, written in zip((first, second), data, strict=True):
+        done = alone.run("flush", f"{name}/below/image")
+        assert done.returncode == 0, done.stderr
+        assert (alone.origin / name / "below" / "image").read_bytes() == written
     stop_and_compare(alone)
 
 

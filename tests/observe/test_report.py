@@ -2,7 +2,8 @@
 
 import pytest
 
-from fusecache.observe.report import percent_text, time_text
+from fusecache.observe.report import percent_text
+from fusecache.observe.times import time_text
 
 
 @pytest.mark.parametrize(
