@@ -165,7 +165,7 @@ class MountConfig:
     """Address and port where Prometheus may ask."""
     log_level: str = "info"
     """One of ``LOG_LEVELS``."""
-    lane: LaneUse = LaneUse.AUTO
+    lane: LaneUse = LaneUse.OFF
     config: Path | None = None
     """The file that some of this comes from."""
 

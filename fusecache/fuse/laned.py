@@ -1,8 +1,8 @@
 """A session in front of which the lane answers hits.
 
-    kernel - /dev/fuse - lane -+- a hit: answered there
-                               +- data that is no hit, fsync, fallocate, lseek: ``Requests``
-                               +- all else: a socket pair, of which pyfuse3 has the other end
+kernel - /dev/fuse - lane -+- a hit: answered there
+                           +- data that is no hit, fsync, fallocate, lseek: ``Requests``
+                           +- all else: a socket pair, of which pyfuse3 has the other end
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.requests import Requests
 from fusecache.lane import lane_type
-from fusecache.store.cache_device import DATA_OFFSET
+from fusecache.store.superblock import DATA_OFFSET
 
 _SPARES = 32
 """Threads that may wait for the SSD at a time, as deep as an SSD is fast."""
