@@ -76,7 +76,9 @@ class Requests:
         try:
             if opcode not in self._slowly:
                 raise FUSEError(errno.ENOSYS)
-            data = await self._slowly[opcode](self._handles[request[2]], request)
+            # At a forced end reads are left behind, but what changes something is done whole.
+            with trio.CancelScope(shield=opcode != lanes.READ):
+                data = await self._slowly[opcode](self._handles[request[2]], request)
         except Exception as exc:
             failed = exc if isinstance(exc, FUSEError) else answer(self._state, exc, "a request")
             error = failed.errno
