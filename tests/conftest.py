@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import daemon
 from tests.support.daemon import Mount
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--lane off`` runs everything that mounts without the lane."""
+    parser.addoption("--lane", choices=("on", "off"), default="on", help="serve hits by the lane")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """See ``pytest_addoption``."""
+    daemon.lane = config.getoption("--lane")
 
 
 @pytest.fixture

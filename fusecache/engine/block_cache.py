@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -148,6 +149,8 @@ class BlockCache:
         self._follower = RuleFollower(
             self.state, self.images, threads, pin, self.evict, self._change_mode
         )
+        self.lane_counters: Callable[[], dict[str, Any]] | None = None
+        """What the lane counted, if there is one; see ``Lane.counters``."""
         self.sampler = Sampler(self.images, self.state, clock)
         """Whoever serves requests has it run."""
         hits = HitPath(core, self.state, slots, readahead)

@@ -60,6 +60,7 @@ class Laned:
         )
         self._requests = Requests(self.lane, operations, cache)
         operations.lane = self.lane
+        cache.lane_counters = self.lane.counters
 
     @property
     def path(self) -> str:

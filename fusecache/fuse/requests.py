@@ -22,6 +22,14 @@ _WRITTEN = struct.Struct("<II")
 _DATA_ONLY = 1
 """``FUSE_FSYNC_FDATASYNC``."""
 
+_NAMES = {
+    lanes.READ: "read",
+    lanes.WRITE: "write",
+    lanes.FSYNC: "fsync",
+    lanes.FALLOCATE: "fallocate",
+    lanes.LSEEK: "lseek",
+}
+
 Request = tuple[int, int, int, int, int, int, bytes | None]
 """See ``Lane.take``."""
 
@@ -65,7 +73,7 @@ class Requests:
             if data is None or not self._cache.write_at_once(image, offset, data):
                 return False
         except Exception as exc:
-            self._reply(unique, answer(self._state, exc, "a request").errno, b"")
+            self._reply(unique, answer(self._state, exc, _NAMES[opcode]).errno, b"")
             return True
         self._reply(unique, 0, _WRITTEN.pack(length, 0))
         return True
@@ -78,8 +86,7 @@ class Requests:
                 raise FUSEError(errno.ENOSYS)
             data = await self._slowly[opcode](self._handles[request[2]], request)
         except Exception as exc:
-            failed = exc if isinstance(exc, FUSEError) else answer(self._state, exc, "a request")
-            error = failed.errno
+            error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
         self._reply(unique, error, data)
 
     async def _read(self, handle: Handle, request: Request) -> memoryview:

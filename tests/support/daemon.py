@@ -46,6 +46,10 @@ def old(path: Path, seconds: float = 100) -> None:
     time.sleep(max(0.0, 2.05 - age))
 
 
+lane = "on"
+"""Whether mounts of tests that do not say so have a lane."""
+
+
 class Mount:
     """One mount with its own origin, cache and runtime directory below ``base``.
 
@@ -71,7 +75,7 @@ class Mount:
     def arguments(self) -> list[object]:
         """The arguments of ``fusecache mount``."""
         flags: list[object] = []
-        for name, value in self.options.items():
+        for name, value in {"lane": lane, **self.options}.items():
             flags += [f"--{name.replace('_', '-')}", value]
         return [self.origin, self.mountpoint, "--cache", self.cache, "--size", self.size, *flags]
 
