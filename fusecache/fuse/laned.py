@@ -80,7 +80,7 @@ class Laned:
                 await trio.to_thread.run_sync(self.lane.stop, _PATIENCE)
 
     def close(self) -> None:
-        """After pyfuse3 has closed its end of the pair."""
+        """After pyfuse3 has closed its end of the pair, if it had begun."""
         self.lane.stop(_PATIENCE)
         self._theirs.detach()  # libfuse has closed it
         self._ours.close()

@@ -60,10 +60,7 @@ class Session:
             chosen.add("ro")
         check_device()
         if self._use_lane(chosen):
-            fd = mounting.mount(self._mountpoint, chosen)
-            self._mounted = True
-            self._laned = Laned(self._operations, self._cache, fd)
-            pyfuse3.init(self._operations, self._laned.path, {f"subtype={SUBTYPE}"})
+            self._mount_with_lane(chosen)
             return
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), chosen)
@@ -74,6 +71,22 @@ class Session:
             raise MountError(
                 f"Mounting at {self._mountpoint} failed; see the line of fusermount3 or libfuse "
                 f"above for the reason.{hint}"
+            ) from exc
+        self._mounted = True
+
+    def _mount_with_lane(self, options: set[str]) -> None:
+        fd = mounting.mount(self._mountpoint, options)
+        try:
+            self._laned = Laned(self._operations, self._cache, fd)
+            pyfuse3.init(self._operations, self._laned.path, {f"subtype={SUBTYPE}"})
+        except (OSError, RuntimeError) as exc:
+            mounts.unmount(self._mountpoint, detach=True)
+            if self._laned is None:
+                os.close(fd)
+            else:
+                self._laned.close()
+            raise MountError(
+                f"The lane cannot be started: {exc}. Mount with --lane off to do without it."
             ) from exc
         self._mounted = True
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import daemon
 from tests.support.aio import AsyncReads
 from tests.support.daemon import BLOCK, old
 from tests.support.direct import opened, read_direct
-from tests.support import daemon
 from tests.support.injected import InjectedMount
 from tests.support.stamps import check_stamps, stamped
 
