@@ -303,4 +303,7 @@ def identity_of(fd: int, filesystem: int) -> bytes:
 
 
 def _translated(exc: OSError, doing: str) -> OriginError:
-    return OriginError(exc.errno or 5, f"{doing}: {exc.strerror}")
+    hint = ""
+    if exc.errno == errno.EACCES and os.geteuid() == 0:
+        hint = " to root: its server squashes root (root_squash); export with no_root_squash"
+    return OriginError(exc.errno or 5, f"{doing}: {exc.strerror}{hint}")
