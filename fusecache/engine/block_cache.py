@@ -21,6 +21,7 @@ from fusecache.engine.dirty_writes import DirtyWrites
 from fusecache.engine.discards import Discards
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
+from fusecache.engine.holes import Holes
 from fusecache.engine.housekeeping import Housekeeping
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
@@ -130,6 +131,16 @@ class BlockCache:
             self._degraded,
             self.reclaimer.wake,
         )
+        self._holes = Holes(
+            core,
+            self.state,
+            self.committer,
+            self._intents,
+            origin,
+            self._degraded,
+            threads,
+            self._writes.put,
+        )
         self.cleaner = Cleaner(
             core, self.state, self.images, self.committer, self._intents, threads, clock, tuning
         )
@@ -215,6 +226,14 @@ class BlockCache:
     async def write_slowly(self, image: Image, offset: int, data: bytes) -> int:
         """As ``write``, for a caller whose ``try_write`` just said no."""
         return await self._writes.write(image, offset, data)
+
+    async def allocate(self, image: Image, mode: int, offset: int, length: int) -> None:
+        """See ``Holes.allocate``."""
+        await self._holes.allocate(image, mode, offset, length)
+
+    async def seek(self, image: Image, offset: int, whence: int) -> int:
+        """See ``Holes.seek``."""
+        return await self._holes.seek(image, offset, whence)
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:
         """What was written and acknowledged is on stable storage (P2).

@@ -147,6 +147,8 @@ def _served(counters: ImageCounters) -> dict[str, Any]:
             "through": _of(c.through_writes, c.through_write_bytes),
             "around": _of(c.around_writes, c.around_write_bytes),
         },
+        "discards": c.discards,
+        "discard_bytes": c.discard_bytes,
         "written_back_bytes": c.written_back_bytes,
         "not_cached": _reasons(c.not_cached),
         "not_kept": _reasons(c.not_kept),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _WRITTEN = struct.Struct("<II")
 """``struct fuse_write_out``: bytes, padding."""
+_FOUND = struct.Struct("<Q")
+"""``struct fuse_lseek_out``."""
 _DATA_ONLY = 1
 """``FUSE_FSYNC_FDATASYNC``."""
 
@@ -48,6 +50,8 @@ class Requests:
             lanes.READ: self._read,
             lanes.WRITE: self._write,
             lanes.FSYNC: self._fsync,
+            lanes.FALLOCATE: self._fallocate,
+            lanes.LSEEK: self._lseek,
         }
 
     async def serve(self) -> None:
@@ -82,8 +86,6 @@ class Requests:
         unique, opcode = request[:2]
         error, data = 0, b""  # type: int, bytes | memoryview
         try:
-            if opcode not in self._slowly:
-                raise FUSEError(errno.ENOSYS)
             data = await self._slowly[opcode](self._handles[request[2]], request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
@@ -100,3 +102,12 @@ class Requests:
     async def _fsync(self, handle: Handle, request: Request) -> bytes:
         await self._cache.fsync(handle.image, metadata=not request[5] & _DATA_ONLY)
         return b""
+
+    async def _fallocate(self, handle: Handle, request: Request) -> bytes:
+        if not handle.write:
+            raise FUSEError(errno.EBADF)
+        await self._cache.allocate(handle.image, request[5], request[3], request[4])
+        return b""
+
+    async def _lseek(self, handle: Handle, request: Request) -> bytes:
+        return _FOUND.pack(await self._cache.seek(handle.image, request[3], request[5]))

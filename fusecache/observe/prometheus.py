@@ -190,6 +190,8 @@ def _sizes(status: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:
     text = "Dirty data that the cache device cannot give back."
     yield _gauge("lost_bytes", text, only, lost)
     yield _gauge("waiting_requests", "Requests that wait for the origin.", only, status["waiting"])
+    text = "Lookups, listings and attribute calls that the origin has not answered yet."
+    yield _gauge("waiting_names", text, only, status["names_waiting"])
     failing = sum(1 for image in images if image["clean_error"])
     text = "Images whose last writeback failed."
     yield _gauge("failing_images", text, only, failing)
