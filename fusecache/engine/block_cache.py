@@ -35,6 +35,7 @@ from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
 from fusecache.engine.rule_follower import RuleFollower
 from fusecache.engine.sampler import Sampler
+from fusecache.engine.seeks import Seeks
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
 from fusecache.engine.writes import Writes
@@ -138,9 +139,9 @@ class BlockCache:
             self._intents,
             origin,
             self._degraded,
-            threads,
             self._writes.put,
         )
+        self._seeks = Seeks(core, self.state, threads)
         self.cleaner = Cleaner(
             core, self.state, self.images, self.committer, self._intents, threads, clock, tuning
         )
@@ -232,8 +233,8 @@ class BlockCache:
         await self._holes.allocate(image, mode, offset, length)
 
     async def seek(self, image: Image, offset: int, whence: int) -> int:
-        """See ``Holes.seek``."""
-        return await self._holes.seek(image, offset, whence)
+        """See ``Seeks.seek``."""
+        return await self._seeks.seek(image, offset, whence)
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:
         """What was written and acknowledged is on stable storage (P2).

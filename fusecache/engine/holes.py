@@ -1,4 +1,4 @@
-"""Holes: fallocate(2) and lseek(2) for holes, which pyfuse3 cannot express (R4, R5).
+"""Holes: fallocate(2), which pyfuse3 cannot express (R4, R5).
 
 A range that is freed or set to zeros goes to the origin exactly as the guest named it, and out of
 the cache. What that takes depends on what the cache holds of the range:
@@ -11,7 +11,8 @@ the cache. What that takes depends on what the cache holds of the range:
   cut over whatever came later, even from another host. So it goes in the order in which the
   cleaner makes pages clean (R5), with the hole in place of the writeback: no writeback is under
   way, the origin is changed, the origin is synced, the rows say so, a barrier makes that stable,
-  and only then is it as above. Callers that wait for each other share the sync and the barrier.
+  and only then is it as above. The sync comes before the rows because what is dirty may be all that
+  a guest's fsync has promised. Callers that wait for each other share the sync and the barrier.
 
 A page that the range covers in part goes as well if it is clean, since the origin has the rest of
 it. If it is held, that part is left out and written with zeros, as a guest would write them.
@@ -23,14 +24,12 @@ answers by itself.
 """
 
 import errno
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
 
 from fusecache.core.dirty import Writeback
-from fusecache.core.extents import DirtyExtents
 from fusecache.core.geometry import REGION_BLOCKS, region_of
 from fusecache.core.index import CacheIndex
 from fusecache.engine.committer import Committer
@@ -40,7 +39,6 @@ from fusecache.engine.image import Image
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.locks import END
 from fusecache.engine.origin_writes import OriginWrites
-from fusecache.engine.ports import Threads
 from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError, DatabaseError, OriginError
 from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
@@ -52,8 +50,8 @@ _FREES = (
     FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE,
 )
 _PIECE = 32 * REGION_BLOCKS
-"""Blocks at a time: 128 MiB with blocks of 64 KiB. Others get through in between, and no commit
-names more regions."""
+"""Blocks at a time: 128 MiB with blocks of 64 KiB. Others get through in between, and a commit for
+one names 33 regions at most."""
 
 Put = Callable[[Image, int, bytes], Awaitable[object]]
 """See ``Writes.put``."""
@@ -110,7 +108,6 @@ class Holes:
         intents: WriteIntents,
         origin: OriginWrites,
         degraded: Degraded,
-        threads: Threads,
         put: Put,
     ) -> None:
         self._core = core
@@ -120,11 +117,8 @@ class Holes:
         self._intents = intents
         self._origin = origin
         self._degraded = degraded
-        self._threads = threads
         self._put = put
         self._waiting: list[_Piece] = []
-
-    # -- fallocate ---------------------------------------------------------------------------------
 
     async def allocate(self, image: Image, mode: int, offset: int, length: int) -> None:
         """fallocate(2) of an image that is open for writing.
@@ -385,55 +379,3 @@ class Holes:
             if taken:
                 slots.append(located.slot)
         return slots
-
-    # -- lseek -------------------------------------------------------------------------------------
-
-    async def seek(self, image: Image, offset: int, whence: int) -> int:
-        """SEEK_DATA and SEEK_HOLE of lseek(2) over what a guest would read: where a page is dirty
-        there is data, whatever the origin has there.
-
-        What is dirty is noted before the origin is asked: a page that is written back in between
-        is then data twice, and never a hole.
-
-        Raises:
-            OSError: ENXIO past the end, or if no data follows; EINVAL for anything but these two.
-            OriginError: the origin failed.
-        """
-        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
-            raise OSError(errno.EINVAL, "neither SEEK_DATA nor SEEK_HOLE")
-        end = image.size if self._state.serves(image) else END
-        if not 0 <= offset < end:
-            raise OSError(errno.ENXIO, "past the end")
-        dirty: DirtyExtents | None = None
-        if self._core.dirty.pages(image.id):
-            dirty = self._core.dirty.extents(image.id, offset >> self._geometry.block_shift)
-        with image.admitted():
-            if whence == os.SEEK_HOLE:
-                return min(end, await self._hole_after(image, offset, dirty))
-            found = await self._ask(image, offset, whence)
-        begin = None if dirty is None else dirty.begin(offset)
-        places = [place for place in (found, begin) if place is not None and place < end]
-        if not places:
-            raise OSError(errno.ENXIO, "no data follows")
-        return min(places)
-
-    async def _hole_after(self, image: Image, offset: int, dirty: DirtyExtents | None) -> int:
-        """There is always one: past the end of the image is a hole, too."""
-        found = await self._ask(image, offset, os.SEEK_HOLE)
-        if found is None:
-            raise OSError(errno.ENXIO, "past the end")
-        while dirty is not None and found is not None:
-            offset = dirty.end(found)
-            if offset == found or offset >= image.size:
-                return min(offset, image.size)
-            found = await self._ask(image, offset, os.SEEK_HOLE)
-        return offset if found is None else found
-
-    async def _ask(self, image: Image, offset: int, whence: int) -> int | None:
-        try:
-            found = await self._threads.harmless(image.limiter, image.origin.seek, offset, whence)
-        except OriginError as exc:
-            image.counters.failed(exc)
-            raise
-        image.counters.origin_others += 1
-        return found
