@@ -9,6 +9,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Tests at a time: they wait for disks, daemons and clocks more than they compute.
+WORKERS ?= 3
 BIN := $(VENV)/bin
 export PATH := $(PATH):/usr/sbin:/sbin
 
@@ -42,7 +44,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python docs/demo.py
 
 test: $(VENV)/.installed guests
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed guests
 	@sh .ci/install-packages mmdebstrap

@@ -10,6 +10,13 @@ from fusecache.control import client, protocol
 from fusecache.errors import MountError, UsageError
 from fusecache.fuse import mounts
 
+_WHY_NOT = {
+    False: "ask for access to it",
+    True: "if it is NFS, its server squashes root (root_squash). Export with no_root_squash, or "
+    "run fusecache as the images' owner",
+}
+"""By whether we are root."""
+
 
 def check_mount(plan: MountConfig) -> None:
     """Everything about a mount that can be refused before anything is opened.
@@ -34,7 +41,7 @@ def _check_origin(origin: Path) -> None:
     if not origin.is_dir():
         raise MountError(f"The origin {origin} is not a directory: name the images' directory.")
     if not os.access(origin, os.R_OK | os.X_OK):
-        raise MountError(f"The origin {origin} may not be read: ask for access to it.")
+        raise MountError(f"The origin {origin} may not be read: {_WHY_NOT[os.geteuid() == 0]}.")
     _check_mounted(origin)
 
 

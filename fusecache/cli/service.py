@@ -40,6 +40,8 @@ _FORCED_FLUSH = 10.0
 """Seconds without progress after which a signal or ``--force`` no longer waits for the origin."""
 _FORCED_END = 20.0
 """Seconds that a stalled origin has after the mount is gone."""
+_COPIES = 2.0
+"""Seconds after an unmount in which the kernel lets go of the mount, if nobody else has it."""
 _NOTE_INTERVAL = 0.2
 _SHOWN = 3
 
@@ -327,11 +329,28 @@ class Service:
         """Takes the mount out of the tree; with ``force`` its open files fail from then on."""
         unmount = partial(mounts.unmount, self._plan.mountpoint, detach=force)
         await self._cache.threads.kernel(unmount)
+        if not force:
+            self._nursery.start_soon(self._end_copies)
         if force or self._keep:
             _end_soon()
         if force:
             self._forced = True
             self._session.abandon()
+
+    async def _end_copies(self) -> None:
+        """A mount namespace that was made while we were mounted (``unshare --mount``, a container)
+        may have a copy of the mount, which nobody knows of and which would keep us for good."""
+        while True:
+            await trio.sleep(_COPIES)
+            if self._mounted.state == "flushing":
+                return
+            if not self._operations.handles:
+                log.warning(
+                    "unmounted, but another mount namespace has a copy of the mount: ended there",
+                    extra=fields("ended-elsewhere", mount=self._plan.mountpoint),
+                )
+                self._session.abandon()
+                return
 
 
 def _reason(image: Image, exc: FusecacheError) -> str:

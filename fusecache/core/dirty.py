@@ -22,6 +22,7 @@ from math import ceil
 
 import numpy as np
 
+from fusecache.core.extents import DirtyExtents
 from fusecache.core.geometry import Geometry, Run
 from fusecache.core.rows import U16, U32
 from fusecache.core.slots import SlotTable
@@ -267,6 +268,14 @@ class DirtyPages:
         found = np.flatnonzero(slots.state_of >= State.DIRTY).astype(np.uint32)
         mine: U32 = found[slots.image_of[found] == image]
         return self._in_order(mine)
+
+    def extents(self, image: int, from_block: int) -> DirtyExtents:
+        """Where an image is dirty now, from a block on."""
+        slots = self._slots
+        found = np.flatnonzero(slots.state_of >= State.DIRTY).astype(np.uint32)
+        mine = (slots.image_of[found] == image) & (slots.block_of[found] >= from_block)
+        found = self._in_order(found[mine & (slots.dirty_of[found] != 0)])
+        return DirtyExtents(self._geometry, slots.block_of[found], slots.dirty_of[found])
 
     def _in_order(self, found: U32) -> U32:
         ordered: U32 = found[np.argsort(self._slots.block_of[found], kind="stable")]

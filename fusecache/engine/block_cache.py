@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -20,6 +21,7 @@ from fusecache.engine.dirty_writes import DirtyWrites
 from fusecache.engine.discards import Discards
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
+from fusecache.engine.holes import Holes
 from fusecache.engine.housekeeping import Housekeeping
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
@@ -33,6 +35,7 @@ from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
 from fusecache.engine.rule_follower import RuleFollower
 from fusecache.engine.sampler import Sampler
+from fusecache.engine.seeks import Seeks
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
 from fusecache.engine.writes import Writes
@@ -129,6 +132,16 @@ class BlockCache:
             self._degraded,
             self.reclaimer.wake,
         )
+        self._holes = Holes(
+            core,
+            self.state,
+            self.committer,
+            self._intents,
+            origin,
+            self._degraded,
+            self._writes.put,
+        )
+        self._seeks = Seeks(core, self.state, threads)
         self.cleaner = Cleaner(
             core, self.state, self.images, self.committer, self._intents, threads, clock, tuning
         )
@@ -148,6 +161,8 @@ class BlockCache:
         self._follower = RuleFollower(
             self.state, self.images, threads, pin, self.evict, self._change_mode
         )
+        self.lane_counters: Callable[[], dict[str, Any]] | None = None
+        """What the lane counted, if there is one; see ``Lane.counters``."""
         self.sampler = Sampler(self.images, self.state, clock)
         """Whoever serves requests has it run."""
         hits = HitPath(core, self.state, slots, readahead)
@@ -212,6 +227,14 @@ class BlockCache:
     async def write_slowly(self, image: Image, offset: int, data: bytes) -> int:
         """As ``write``, for a caller whose ``try_write`` just said no."""
         return await self._writes.write(image, offset, data)
+
+    async def allocate(self, image: Image, mode: int, offset: int, length: int) -> None:
+        """See ``Holes.allocate``."""
+        await self._holes.allocate(image, mode, offset, length)
+
+    async def seek(self, image: Image, offset: int, whence: int) -> int:
+        """See ``Seeks.seek``."""
+        return await self._seeks.seek(image, offset, whence)
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:
         """What was written and acknowledged is on stable storage (P2).

@@ -98,6 +98,8 @@ class Image:
     """The cleaner changed the origin and the record does not say so yet (P3)."""
     rescued: bool = False
     """The cache is broken, and the origin has all that is dirty here."""
+    unsupported: set[int] = field(default_factory=set)
+    """Modes of fallocate that the origin has not."""
     unreadable: dict[int, int] = field(default_factory=dict)
     """By block: dirty pages the cache device failed to read when last asked."""
     clean_error: str = ""

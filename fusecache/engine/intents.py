@@ -5,7 +5,7 @@ drops the clean pages of active regions, a power cut's those of every region wit
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -39,7 +39,7 @@ class WriteIntents:
 
     @asynccontextmanager
     async def writing(
-        self, image: Image, regions: range, *, active: bool = True
+        self, image: Image, regions: Sequence[int], *, active: bool = True
     ) -> AsyncIterator[None]:
         """Around a write: the regions' rows are there, stably, from before it to well after it.
 

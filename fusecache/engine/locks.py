@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-_EVERYTHING = 1 << 62
+END = 1 << 62
+"""After every block there can be."""
 
 
 class _Claim:
@@ -62,7 +63,7 @@ class SpanLock:
     @asynccontextmanager
     async def everything(self) -> AsyncIterator[None]:
         """Holds the whole image: nothing is under way and nothing new begins (R6)."""
-        async with self.alone(0, _EVERYTHING):
+        async with self.alone(0, END):
             yield
 
     @property

@@ -1,6 +1,8 @@
 """OriginWrites: what goes to the origin because a guest wrote it, and the sizes that follow."""
 
+import errno
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from fusecache.core.index import CacheIndex
 from fusecache.engine.image import Image
@@ -10,6 +12,7 @@ from fusecache.engine.storing import Storing
 from fusecache.errors import CacheDeviceError, OriginError
 from fusecache.observe.latency import Call, timed
 from fusecache.store.cache_device import CacheDevice
+from fusecache.store.syscalls import FALLOC_KEEP_SIZE
 
 
 class OriginWrites:
@@ -109,8 +112,37 @@ class OriginWrites:
         image.counters.origin_write_bytes += len(data)
         return failed
 
+    async def allocate(self, image: Image, mode: int, offset: int, length: int) -> None:
+        """fallocate(2) on the origin. One that may make the file longer waits for others that do.
+
+        Raises:
+            OriginError: with EOPNOTSUPP nothing was changed, else any part may have been.
+        """
+        keeps = mode & FALLOC_KEEP_SIZE
+        async with nullcontext() if keeps else image.extending:
+            refused = False
+            try:
+                await self._threads.run(
+                    image.origin.allocate, mode, offset, length, limiter=image.limiter
+                )
+            except OriginError as exc:
+                refused = exc.errno == errno.EOPNOTSUPP
+                if not refused:
+                    image.counters.failed(exc)
+                    await self._learn_size(image)
+                raise
+            finally:
+                if not refused:
+                    image.wrote = True
+                    image.written += 1
+                    image.guest_written = image.guest_data = image.written
+                    image.last_write = self._now()
+            if not keeps:
+                image.size = max(image.size, offset + length)
+            image.counters.origin_others += 1
+
     async def _learn_size(self, image: Image) -> None:
-        """After a write that failed half-way: part of it may have made the file longer."""
+        """After a call that failed half-way: part of it may have made the file longer."""
         try:
             seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         except OriginError as exc:

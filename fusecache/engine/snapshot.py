@@ -8,7 +8,14 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.dirty_reads import unreadable_ranges
 from fusecache.engine.image import Image
 from fusecache.observe.counters import ImageCounters, Reason
-from fusecache.observe.latency import Call, Histogram, OriginLatency, quantile
+from fusecache.observe.latency import (
+    BOUNDS,
+    LANE_BOUNDS,
+    Call,
+    Histogram,
+    OriginLatency,
+    quantile,
+)
 from fusecache.observe.windows import HOUR, MINUTE, ratio
 
 _LATELY = 5.0
@@ -47,6 +54,7 @@ def mount_snapshot(cache: BlockCache) -> dict[str, Any]:
         "origin_latency_minute": {
             call.name.lower(): _quantiles(calls[call], sum(calls[call])) for call in Call
         },
+        "lane": None if cache.lane_counters is None else _lane(cache.lane_counters()),
         "cleaner": {**_cleaner(cache), "bytes_per_second": written_back},
         "reclaimer": {
             "doing": cache.reclaimer.doing,
@@ -66,6 +74,23 @@ def history_snapshot(cache: BlockCache) -> dict[str, list[int]]:
         "read_hit_bytes": [step[0] for step in steps],
         "read_miss_bytes": [step[1] for step in steps],
         "write_bytes": [step[4] for step in steps],
+    }
+
+
+def _lane(counters: dict[str, Any]) -> dict[str, Any]:
+    """What compiled code served by itself, and what it handed on."""
+    served: dict[str, Any] = {}
+    for name, kind in (("reads", "read"), ("overwrites", "write")):
+        buckets = counters[f"{kind}_ns"]
+        served[name] = {
+            **_quantiles(buckets, sum(buckets), LANE_BOUNDS),
+            "seconds": counters[f"{kind}_ns_sum"] / 1e9,
+            "buckets": buckets,
+        }
+    return {
+        **served,
+        "passed_to_engine": counters["queued"],
+        "passed_to_pyfuse3": counters["forwarded"],
     }
 
 
@@ -122,6 +147,8 @@ def _served(counters: ImageCounters) -> dict[str, Any]:
             "through": _of(c.through_writes, c.through_write_bytes),
             "around": _of(c.around_writes, c.around_write_bytes),
         },
+        "discards": c.discards,
+        "discard_bytes": c.discard_bytes,
         "written_back_bytes": c.written_back_bytes,
         "not_cached": _reasons(c.not_cached),
         "not_kept": _reasons(c.not_kept),
@@ -175,9 +202,11 @@ def _histogram(histogram: Histogram) -> dict[str, Any]:
     }
 
 
-def _quantiles(counts: Sequence[int], count: int) -> dict[str, Any]:
+def _quantiles(
+    counts: Sequence[int], count: int, bounds: Sequence[float] = BOUNDS
+) -> dict[str, Any]:
     """Seconds; None without a call. See ``quantile`` for how exact they are."""
-    p50, p99 = quantile(counts, 0.5), quantile(counts, 0.99)
+    p50, p99 = quantile(counts, 0.5, bounds), quantile(counts, 0.99, bounds)
     return {
         "calls": count,
         "p50": None if p50 is None else round(p50, 6),

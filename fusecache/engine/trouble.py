@@ -226,4 +226,5 @@ class TroubleWatch:
 def _succeeded(image: Image) -> int:
     """Calls of the origin that returned, and did not fail; more of it means that it works."""
     counters = image.counters
-    return counters.origin_reads + counters.origin_writes + image.synced
+    calls = counters.origin_reads + counters.origin_writes + counters.origin_others
+    return calls + image.synced

@@ -60,8 +60,13 @@ class Writes:
         """
         if not data:
             return 0
-        if self.at_once(image, offset, data):
-            return len(data)
+        if not self.at_once(image, offset, data):
+            served = await self.put(image, offset, data)
+            image.counters.wrote(served, len(data))
+        return len(data)
+
+    async def put(self, image: Image, offset: int, data: bytes) -> Served:
+        """As ``write``, of some data, and not counted as a guest's write. Returns where it went."""
         blocks = self._geometry.blocks(offset, len(data))
         torn: CacheDeviceError | None = None
         served = Served.AROUND
@@ -76,8 +81,7 @@ class Writes:
             if torn is not None:
                 await self._degraded.supersede(image, offset, data)
                 image.counters.not_cached[Reason.CACHE_ERROR] += 1
-            image.counters.wrote(served, len(data))
-        return len(data)
+        return served
 
     def at_once(self, image: Image, offset: int, data: bytes) -> bool:
         """A write within one block whose pages are all valid, in write-back, without any await:

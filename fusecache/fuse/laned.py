@@ -61,6 +61,7 @@ class Laned:
         )
         self._requests = Requests(self.lane, operations, cache)
         operations.lane = self.lane
+        cache.lane_counters = self.lane.counters
 
     @property
     def path(self) -> str:
@@ -82,14 +83,9 @@ class Laned:
                 await trio.to_thread.run_sync(self.lane.stop, _PATIENCE, limiter=alone)
 
     def close(self) -> None:
-        """After pyfuse3 has closed its end of the pair."""
-        self._theirs.detach()  # libfuse has closed it
-        self.abort()
-
-    def abort(self) -> None:
-        """Ends it all, also if pyfuse3 never had its end."""
+        """After pyfuse3 has closed its end of the pair, if it had begun."""
         self.lane.stop(_PATIENCE)
-        self._theirs.close()
+        self._theirs.detach()  # libfuse has closed it
         self._ours.close()
         os.close(self._fd)
 

@@ -19,8 +19,18 @@ if TYPE_CHECKING:
 
 _WRITTEN = struct.Struct("<II")
 """``struct fuse_write_out``: bytes, padding."""
+_FOUND = struct.Struct("<Q")
+"""``struct fuse_lseek_out``."""
 _DATA_ONLY = 1
 """``FUSE_FSYNC_FDATASYNC``."""
+
+_NAMES = {
+    lanes.READ: "read",
+    lanes.WRITE: "write",
+    lanes.FSYNC: "fsync",
+    lanes.FALLOCATE: "fallocate",
+    lanes.LSEEK: "lseek",
+}
 
 Request = tuple[int, int, int, int, int, int, bytes | None]
 """See ``Lane.take``."""
@@ -40,6 +50,8 @@ class Requests:
             lanes.READ: self._read,
             lanes.WRITE: self._write,
             lanes.FSYNC: self._fsync,
+            lanes.FALLOCATE: self._fallocate,
+            lanes.LSEEK: self._lseek,
         }
 
     async def serve(self) -> None:
@@ -65,7 +77,7 @@ class Requests:
             if data is None or not self._cache.write_at_once(image, offset, data):
                 return False
         except Exception as exc:
-            self._reply(unique, answer(self._state, exc, "a request").errno, b"")
+            self._reply(unique, answer(self._state, exc, _NAMES[opcode]).errno, b"")
             return True
         self._reply(unique, 0, _WRITTEN.pack(length, 0))
         return True
@@ -74,14 +86,11 @@ class Requests:
         unique, opcode = request[:2]
         error, data = 0, b""  # type: int, bytes | memoryview
         try:
-            if opcode not in self._slowly:
-                raise FUSEError(errno.ENOSYS)
             # At a forced end reads are left behind, but what changes something is done whole.
             with trio.CancelScope(shield=opcode != lanes.READ):
                 data = await self._slowly[opcode](self._handles[request[2]], request)
         except Exception as exc:
-            failed = exc if isinstance(exc, FUSEError) else answer(self._state, exc, "a request")
-            error = failed.errno
+            error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
         self._reply(unique, error, data)
 
     async def _read(self, handle: Handle, request: Request) -> memoryview:
@@ -95,3 +104,12 @@ class Requests:
     async def _fsync(self, handle: Handle, request: Request) -> bytes:
         await self._cache.fsync(handle.image, metadata=not request[5] & _DATA_ONLY)
         return b""
+
+    async def _fallocate(self, handle: Handle, request: Request) -> bytes:
+        if not handle.write:
+            raise FUSEError(errno.EBADF)
+        await self._cache.allocate(handle.image, request[5], request[3], request[4])
+        return b""
+
+    async def _lseek(self, handle: Handle, request: Request) -> bytes:
+        return _FOUND.pack(await self._cache.seek(handle.image, request[3], request[5]))

@@ -217,12 +217,13 @@ static int make_room(struct lane *lane)
 {
     lane->buffer_count = lane->threads + SPARE_BUFFERS;
     lane->all_buffers = calloc(lane->buffer_count, sizeof *lane->all_buffers);
+    lane->all_waiting = calloc(WAITING, sizeof *lane->all_waiting);
     lane->ids = calloc(lane->threads, sizeof *lane->ids);
     lane->handles = calloc(HANDLES, sizeof *lane->handles);
     lane->nodes = calloc(HANDLES, sizeof *lane->nodes);
     lane->questions = calloc(HANDLES, sizeof *lane->questions);
     lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
-    if (!lane->all_buffers || !lane->ids || !lane->handles || !lane->nodes || !lane->questions ||
+    if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles || !lane->nodes || !lane->questions ||
         !lane->held_until)
         return ENOMEM;
     for (unsigned i = 0; i < lane->buffer_count; i++) {
@@ -240,11 +241,8 @@ static int make_room(struct lane *lane)
     /* The kernel has at most max_background requests under way, and one for each thread of each
      * guest; with more than this the lane waits for Python. */
     for (unsigned i = 0; i < WAITING; i++) {
-        struct waiting *waiting = calloc(1, sizeof *waiting);
-        if (!waiting)
-            return ENOMEM;
-        waiting->next = lane->free_waiting;
-        lane->free_waiting = waiting;
+        lane->all_waiting[i].next = lane->free_waiting;
+        lane->free_waiting = &lane->all_waiting[i];
     }
     return 0;
 }
@@ -366,12 +364,7 @@ void lane_free(struct lane *lane)
         if (lane->all_buffers && lane->all_buffers[i].bytes)
             munmap(lane->all_buffers[i].bytes, MESSAGE);
     free(lane->all_buffers);
-    struct waiting *lists[2] = {lane->first, lane->free_waiting};
-    for (unsigned i = 0; i < 2; i++)
-        for (struct waiting *next, *at = lists[i]; at; at = next) {
-            next = at->next;
-            free(at);
-        }
+    free(lane->all_waiting);
     free(lane->ids);
     free(lane->handles);
     free(lane->nodes);

@@ -66,6 +66,7 @@ struct lane {
     unsigned buffer_count;
     struct waiting *first, **last;
     struct waiting *free_waiting;
+    struct waiting *all_waiting;
     bool signalled;
     int queue; /* eventfd: something waits, or the lane has ended */
 

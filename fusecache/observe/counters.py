@@ -104,6 +104,12 @@ class ImageCounters:
     origin_write_bytes: int = 0
     written_back_bytes: int = 0
     """Of ``origin_write_bytes``, what was dirty in the cache before."""
+    discards: int = 0
+    """Ranges that guests have freed or set to zeros (fallocate)."""
+    discard_bytes: int = 0
+    """How much that was, as far as it lay within the image."""
+    origin_others: int = 0
+    """Calls of the origin for ranges and holes, and not for data, that it answered."""
     errors: int = 0
     """Calls the origin failed."""
     last_error: str = ""
@@ -144,7 +150,7 @@ class ImageCounters:
         """Nothing was read, written or failed."""
         return not (
             self.read_hits or self.read_misses or self.writes or self.origin_reads
-            or self.origin_writes or self.errors
+            or self.origin_writes or self.origin_others or self.errors
         )  # fmt: skip
 
     def add(self, other: "ImageCounters") -> None:

@@ -18,6 +18,10 @@ BOUNDS = tuple(25e-6 * float(2**step) for step in range(22))
 """Upper bounds of the buckets in seconds: 25 us, 50 us, ... 52.4 s. One more takes the rest."""
 
 
+LANE_BOUNDS = tuple(2e-9 * float(2**step) for step in range(31))
+"""As ``BOUNDS``, for what the lane serves: 2 ns, 4 ns, ... 2.1 s."""
+
+
 class Call(enum.IntEnum):
     """The kinds of calls of the origin that are timed."""
 
@@ -66,7 +70,7 @@ class OriginLatency:
                 self.total.calls[call].add(seconds)
 
 
-def quantile(counts: Sequence[int], share: float) -> float | None:
+def quantile(counts: Sequence[int], share: float, bounds: Sequence[float] = BOUNDS) -> float | None:
     """About how many seconds ``share`` of the calls took at most; None if there were none.
 
     Within a bucket calls are taken to lie evenly on a logarithmic scale, so the result is off by
@@ -75,13 +79,13 @@ def quantile(counts: Sequence[int], share: float) -> float | None:
     total = sum(counts)
     if not total:
         return None
-    wanted, reached = share * total, BOUNDS[-1]
+    wanted, reached = share * total, bounds[-1]
     for bucket, count in enumerate(counts):
         if not count:
             continue
-        reached = BOUNDS[min(bucket, len(BOUNDS) - 1)]
+        reached = bounds[min(bucket, len(bounds) - 1)]
         if wanted <= count:
-            return reached * math.exp2(wanted / count - 1) if bucket < len(BOUNDS) else reached
+            return reached * math.exp2(wanted / count - 1) if bucket < len(bounds) else reached
         wanted -= count
     return reached
 

@@ -19,11 +19,12 @@ from prometheus_client.core import (
 )
 
 from fusecache.observe.counters import NOT_CACHED, NOT_KEPT
-from fusecache.observe.latency import BOUNDS, Call
+from fusecache.observe.latency import BOUNDS, LANE_BOUNDS, Call
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The one that every Prometheus understands: no name or label here needs a later one."""
 
+_LANE_BUCKETS = [*(f"{bound:g}" for bound in LANE_BOUNDS), "+Inf"]
 _BUCKETS = [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
 _IMAGES_AT_ONCE = 4
 _CACHE_STATES = ("ok", "paused", "degraded")
@@ -132,6 +133,8 @@ def _mount(status: dict[str, Any], version: str) -> Iterator[Metric]:
     yield _by(CounterMetricFamily, "commits", text, mount, "strength", commits)
     yield _histograms("origin_latency_seconds", _LATENCY, [(only, status["origin_latency"])])
     yield from _workers(status, only)
+    if status["lane"] is not None:
+        yield from _lane(status["lane"], only)
 
 
 _LATENCY = "How long calls of the origin took, without the wait for a thread."
@@ -150,6 +153,21 @@ _MOUNT_COUNTERS = (
     ("read_past_bytes", "read_past_bytes", "Read by guests past the cache."),
     ("origin_errors", "origin_errors", "Calls the origin failed."),
 )
+
+
+def _lane(lane: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:
+    text = "How long what the lane served by itself took, from request to answer."
+    family = HistogramMetricFamily("fusecache_lane_seconds", text, labels=["mount", "served"])
+    for kind in ("reads", "overwrites"):
+        total, buckets = 0, []
+        for bound, count in zip(_LANE_BUCKETS, lane[kind]["buckets"], strict=True):
+            total += count
+            buckets.append((bound, total))
+        family.add_metric([only["mount"], kind], buckets, lane[kind]["seconds"])
+    yield family
+    text = "Requests that the lane handed on, by to whom."
+    passed = {"engine": lane["passed_to_engine"], "pyfuse3": lane["passed_to_pyfuse3"]}
+    yield _by(CounterMetricFamily, "lane_passed_requests", text, only["mount"], "to", passed)
 
 
 def _sizes(status: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:
@@ -172,6 +190,8 @@ def _sizes(status: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:
     text = "Dirty data that the cache device cannot give back."
     yield _gauge("lost_bytes", text, only, lost)
     yield _gauge("waiting_requests", "Requests that wait for the origin.", only, status["waiting"])
+    text = "Lookups, listings and attribute calls that the origin has not answered yet."
+    yield _gauge("waiting_names", text, only, status["names_waiting"])
     failing = sum(1 for image in images if image["clean_error"])
     text = "Images whose last writeback failed."
     yield _gauge("failing_images", text, only, failing)

@@ -83,6 +83,8 @@ def _mount(mount: dict[str, Any]) -> Iterator[str]:
     )
     if "reads" in mount:
         yield from _served(mount)
+        if mount.get("lane"):
+            yield f"lane       {_lane(mount['lane'])}"
         names = mount.get("names_waiting", 0)
         waiting = f"; {count_text(names)} calls for names under way" if names else ""
         yield f"origin     {_latencies(mount)}{waiting}"
@@ -140,6 +142,19 @@ def _latencies(part: dict[str, Any]) -> str:
             text += f" (last minute {time_text(lately['p50'])}, {time_text(lately['p99'])})"
         texts.append(text)
     return "; ".join(texts) or "not asked yet"
+
+
+def _lane(lane: dict[str, Any]) -> str:
+    """What compiled code served by itself, and how fast, since the start."""
+    texts = []
+    for kind in ("reads", "overwrites"):
+        served = lane[kind]
+        if served["calls"]:
+            texts.append(
+                f"{count_text(served['calls'])} {kind} p50 {time_text(served['p50'])}, "
+                f"p99 {time_text(served['p99'])}"
+            )
+    return "; ".join(texts) or "nothing served yet"
 
 
 def _workers(mount: dict[str, Any]) -> Iterator[str]:

@@ -186,6 +186,28 @@ class OriginImage:
         except OSError as exc:
             raise _translated(exc, "making the image longer") from exc
 
+    def allocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2). With EOPNOTSUPP nothing was changed; after any other error any part may
+        have been."""
+        try:
+            syscalls.fallocate(self._write_fd, mode, offset, length)
+        except OSError as exc:
+            raise _translated(exc, f"allocating or freeing space at {offset}") from exc
+
+    def seek(self, offset: int, whence: int) -> int | None:
+        """Where data (SEEK_DATA) or a hole (SEEK_HOLE) begins at or after ``offset``, see lseek(2).
+
+        None if there is none: only a hole up to the end follows, or ``offset`` is past it. Where
+        the origin knows of no holes, all of the file is data. The descriptor's own position, which
+        this moves, is used by nobody.
+        """
+        try:
+            return os.lseek(self._any(), offset, whence)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return None
+            raise _translated(exc, f"looking for data or a hole at {offset}") from exc
+
     def sync(self, *, metadata: bool = True) -> None:
         """Everything written is on the origin's stable storage. Needs either descriptor."""
         try:
@@ -281,4 +303,7 @@ def identity_of(fd: int, filesystem: int) -> bytes:
 
 
 def _translated(exc: OSError, doing: str) -> OriginError:
-    return OriginError(exc.errno or 5, f"{doing}: {exc.strerror}")
+    hint = ""
+    if exc.errno == errno.EACCES and os.geteuid() == 0:
+        hint = " to root: its server squashes root (root_squash); export with no_root_squash"
+    return OriginError(exc.errno or 5, f"{doing}: {exc.strerror}{hint}")

@@ -1,6 +1,7 @@
 """The system calls Python has no words for, through the C library."""
 
 import ctypes
+import errno
 import os
 import struct
 
@@ -13,6 +14,9 @@ MNT_DETACH = 2
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_SYNCHRONOUS, MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME = 16, 128, 1024, 2048
 TMPFS_MAGIC = 0x01021994
+FALLOC_KEEP_SIZE = 1
+FALLOC_PUNCH_HOLE = 2
+FALLOC_ZERO_RANGE = 16
 _MAX_HANDLE = 128
 _STATX_BTIME = 0x800
 _BTIME_OFFSET = 80
@@ -99,3 +103,12 @@ def link_fd(fd: int, new_dir: int, name: bytes) -> None:
     if _libc.linkat(at_fdcwd, source, new_dir, name, follow) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), all modes, and never the C library's emulation. Raises OSError."""
+    where = ctypes.c_int64(offset), ctypes.c_int64(length)
+    while _libc.fallocate(fd, ctypes.c_int(mode), *where) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

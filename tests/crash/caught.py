@@ -158,4 +158,26 @@ CAUGHT: dict[str, str | Case] = {
         27,
         "kill+",
     ),
+    "r4_a_hole_has_no_intent": ("a_quiet_region_is_freed", 45, "kill"),
+    "r5_the_rows_of_a_hole_are_not_stable": ("another_host_goes_on_after_a_hole", None, "ooo"),
+    "r5_a_hole_is_not_synced_before_its_rows": ("dirty_data_is_freed", None, "kill"),
+    "r5_a_hole_does_not_wait_for_a_writeback": (
+        "a_range_is_freed_while_it_is_cleaned",
+        None,
+        "kill",
+    ),
+    "r5_a_hole_leaves_what_is_dirty": ("ranges_are_freed", None, "kill"),
+    "r5_a_hole_takes_the_rest_of_a_dirty_page_along": ("ranges_are_freed", None, "kill"),
+    "r5_a_failed_sync_before_that_of_a_hole_is_ignored": (
+        "a_sync_fails_before_that_of_a_hole",
+        None,
+        "ooo",
+    ),
+    "a_hole_leaves_the_pages_valid": ("ranges_are_freed", None, "kill"),
+    "a_hole_excludes_nobody": ("fills_and_writes_meet_holes", None, "kill"),
+    "a_hole_past_a_broken_cache_leaves_out_the_slot": (
+        "the_database_fails_and_ranges_are_freed",
+        None,
+        "kill",
+    ),
 }

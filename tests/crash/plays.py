@@ -18,6 +18,7 @@ from fusecache.config import WriteMode
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import FusecacheError
+from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from tests.support.model import ImageModel
 from tests.support.stamps import STAMP, stamped
 from tests.support.world import PAGE, Cut, World
@@ -26,6 +27,8 @@ IN_PAGE = PAGE // STAMP
 PAGES = 4
 """Pages in a block."""
 BLOCKS = 10
+PUNCH = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+ZERO = FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE
 LONG = 600.0
 """Seconds after which a life that does not end has hung."""
 
@@ -116,6 +119,23 @@ class Play:
         self.model.begin_truncate(size * STAMP)
         await self.cache.truncate(self.image, size * STAMP)
         self.model.end_truncate(size * STAMP)
+
+    async def hole(self, page: float, pages: float = 1, *, mode: int = PUNCH) -> None:
+        """Frees a range, or sets it to zeros."""
+        first, count = int(page * IN_PAGE), int(pages * IN_PAGE)
+        self.model.begin_hole(first, count)
+        await self.cache.allocate(self.image, mode, first * STAMP, count * STAMP)
+        self.model.end_write(first, count)
+
+    async def hole_fails(self, page: float, pages: float = 1, *, mode: int = PUNCH) -> None:
+        """The same, and it does not matter whether that works."""
+        first, count = int(page * IN_PAGE), int(pages * IN_PAGE)
+        self.model.begin_hole(first, count)
+        try:
+            await self.cache.allocate(self.image, mode, first * STAMP, count * STAMP)
+        except FusecacheError:
+            return
+        self.model.end_write(first, count)
 
     async def evict(self) -> None:
         """An operator's evict: all is on the origin and synced, and no block is left (P5)."""

@@ -13,6 +13,7 @@ from fusecache.config import WriteMode
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import DatabaseError, OriginError
+from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from tests.support.model import ImageModel
 from tests.support.stamps import STAMP, stamped
 from tests.support.world import Cut, World
@@ -26,6 +27,11 @@ SHARED = 2
 HOT = 64
 """Half of the writes go to the first so many sectors, so that pages are written again and again."""
 IMAGES = (1, 2, 3)
+FREES = (
+    FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE,
+    FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE,
+    FALLOC_ZERO_RANGE,
+)
 
 
 class Simulation:
@@ -86,7 +92,12 @@ class Simulation:
         return cuts
 
     def _fails(self, kind: str, number: int) -> bool:
-        often = {"origin.write": 0.01, "origin.sync": 0.03, "origin.read": 0.002}
+        often = {
+            "origin.write": 0.01,
+            "origin.sync": 0.03,
+            "origin.read": 0.002,
+            "origin.allocate": 0.05,
+        }
         return self.faulty and self.chance.random() < often.get(kind, 0)
 
     def _live(self, work: object) -> bool:
@@ -156,7 +167,7 @@ class Simulation:
         end = SECTORS * 3 // 4 if shared and not begin else len(model.sectors)
         if kind < 0.4:
             await self._read(cache, image, model)
-        elif kind < 0.8:
+        elif kind < 0.78:
             first = begin + chance.randrange(chance.choice([HOT, end - begin - 1]))
             count = min(chance.choice([1, 2, 8, 8, 16, 24, 64]), end - first)
             if chance.random() < 0.6:
@@ -164,11 +175,13 @@ class Simulation:
             data = model.begin_write(first, count)
             await cache.write(image, first * STAMP, data)
             model.end_write(first, count)
-        elif kind < 0.9:
+        elif kind < 0.85:
+            await self._free(cache, image, model, begin, end)
+        elif kind < 0.92:
             covered = model.begin_fsync()
             await cache.fsync(image, metadata=chance.random() < 0.5)
             model.end_fsync(covered)
-        elif kind < 0.93 and not shared:
+        elif kind < 0.95 and not shared:
             size = chance.randrange(end) * STAMP
             if size < image.size:
                 model.begin_truncate(size)
@@ -176,6 +189,19 @@ class Simulation:
                 model.end_truncate(size)
         else:
             await trio.sleep(chance.choice([0.1, 0.6, 2.5, 5]))
+
+    async def _free(
+        self, cache: BlockCache, image: Image, model: ImageModel, begin: int, end: int
+    ) -> None:
+        """Some sectors become zeros, by any mode that says so."""
+        chance = self.chance
+        first = begin + chance.randrange(chance.choice([HOT, end - begin - 1]))
+        count = min(chance.choice([1, 5, 8, 16, 32, 64, 300]), end - first)
+        if chance.random() < 0.6:
+            first -= first % 8
+        model.begin_hole(first, count)
+        await cache.allocate(image, chance.choice(FREES), first * STAMP, count * STAMP)
+        model.end_write(first, count)
 
     async def _read(self, cache: BlockCache, image: Image, model: ImageModel) -> None:
         first = self.chance.randrange(self.chance.choice([HOT, len(model.sectors)]))

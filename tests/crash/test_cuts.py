@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash import plays, stories, stories_more
+from tests.crash import plays, stories, stories_holes, stories_more
 from tests.crash.plays import STORIES
 from tests.crash.simulator import Simulation
 
-assert stories and stories_more
+assert stories and stories_holes and stories_more
 
 EACH = 24
 """Cases of each story in every run: with the walks, more than 1,000 cuts."""

@@ -9,9 +9,11 @@ from tests.crash import (
     mutations,
     mutations_back,
     mutations_cleaning,
+    mutations_holes,
     mutations_recovery,
     plays,
     stories,
+    stories_holes,
     stories_more,
 )
 from tests.crash.caught import CAUGHT
@@ -24,8 +26,10 @@ assert (
     mutations
     and mutations_back
     and mutations_cleaning
+    and mutations_holes
     and mutations_recovery
     and stories
+    and stories_holes
     and stories_more
 )
 

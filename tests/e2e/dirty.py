@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tests.support.daemon import BLOCK, Mount, old
+from tests.support.daemon import BLOCK, Mount, settle
 from tests.support.stamps import check_stamps, stamped
 
 BLOCKS = 16
@@ -52,9 +52,9 @@ def dirty_mount(mount: Mount, *names: str, blocks: int = 4, aged: bool = False) 
     ``aged``: the images' change times are old enough to be trusted.
     """
     images(mount, *names)
-    if aged:
-        old(mount.origin / names[-1])
     back(mount).start()
+    if aged:
+        settle(mount.origin / names[-1])
     for number, name in enumerate(names, 1):
         write(mount, name, number, 2, blocks)
         assert on_origin(mount, name, number) == 1

@@ -13,6 +13,8 @@ from pathlib import Path
 from tests.support.daemon import Mount, end
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+NO_OTHERS = "for other in $(findmnt -rn -t fuse.fusecache -o TARGET); do umount -l $other; done"
+"""Shell, first in a mount namespace of its own: which must not keep the mounts of other tests."""
 COMMAND = [sys.executable, "-m", "fusecache"]
 
 

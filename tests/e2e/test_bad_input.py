@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.conftest import MakeMount
 from tests.e2e.helpers import (
     COMMAND,
+    NO_OTHERS,
     bind,
     checksum,
     environment,
@@ -328,7 +329,7 @@ def _in_a_namespace(mount: Mount, before: str) -> subprocess.CompletedProcess[st
     """``fusecache mount`` in a private mount namespace, after a shell command there."""
     words = shlex.join([*COMMAND, "mount", *map(str, mount.arguments())])
     return subprocess.run(
-        ["unshare", "-m", "sh", "-c", f"{before} && {words}"],
+        ["unshare", "-m", "sh", "-c", f"{NO_OTHERS}; {before} && {words}"],
         capture_output=True, text=True, timeout=60, env=environment(mount), check=False,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import pytest
 from fusecache.cli import doctor
 from fusecache.cli.doctor import UNWISE, WRONG, Finding, Machine
 from fusecache.store import probe
-from tests.e2e.helpers import COMMAND, environment, processes_of, wait_for
+from tests.e2e.helpers import COMMAND, NO_OTHERS, environment, processes_of, wait_for
 from tests.support.daemon import Mount
 from tests.support.injected import InjectedMount
 
@@ -179,7 +179,7 @@ def test_a_dead_mount_is_found_and_fixed_and_a_living_one_left_alone(mount: Moun
     script = [
         "set -e",
         f'fc() {{ {shlex.join(COMMAND)} "$@"; }}',
-        "for other in $(findmnt -rn -t fuse.fusecache -o TARGET); do umount -l $other; done",
+        NO_OTHERS,
         f"fc mount {words}",
         f"fc doctor {mount.origin}; echo living: $?",
         f"pid=$(basename {mount.runtime}/*.sock .sock)",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fusecache
-from tests.e2e.helpers import processes_of
+from tests.e2e.helpers import NO_OTHERS, processes_of
 from tests.support.daemon import BLOCK, end
 from tests.support.stamps import check_stamps, stamped
 
@@ -51,6 +51,7 @@ class User:
         theirs = "\n".join(["set -e", f'fc() {{ {python} "$@"; }}', *commands])
         ours = [
             "set -e",
+            NO_OTHERS,
             f"mount --bind {self.base}/fuse /dev/fuse",
             *_opened_up(self.base),
             f"exec setpriv --reuid={USER} --regid={USER} --clear-groups --inh-caps=-all "

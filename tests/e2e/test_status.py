@@ -1,5 +1,6 @@
 """``fusecache status``: the table and the JSON."""
 
+import contextlib
 import io
 import json
 import mmap
@@ -135,9 +136,9 @@ def test_a_flush_that_runs_is_shown_with_the_time_it_still_takes(make_faulty: Ma
     with open(faulty.mountpoint / "vm.img", "r+b", buffering=0) as guest:
         for block in range(0, 128, 2):
             os.pwrite(guest.fileno(), stamped(1, block * BLOCK, BLOCK, 2), block * BLOCK)
-    with faulty.fault("slow-write", "0.2"):
-        command = [*FAULTY, "flush"]
-        root = Path(__file__).parents[2]
+    command, root = [*FAULTY, "flush"], Path(__file__).parents[2]
+    with contextlib.ExitStack() as hang:
+        hang.enter_context(faulty.fault("hang-write"))
         with process(*command, env=faulty.environment, cwd=root) as flush:
             wait_for(lambda: bool(faulty.status()["running"]), "a flush")
             status = faulty.status()
@@ -147,6 +148,7 @@ def test_a_flush_that_runs_is_shown_with_the_time_it_still_takes(make_faulty: Ma
             assert status["cleaner"]["doing"] == "writing"
             assert status["cleaner"]["images"] == ["vm.img"]
             assert "flush: 1 image, " in faulty.run("status").stdout
+            hang.close()
             assert flush.wait(60) == 0
     assert faulty.status()["running"] == []
 

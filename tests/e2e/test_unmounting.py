@@ -14,6 +14,7 @@ from tests.e2e.helpers import (
     bind,
     is_mounted,
     nothing_left,
+    process,
     processes_of,
     refused,
     run,
@@ -83,6 +84,26 @@ def test_umount_with_force_detaches_and_open_files_fail_from_then_on(mount: Moun
             os.pread(guest, 512, 0)
         assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
     assert check_stamps((mount.origin / "vm.img").read_bytes(), 1, 0)[0] == 2
+    _starts_clean(mount)
+
+
+def test_umount_ends_copies_of_the_mount_in_other_mount_namespaces(mount: Mount) -> None:
+    _image(mount)
+    mount.start()
+    with process("unshare", "--mount", "sleep", "100") as other:
+        copies = Path(f"/proc/{other.pid}/mountinfo")
+        wait_for(lambda: (
+            os.readlink(copies.parent / "ns/mnt") != os.readlink("/proc/self/ns/mnt")
+        ), "the namespace")  # fmt: skip
+        assert str(mount.mountpoint) in copies.read_text()
+        inside = copies.parent / "root" / str(mount.mountpoint)[1:] / "vm.img"
+        assert len(inside.read_bytes()) == (mount.origin / "vm.img").stat().st_size
+        mount.stop()
+        nothing_left(mount)
+        assert "event=ended-elsewhere" in mount.log()
+        with pytest.raises(OSError) as caught:
+            inside.read_bytes()
+        assert caught.value.errno == errno.ENOTCONN
     _starts_clean(mount)
 
 

@@ -155,6 +155,19 @@ class Guest:
         if await self._call(self.cache.truncate(self.image, first * STAMP)):
             self.model.end_truncate(first * STAMP)
 
+    async def hole(self, first: int, count: int, mode: int) -> None:
+        """Frees sectors, or sets them to zeros. Edges of dirty pages are written."""
+        pages = range(first // IN_PAGE, (first + count - 1) // IN_PAGE + 1)
+        lost = self._now_lost()
+        self.model.begin_hole(first, count)
+        self.risked.update(dict.fromkeys(pages, float("inf")))
+        allocating = self.cache.allocate(self.image, mode, first * STAMP, count * STAMP)
+        done = await self._call(allocating)
+        lost &= self._listed(self.cache.core.lost_ranges(self.image.id))
+        self.risked.update(dict.fromkeys(set(pages) - lost, self._barriers))
+        if done:
+            self.model.end_write(first, count)
+
     async def evict(self, *, discard_dirty: bool = False) -> None:
         """Leaves nothing of the image in the cache, if it works."""
         if discard_dirty:

@@ -12,12 +12,15 @@ import trio
 from fusecache.config import WriteMode
 from fusecache.engine.block_cache import BlockCache
 from fusecache.errors import FusecacheError
+from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from tests.engine.conftest import BLOCK, BLOCKS
 from tests.engine.lossy import Guest
 from tests.support.model import ImageModel
 from tests.support.stamps import STAMP, stamped
 from tests.support.world import World
 
+PUNCH = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+ZERO = FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE
 SECTORS = (BLOCKS + 2) * BLOCK // STAMP
 KINDS = (
     "origin.stat",
@@ -25,6 +28,7 @@ KINDS = (
     "origin.write",
     "origin.sync",
     "origin.truncate",
+    "origin.allocate",
     "device.read",
     "device.write",
     "device.sync",
@@ -64,7 +68,14 @@ class _Fixed:
         if not await self._begin(cache):
             return
         busy = self.busy
-        for part in (self.pages, self.ends, self.by_the_clock, self.modes, self.truncated):
+        for part in (
+            self.pages,
+            self.ends,
+            self.by_the_clock,
+            self.holes,
+            self.modes,
+            self.truncated,
+        ):
             await part()
             await self._beside()
         await busy.write(3, 2)
@@ -161,6 +172,18 @@ class _Fixed:
         await trio.sleep(5)
         await busy.write(60, 30)
         await trio.sleep(2)
+
+    async def holes(self) -> None:
+        """Of what is clean, dirty and not cached; whole pages and parts."""
+        busy = self.busy
+        await busy.write(128, 24)
+        await busy.hole(60, 30, ZERO)
+        await busy.hole(136, 12, PUNCH)
+        await busy.fsync()
+        await busy.hole(126, 4, PUNCH)
+        await self.clean.hole(32, 16, PUNCH)
+        await self.clean.read(24, 32)
+        await busy.write(140, 2)
 
     async def modes(self) -> None:
         """Out of the mode and back, with something dirty each time."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import daemon
 from tests.support.aio import AsyncReads
 from tests.support.daemon import BLOCK, old
 from tests.support.direct import opened, read_direct
@@ -150,6 +151,8 @@ def test_every_handler_survives_an_error_nobody_foresaw(faulty: InjectedMount) -
     mount.start()
     counted = 0
     for name, (point, act) in _CASES.items():
+        if daemon.lane == "on" and name.endswith("(hit)"):
+            continue  # these never come to Python
         _armed[:] = [lambda point=point: mount.fail(point)]  # type: ignore[misc]
         try:
             with pytest.raises(OSError) as caught:

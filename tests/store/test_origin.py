@@ -1,6 +1,7 @@
 """One image on the origin: read and written by descriptor, known by identity."""
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from fusecache.errors import OriginError
 from fusecache.store import syscalls
 from fusecache.store.origin import Attributes, OriginImage, attributes_of, identity_of
 from tests.support.stamps import stamped
+
+PUNCH = syscalls.FALLOC_PUNCH_HOLE | syscalls.FALLOC_KEEP_SIZE
 
 
 @contextlib.contextmanager
@@ -239,3 +242,76 @@ def test_the_birth_time_tells_files_apart_where_there_are_no_handles(
         assert identity_of(fd, 7).endswith(born)
     finally:
         os.close(fd)
+
+
+# -- holes -----------------------------------------------------------------------------------------
+
+
+def test_space_is_freed_reserved_and_looked_for(tmp_path: Path, image: OriginImage) -> None:
+    path, unit = tmp_path / "a.img", 1 << 20
+    path.write_bytes(b"x" * (4 * unit))
+    open_image(image, path, write=True)
+    assert image.seek(0, os.SEEK_HOLE) == 4 * unit  # by the only descriptor there is
+    open_image(image, path)
+    used = path.stat().st_blocks
+    image.allocate(PUNCH, unit, unit)
+    assert path.stat().st_blocks == used - unit // 512 and path.stat().st_size == 4 * unit
+    assert path.read_bytes() == b"x" * unit + bytes(unit) + b"x" * (2 * unit)
+    assert image.seek(0, os.SEEK_DATA) == 0
+    assert image.seek(0, os.SEEK_HOLE) == unit
+    assert image.seek(unit + 5, os.SEEK_HOLE) == unit + 5
+    assert image.seek(unit + 5, os.SEEK_DATA) == 2 * unit
+    assert image.seek(4 * unit, os.SEEK_DATA) is image.seek(4 * unit, os.SEEK_HOLE) is None
+    image.allocate(PUNCH, 3 * unit, 2 * unit)
+    assert image.seek(3 * unit, os.SEEK_DATA) is None
+    assert image.read(2 * unit, 2 * unit) == b"x" * unit + bytes(unit)  # wherever one looked last
+    image.allocate(syscalls.FALLOC_KEEP_SIZE, 4 * unit, unit)
+    assert path.stat().st_size == 4 * unit
+    image.allocate(0, 4 * unit, unit)
+    assert path.stat().st_size == 5 * unit and path.stat().st_blocks >= used - unit // 512
+
+
+def test_a_range_is_set_to_zeros_where_the_filesystem_can(
+    tmp_path: Path, image: OriginImage
+) -> None:
+    path = tmp_path / "a.img"
+    path.write_bytes(b"x" * 65536)
+    open_image(image, path, write=True)
+    try:
+        image.allocate(syscalls.FALLOC_ZERO_RANGE, 4096, 65536)
+    except OriginError as exc:
+        assert exc.errno == errno.EOPNOTSUPP
+        assert path.read_bytes() == b"x" * 65536
+    else:
+        assert path.read_bytes() == b"x" * 4096 + bytes(65536)
+
+
+def test_offsets_beyond_four_gigabytes_reach_the_kernel_whole(
+    tmp_path: Path, image: OriginImage
+) -> None:
+    path, far = tmp_path / "a.img", (5 << 30) + 4096
+    path.touch()
+    open_image(image, path, write=True)
+    image.allocate(0, far, 4096)
+    assert path.stat().st_size == far + 4096
+    image.write(far, b"x" * 4096)
+    assert image.seek(0, os.SEEK_DATA) == far
+    image.allocate(PUNCH, 8192, far + 4096)
+    assert image.seek(0, os.SEEK_DATA) is None and path.stat().st_blocks == 0
+
+
+def test_what_the_kernel_refuses_is_said_with_its_number(
+    tmp_path: Path, image: OriginImage
+) -> None:
+    path = tmp_path / "a.img"
+    path.write_bytes(b"x" * 4096)
+    open_image(image, path)
+    with pytest.raises(OriginError, match="allocating or freeing space at 0") as caught:
+        image.allocate(0, 0, 4096)  # not open for writing
+    assert caught.value.errno == errno.EBADF
+    open_image(image, path, write=True)
+    with pytest.raises(OriginError) as caught:
+        image.allocate(PUNCH | 0x80, 0, 4096)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    with pytest.raises(OriginError, match="looking for data or a hole at 0"):
+        image.seek(0, 99)

@@ -54,6 +54,12 @@ class ImageModel:
         for sector in self.sectors[first : first + count]:
             sector.acknowledged = len(sector.versions) - 1
 
+    def begin_hole(self, first: int, count: int) -> None:
+        """``count`` sectors are to be zeros, which is a version like any other; ends with
+        ``end_write``."""
+        for sector in self.sectors[first : first + count]:
+            sector.versions.append(ABSENT)
+
     def begin_truncate(self, size: int) -> None:
         """Sectors from ``size`` on go."""
         for sector in self.sectors[size // STAMP :]:
@@ -140,7 +146,9 @@ class ImageModel:
             version = self._version(number, padded[number * STAMP : (number + 1) * STAMP])
             sector.before.update(sector.versions)
             older = sector.versions[sector.stable :] if killed else []
-            sector.versions = [*older[: older.index(version) if version in older else 0], version]
+            while older and older[-1] != version:
+                older.pop()  # to the last of its kind: there may be zeros more than once
+            sector.versions = older or [version]
             sector.acknowledged = len(sector.versions) - 1
             sector.stable = 0
 

@@ -7,6 +7,7 @@ written since the last sync the old or the new version, page by page; of the dat
 stable commit or any light one after it.
 """
 
+import errno
 import fcntl
 import os
 import random
@@ -28,6 +29,7 @@ from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.origin import Attributes, OriginImage
 from fusecache.store.superblock import Fence, Superblock, Witness
+from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 
 PAGE = 4096
 _PINNED_FROM = 100
@@ -175,6 +177,8 @@ class World:
         self.write_mode = write_mode
         self.slow = 0.0
         """Which share of the calls takes up to four seconds."""
+        self.unsupported: set[int] = set()
+        """Modes of fallocate that the origin has not."""
         self.cold = False
         """Nothing of the cache device is in memory."""
         self.before: dict[str, float] = {}
@@ -472,6 +476,35 @@ class OriginDouble(OriginImage):
         else:
             file.pages.data.extend(bytes(size - file.size))
         file.mtime_ns = file.ctime_ns = self._world.tick_ns()
+
+    def allocate(self, mode: int, offset: int, length: int) -> None:
+        """One step; if it fails, half of it was done, in sectors."""
+        if mode in self._world.unsupported:
+            raise OriginError(errno.EOPNOTSUPP, "not supported")
+        try:
+            self._allocate(self._call("allocate"), mode, offset, length)
+        except OriginError:
+            assert self._file is not None
+            self._allocate(self._file, mode, offset, length // 1024 * 512)
+            raise
+
+    def _allocate(self, file: OriginFile, mode: int, offset: int, length: int) -> None:
+        grown = offset + length - file.size
+        if grown > 0 and not mode & FALLOC_KEEP_SIZE:
+            file.pages.data.extend(bytes(grown))
+        if mode & (FALLOC_PUNCH_HOLE | FALLOC_ZERO_RANGE):
+            file.pages.write(offset, bytes(max(0, min(length, file.size - offset))))
+        file.mtime_ns = file.ctime_ns = self._world.tick_ns()
+
+    def seek(self, offset: int, whence: int) -> int | None:
+        """A hole is a page of zeros; so is the end."""
+        file = self._call("seek")
+        if offset >= file.size:
+            return None
+        for page in range(offset // PAGE, -(-file.size // PAGE)):
+            if any(file.pages.page(page)) == (whence == os.SEEK_DATA):
+                return max(offset, page * PAGE)
+        return None if whence == os.SEEK_DATA else file.size
 
     def sync(self, *, metadata: bool = True) -> None:
         try:
