@@ -280,8 +280,25 @@ class Rig:
     def write(self, offset: int, data: bytes, handle: int = 1) -> None:
         """A write that the lane must answer, in a turn of its own."""
         with self.waiting():
-            unique = self.send(WRITE, write_body(handle, offset, data))
-            assert self.answer_to(unique) == (0, struct.pack("<II", len(data), 0))
+            self.writes([(offset, data)], handle)
+
+    def writes(self, wanted: list[tuple[int, bytes]], handle: int = 1) -> None:
+        """Writes that the lane must answer, for a caller that has given its turn. On a busy machine
+        a writer may think that the device is slow, and leave the next ones to Python: these are
+        sent once more."""
+        deadline = time.monotonic() + PATIENCE
+        left = {self.send(WRITE, write_body(handle, *one)): one for one in wanted}
+        while left:
+            assert time.monotonic() < deadline, "the lane leaves all writes to Python"
+            select.select([self.kernel, self.lane.queue], [], [], PATIENCE)
+            while message := self.nothing_came():
+                _, error, unique = ANSWER.unpack_from(message)
+                size = len(left.pop(unique)[1])
+                assert (error, message[ANSWER.size :]) == (0, struct.pack("<II", size, 0))
+            for taken in self.lane.take():
+                time.sleep(0.05)
+                again = left.pop(taken[0])
+                left[self.send(WRITE, write_body(handle, *again))] = again
 
     # -- Python's part -----------------------------------------------------------------------------
 
