@@ -101,18 +101,16 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-def _threads() -> set[int]:
-    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
-
-
-def _settle(threads: set[int]) -> None:
-    """Returns when all of them sleep: one that has not come so far yet takes over from nobody."""
+def settle() -> None:
+    """Returns when all other threads sleep: one of a lane that has not come so far yet takes over
+    from nobody."""
 
     def asleep() -> bool:
-        for thread in threads:
-            state = Path(f"/proc/self/task/{thread}/stat").read_text().rsplit(")", 1)[1].split()[0]
-            if state != "S":
-                return False
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                state = (thread / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                if state != "S" and int(thread.name) != threading.get_native_id():
+                    return False
         return True
 
     for _ in range(5):  # some may sleep for a moment because others hold a lock
@@ -147,11 +145,10 @@ class Rig:
         self.pyfuse3.settimeout(PATIENCE)
         self._uniques = itertools.count(2, 2)
         arrays = self.core.arrays()
-        before = _threads()
         self.lane: Any = build.load(module).Lane(
             **self.numbers(slots, readers, spares, capability), arrays=arrays
         )
-        _settle(_threads() - before)
+        settle()
         self.turn_is_ours = True
         self._ended = False
 
@@ -184,6 +181,7 @@ class Rig:
             for end in (self.kernel, self.fuse, self.pyfuse3, self.passed):
                 end.close()
             os.close(self.fd)
+            self.lane = None
             assert ended, "threads of the lane are left"
 
     # -- the cache ---------------------------------------------------------------------------------
