@@ -40,6 +40,7 @@ class Laned:
         self._ours, self._theirs = _pair()
         core.gates.used = True
         arrays = core.arrays()
+        # It has descriptors of its own, so that ours may be closed while a thread hangs.
         self.lane = lane_type()(
             arrays=arrays,
             slot_count=core.slot_count,
@@ -77,12 +78,19 @@ class Laned:
             turns.end()
             pyfuse3.terminate()  # before its end of the pair is closed to it
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.lane.stop, _PATIENCE)
+                # A thread of its own, however many calls hang in the others.
+                alone = trio.CapacityLimiter(1)
+                await trio.to_thread.run_sync(self.lane.stop, _PATIENCE, limiter=alone)
 
     def close(self) -> None:
-        """After pyfuse3 has closed its end of the pair, if it had begun."""
-        self.lane.stop(_PATIENCE)
+        """After pyfuse3 has closed its end of the pair."""
         self._theirs.detach()  # libfuse has closed it
+        self.abort()
+
+    def abort(self) -> None:
+        """Ends it all, also if pyfuse3 never had its end."""
+        self.lane.stop(_PATIENCE)
+        self._theirs.close()
         self._ours.close()
         os.close(self._fd)
 
@@ -112,7 +120,8 @@ class _Turns(trio.abc.Instrument):
 
     def end(self) -> None:
         """See ``begin``. The lane has no more turns."""
-        trio.lowlevel.remove_instrument(self)
+        with contextlib.suppress(KeyError):  # one that has failed is removed by trio
+            trio.lowlevel.remove_instrument(self)
 
     def before_io_wait(self, timeout: float) -> None:
         """The event loop is about to wait."""

@@ -86,7 +86,9 @@ class Requests:
         unique, opcode = request[:2]
         error, data = 0, b""  # type: int, bytes | memoryview
         try:
-            data = await self._slowly[opcode](self._handles[request[2]], request)
+            # At a forced end reads are left behind, but what changes something is done whole.
+            with trio.CancelScope(shield=opcode != lanes.READ):
+                data = await self._slowly[opcode](self._handles[request[2]], request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
         self._reply(unique, error, data)

@@ -26,7 +26,7 @@ class Lane:
         capability: bool,
         max_background: int,
     ) -> None:
-        """Takes over none of the descriptors, which must outlive it.
+        """Makes descriptors of its own of those given, as long as it is not stopped.
 
         Args:
             arrays: ``CacheIndex.arrays()``.

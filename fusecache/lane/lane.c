@@ -1,6 +1,8 @@
+#define _GNU_SOURCE
 #include "lane.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,7 +77,7 @@ struct buffer *lane_queue(struct lane *lane, const struct request *request, stru
         }
         *lane->last = waiting;
         lane->last = &waiting->next;
-        lane->counters.queued++;
+        __atomic_fetch_add(&lane->counters.queued, 1, __ATOMIC_RELAXED);
         signal_python(lane);
     }
     pthread_mutex_unlock(&lane->mutex);
@@ -105,7 +107,7 @@ void lane_done(struct lane *lane, struct waiting *waiting)
     }
     waiting->next = lane->free_waiting;
     lane->free_waiting = waiting;
-    pthread_cond_signal(&lane->room);
+    pthread_cond_broadcast(&lane->room); /* some wait for a buffer, others do not */
     pthread_mutex_unlock(&lane->mutex);
 }
 
@@ -174,10 +176,13 @@ static void *serve_thread(void *argument)
     struct lane *lane = argument;
     struct buffer *buffer;
     pthread_mutex_lock(&lane->mutex);
+    while (!lane->buffers && !lane->ended) /* a late thread: the others' writes have them all */
+        pthread_cond_wait(&lane->room, &lane->mutex);
     buffer = lane->buffers;
-    lane->buffers = buffer->next;
+    if (buffer)
+        lane->buffers = buffer->next;
     pthread_mutex_unlock(&lane->mutex);
-    if (lane_step_up(lane))
+    if (buffer && lane_step_up(lane))
         serve(lane, buffer);
     end(lane);
     leave(lane);
@@ -242,20 +247,59 @@ static int make_room(struct lane *lane)
     return 0;
 }
 
-int lane_start(struct lane *lane)
+static void make_locks(struct lane *lane)
 {
+    pthread_condattr_t steady;
+    pthread_condattr_init(&steady);
+    pthread_condattr_setclock(&steady, CLOCK_MONOTONIC);
     pthread_mutex_init(&lane->mutex, NULL);
     pthread_cond_init(&lane->spare, NULL);
     pthread_cond_init(&lane->room, NULL);
-    pthread_cond_init(&lane->gone, NULL);
+    pthread_cond_init(&lane->gone, &steady);
+    pthread_condattr_destroy(&steady);
     turns_init(&lane->turns);
+}
+
+/* Descriptors of our own: the caller may close his while a thread still hangs in the device. */
+static int own(struct lane *lane)
+{
+    int *theirs[3] = {&lane->fuse, &lane->pass, &lane->device}, ours[3];
+    int error = 0;
+    if ((lane->queue = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0 ||
+        (lane->nowhere = open("/dev/null", O_RDWR | O_CLOEXEC)) < 0)
+        return errno;
+    for (unsigned i = 0; i < 3; i++) {
+        ours[i] = fcntl(*theirs[i], F_DUPFD_CLOEXEC, 0);
+        if (ours[i] < 0 && !error)
+            error = errno;
+    }
+    for (unsigned i = 0; i < 3; i++) {
+        if (!error)
+            *theirs[i] = ours[i];
+        else if (ours[i] >= 0)
+            close(ours[i]);
+    }
+    lane->owns = !error;
+    return error;
+}
+
+static void lead_nowhere(struct lane *lane)
+{
+    int numbers[3] = {lane->fuse, lane->pass, lane->device};
+    for (unsigned i = 0; lane->owns && i < 3; i++)
+        while (dup3(lane->nowhere, numbers[i], O_CLOEXEC) < 0 && (errno == EINTR || errno == EBUSY))
+            ;
+}
+
+int lane_start(struct lane *lane)
+{
+    lane->queue = lane->nowhere = -1;
     lane->last = &lane->first;
     lane->can_nowait = true;
+    make_locks(lane);
     int error = make_room(lane);
-    if (error)
+    if (error || (error = own(lane)))
         return error;
-    if ((lane->queue = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
-        return errno;
     struct sigaction wake = {.sa_handler = nothing};
     sigaction(SIGRTMAX, &wake, NULL);
 
@@ -267,13 +311,14 @@ int lane_start(struct lane *lane)
     pthread_attr_t small;
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, STACK);
-    lane->alive = lane->threads + 1;
+    pthread_mutex_lock(&lane->mutex); /* none of them ends before it is counted */
     if ((error = pthread_create(&lane->returner, &small, return_thread, lane)) == 0)
         lane->returner_started = true;
     for (unsigned i = 0; i < lane->threads && !error; i++)
         if ((error = pthread_create(&lane->ids[i], &small, serve_thread, lane)) == 0)
             lane->started++;
     lane->alive = lane->started + lane->returner_started;
+    pthread_mutex_unlock(&lane->mutex);
     pthread_attr_destroy(&small);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return error;
@@ -283,14 +328,15 @@ bool lane_stop(struct lane *lane, unsigned milliseconds)
 {
     uint64_t until = now_ns() + milliseconds * UINT64_C(1000000);
     end(lane);
-    shutdown(lane->pass, SHUT_RDWR);
+    if (lane->owns)
+        shutdown(lane->pass, SHUT_RDWR);
     pthread_mutex_lock(&lane->mutex);
     while (lane->alive && now_ns() < until) {
         /* A signal that comes just before a read begins does not end it: again and again. */
         for (unsigned i = 0; i < lane->started; i++)
             pthread_kill(lane->ids[i], SIGRTMAX);
         struct timespec soon;
-        clock_gettime(CLOCK_REALTIME, &soon);
+        clock_gettime(CLOCK_MONOTONIC, &soon);
         soon.tv_nsec += 5000000;
         if (soon.tv_nsec >= 1000000000) {
             soon.tv_nsec -= 1000000000;
@@ -300,6 +346,7 @@ bool lane_stop(struct lane *lane, unsigned milliseconds)
     }
     bool all = lane->alive == 0;
     pthread_mutex_unlock(&lane->mutex);
+    lead_nowhere(lane);
     if (all) {
         for (unsigned i = 0; i < lane->started; i++)
             pthread_join(lane->ids[i], NULL);
@@ -323,8 +370,10 @@ void lane_free(struct lane *lane)
     free(lane->nodes);
     free(lane->questions);
     free(lane->held_until);
-    if (lane->queue >= 0)
-        close(lane->queue);
+    int descriptors[5] = {lane->queue, lane->nowhere, lane->fuse, lane->pass, lane->device};
+    for (unsigned i = 0; i < (lane->owns ? 5 : 2); i++)
+        if (descriptors[i] >= 0)
+            close(descriptors[i]);
     turns_destroy(&lane->turns);
     pthread_cond_destroy(&lane->gone);
     pthread_cond_destroy(&lane->room);

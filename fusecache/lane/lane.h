@@ -36,9 +36,11 @@ struct lane_counters {
 struct lane {
     struct core core;
     struct turns turns;
-    int fuse;     /* /dev/fuse */
-    int pass;     /* our end of the pair; pyfuse3 has the other one */
-    int device;   /* the cache device */
+    int fuse;    /* /dev/fuse; this and the next two become the lane's own when it starts */
+    int pass;    /* our end of the pair; pyfuse3 has the other one */
+    int device;  /* the cache device */
+    int nowhere; /* what these three are from lane_stop on: nobody answers or writes by a number
+                  * that may be another file's by now */
     uint64_t data_offset;
     unsigned readers; /* threads that wait for requests */
     unsigned threads; /* all of them, with those that wait for the device */
@@ -49,6 +51,7 @@ struct lane {
     pthread_t returner;
     unsigned started;
     bool returner_started;
+    bool owns; /* the three descriptors */
 
     pthread_mutex_t mutex; /* over all that follows up to the tables */
     pthread_cond_t spare;  /* somebody is to read */
@@ -87,7 +90,8 @@ struct lane {
 /* 0, or an errno; ``lane_stop`` and ``lane_free`` come after it in any case. */
 int lane_start(struct lane *lane);
 
-/* Wakes all threads and waits for them for so long; false if one still hangs in the device. */
+/* Wakes all threads and waits for them for so long; false if one still hangs in the device. Its
+ * request is not answered any more, even if it comes back. */
 bool lane_stop(struct lane *lane, unsigned milliseconds);
 
 /* Gives back all memory, once no thread is left. */

@@ -70,7 +70,28 @@ static bool hold_all(LaneObject *self, PyObject *arrays)
     return true;
 }
 
-static int lane_init(LaneObject *self, PyObject *args, PyObject *kwargs)
+static const char *out_of_range(const struct lane *lane, unsigned tag_bits, unsigned spares)
+{
+    const struct core *core = &lane->core;
+    if (tag_bits < 1 || tag_bits > 32 || core->tag_shift != 32 - tag_bits)
+        return "tag_bits";
+    if (core->block_shift < 12 || core->block_shift > 20)
+        return "block_shift";
+    if (core->page_shift < 12 || core->page_shift > core->block_shift ||
+        core->block_shift - core->page_shift > 4)
+        return "page_shift";
+    if (core->slot_count < 1 || core->slot_count == UINT32_MAX)
+        return "slot_count";
+    if (core->gate_count < 1 || core->gate_count > 0xFFFE)
+        return "gate_count";
+    if (lane->readers < 1 || lane->readers > 64)
+        return "readers";
+    if (spares > 256)
+        return "spares";
+    return lane->max_background > 0xFFFF ? "max_background" : NULL;
+}
+
+static int begin(LaneObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"arrays",      "slot_count", "gate_count",  "block_shift",
                             "page_shift",  "tag_shift",  "tag_bits",    "soiled_room",
@@ -82,10 +103,6 @@ static int lane_init(LaneObject *self, PyObject *args, PyObject *kwargs)
     unsigned tag_bits, spares;
     int capability;
     unsigned long long data_offset;
-    if (self->started) {
-        PyErr_SetString(PyExc_RuntimeError, "a lane is made once");
-        return -1;
-    }
     if (!PyArg_ParseTupleAndKeywords(
             args, kwargs, "O!IIIIIIIiiiKIIpI", names, &PyDict_Type, &arrays,
             &lane->core.slot_count, &lane->core.gate_count, &lane->core.block_shift,
@@ -93,16 +110,15 @@ static int lane_init(LaneObject *self, PyObject *args, PyObject *kwargs)
             &lane->fuse, &lane->pass, &lane->device, &data_offset, &lane->readers, &spares,
             &capability, &lane->max_background))
         return -1;
-    if (tag_bits < 1 || tag_bits > 32 || lane->readers < 1 || lane->readers > 64 || spares > 256 ||
-        lane->core.gate_count > 0xFFFE || lane->max_background > 0xFFFF) {
-        PyErr_SetString(PyExc_ValueError, "a number out of range");
+    const char *wrong = out_of_range(lane, tag_bits, spares);
+    if (wrong) {
+        PyErr_Format(PyExc_ValueError, "%s is out of range", wrong);
         return -1;
     }
     lane->core.tag_mask = (uint32_t)((UINT64_C(1) << tag_bits) - 1);
     lane->data_offset = data_offset;
     lane->threads = lane->readers + spares;
     lane->capability = capability;
-    lane->queue = -1;
     if (!hold_all(self, arrays))
         return -1;
     self->started = true;
@@ -112,6 +128,15 @@ static int lane_init(LaneObject *self, PyObject *args, PyObject *kwargs)
         return -1;
     }
     return 0;
+}
+
+/* There is no lane that was not started, and none is started twice. */
+static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    LaneObject *self = (LaneObject *)type->tp_alloc(type, 0);
+    if (self && begin(self, args, kwargs) < 0)
+        Py_CLEAR(self);
+    return (PyObject *)self;
 }
 
 static bool stop(LaneObject *self, unsigned milliseconds)
@@ -162,17 +187,18 @@ static PyObject *waiting_tuple(const struct waiting *waiting)
 static PyObject *lane_py_take(LaneObject *self, PyObject *Py_UNUSED(ignored))
 {
     PyObject *list = PyList_New(0);
-    struct waiting *waiting = list ? lane_take(&self->lane) : NULL;
-    while (waiting) {
-        struct waiting *next = waiting->next;
-        PyObject *tuple = list ? waiting_tuple(waiting) : NULL;
+    struct waiting *first = list ? lane_take(&self->lane) : NULL;
+    for (struct waiting *waiting = first; waiting && list; waiting = waiting->next) {
+        PyObject *tuple = waiting_tuple(waiting);
         if (!tuple || PyList_Append(list, tuple) < 0)
-            Py_CLEAR(list); /* no memory: the error is raised, and these get EIO */
+            Py_CLEAR(list); /* no memory: the error is raised, and all of these get EIO */
+        Py_XDECREF(tuple);
+    }
+    for (struct waiting *next, *waiting = first; waiting; waiting = next) {
+        next = waiting->next;
         if (!list)
             lane_reply(&self->lane, waiting->request.unique, EIO, NULL, 0);
-        Py_XDECREF(tuple);
         lane_done(&self->lane, waiting);
-        waiting = next;
     }
     return list;
 }
@@ -260,7 +286,16 @@ static PyObject *lane_py_stop(LaneObject *self, PyObject *args)
     double seconds;
     if (!PyArg_ParseTuple(args, "d", &seconds))
         return NULL;
+    if (!(seconds >= 0 && seconds <= 3600)) {
+        PyErr_SetString(PyExc_ValueError, "seconds is out of range");
+        return NULL;
+    }
     return PyBool_FromLong(stop(self, (unsigned)(seconds * 1000)));
+}
+
+static unsigned long long now(const uint64_t *counter)
+{
+    return __atomic_load_n(counter, __ATOMIC_RELAXED);
 }
 
 static PyObject *histogram(const uint64_t *buckets)
@@ -268,7 +303,7 @@ static PyObject *histogram(const uint64_t *buckets)
     PyObject *list = PyList_New(BUCKETS);
     for (int i = 0; list && i < BUCKETS; i++) {
         PyObject *count =
-            PyLong_FromUnsignedLongLong(__atomic_load_n(&buckets[i], __ATOMIC_RELAXED));
+            PyLong_FromUnsignedLongLong(now(&buckets[i]));
         if (!count)
             Py_CLEAR(list);
         else
@@ -280,13 +315,12 @@ static PyObject *histogram(const uint64_t *buckets)
 static PyObject *lane_py_counters(LaneObject *self, PyObject *Py_UNUSED(ignored))
 {
     const struct lane *lane = &self->lane;
-    return Py_BuildValue(
-        "{sKsKsKsKsNsKsNsK}", "forwarded", (unsigned long long)lane->counters.forwarded, "queued",
-        (unsigned long long)lane->counters.queued, "repeated",
-        (unsigned long long)lane->counters.repeated, "apart",
-        (unsigned long long)lane->counters.apart, "read_ns", histogram(lane->read_ns),
-        "read_ns_sum", (unsigned long long)lane->read_ns_sum, "write_ns",
-        histogram(lane->write_ns), "write_ns_sum", (unsigned long long)lane->write_ns_sum);
+    return Py_BuildValue("{sKsKsKsKsNsKsNsK}", "forwarded", now(&lane->counters.forwarded),
+                         "queued", now(&lane->counters.queued), "repeated",
+                         now(&lane->counters.repeated), "apart", now(&lane->counters.apart),
+                         "read_ns", histogram(lane->read_ns), "read_ns_sum",
+                         now(&lane->read_ns_sum), "write_ns", histogram(lane->write_ns),
+                         "write_ns_sum", now(&lane->write_ns_sum));
 }
 
 static PyObject *get_queue(LaneObject *self, void *Py_UNUSED(closure))
@@ -322,8 +356,7 @@ static PyTypeObject LaneType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "fusecache.lane._lane.Lane",
     .tp_basicsize = sizeof(LaneObject),
     .tp_flags = Py_TPFLAGS_DEFAULT,
-    .tp_new = PyType_GenericNew,
-    .tp_init = (initproc)lane_init,
+    .tp_new = lane_new,
     .tp_dealloc = (destructor)lane_dealloc,
     .tp_methods = lane_methods,
     .tp_getset = lane_attributes,

@@ -13,7 +13,8 @@ void turns_init(struct turns *turns)
     pthread_cond_init(&turns->lane, &steady);
     pthread_cond_init(&turns->python, NULL);
     pthread_condattr_destroy(&steady);
-    turns->lane_in = turns->python_in = turns->python_waits = false;
+    turns->lane_in = turns->python_waits = false;
+    turns->python_in = true;
 }
 
 void turns_destroy(struct turns *turns)

@@ -15,6 +15,7 @@ struct turns {
     bool python_waits;
 };
 
+/* Python has the first turn. */
 void turns_init(struct turns *turns);
 void turns_destroy(struct turns *turns);
 
