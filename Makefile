@@ -45,6 +45,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed guests
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --lane off tests/mount
 
 test-slow: $(VENV)/.installed guests
 	@sh .ci/install-packages mmdebstrap
