@@ -230,9 +230,15 @@ class Machine:
         """Until a script succeeds; what it prints then."""
         deadline = time.monotonic() + seconds
         while (done := self.run(script)).code != 0:
-            assert time.monotonic() < deadline, f"{self.name}: no {what} in {seconds} s: {done}"
+            assert time.monotonic() < deadline, (
+                f"{self.name}: no {what} in {seconds} s: {done}\n{self.complaints()}"
+            )
             time.sleep(0.3)
         return done.out.strip()
+
+    def complaints(self) -> str:
+        """What failed since the boot, and the journal's last warnings."""
+        return self.run("systemctl --failed; systemctl list-jobs; journalctl -b -p 5 -n 40").out
 
     def wait_until(self, wanted: Callable[[], bool], what: str, seconds: float = 60) -> None:
         """Until it holds."""

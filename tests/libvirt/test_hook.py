@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.helpers import COMMAND, environment, wait_for
-from tests.support.daemon import BLOCK, Mount
+from tests.support.daemon import BLOCK, Mount, old
 from tests.support.stamps import check_stamps, stamped
 
 pytestmark = pytest.mark.mount
@@ -74,6 +74,7 @@ def hook(mount: Mount) -> Hook:
     for number in (1, 2, 3):
         (mount.origin / f"{number}.img").write_bytes(stamped(number, 0, 4 * BLOCK, 1))
     mount.start()
+    old(mount.origin / "3.img")
     for number in (1, 2, 3):
         check_stamps((mount.mountpoint / f"{number}.img").read_bytes(), number, 0)
     with open(mount.mountpoint / "1.img", "r+b") as image:
@@ -100,7 +101,8 @@ def test_a_guests_disks_are_flushed_and_evicted_when_it_has_stopped(
     assert (mount.origin / "1.img").read_bytes()[:BLOCK] == stamped(1, 0, BLOCK, 2)
     assert cached(mount)["2.img"] == cached(mount)["3.img"] == 4 * BLOCK
     if not Path("/dev/log").exists():
-        wait_for(lambda: logged(mount, "guest-stopped", "guest=vm", "4 blocks"), "the log line")
+        wait_for(lambda: logged(mount, "guest-stopped", "guest=vm"), "the log line")
+        assert logged(mount, "is evicted, 4 blocks"), mount.log()
 
 
 def test_nothing_is_evicted_of_guests_that_did_not_ask_or_have_not_stopped(
