@@ -1,5 +1,5 @@
-"""What the lane is worth: fusecache with and without it, beside qemu-storage-daemon's FUSE export and
-a bare pyfuse3 filesystem, in one run.
+"""What the lane is worth: fusecache with and without it, beside qemu-storage-daemon's FUSE export
+and a bare pyfuse3 filesystem, in one run.
 
 Three parts. Reads of what is cached, all in memory: 4 KiB at depth 1 and 32, 64 KiB, 1 MiB in order
 and 16 jobs over 16 images. 4 KiB random writes in write-back over pages that are dirty already. And

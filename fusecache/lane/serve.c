@@ -259,11 +259,10 @@ void serve(struct lane *lane, struct buffer *buffer)
         ssize_t size = read(lane->fuse, buffer->bytes, MESSAGE);
         if (__atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE))
             break;
-        if (size < 0) {
-            if (errno == EINTR || errno == EAGAIN || errno == ENOENT)
-                continue;
+        if (size < 0 && (errno == EINTR || errno == EAGAIN || errno == ENOENT))
+            continue;
+        if (size <= 0)
             break; /* unmounted or aborted */
-        }
         struct request request;
         request_parse(buffer->bytes, (size_t)size, &request);
         buffer = dispatch(lane, &request, (size_t)size, buffer, found, &reads);

@@ -1,0 +1,292 @@
+"""Reads that the lane answers, and those that it must not."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.lane.rig import BLOCK, FULL, PAGE, READ, Rig, read_body
+from tests.support.stamps import check_stamps, stamped
+
+SPANS = [
+    (0, 512),
+    (0, BLOCK),
+    (BLOCK - 512, 512),
+    (BLOCK - 512, 1024),
+    (PAGE, 2 * BLOCK),
+    (512, 3 * BLOCK - 1024),
+    (0, 3 * BLOCK),
+]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+@pytest.mark.parametrize(("offset", "length"), SPANS)
+def test_a_hit_is_answered_with_its_bytes(rig: Rig, offset: int, length: int, cold: bool) -> None:
+    for block in (1, 0, 2):  # neither in order nor side by side
+        rig.fill(5, block)
+        rig.fill(6, block)
+    gate = rig.open(5, 3)
+    rig.device.set(cold=cold)
+    for times in (1, 2, 3):
+        data = rig.read(offset, length)
+        assert data == stamped(5, 0, 3 * BLOCK, 1)[offset : offset + length]
+        assert gate.take() == [1, length, int(cold), length * cold, 0, 0]
+        assert rig.lane.counters()["queued"] == 0
+        assert sum(rig.lane.counters()["read_ns"]) <= times
+
+
+def test_neighbours_on_the_device_are_read_at_once(rig: Rig) -> None:
+    for block in range(3):
+        rig.fill(5, block)
+    rig.open(5, 3)
+    before = rig.device.reads
+    rig.read(0, 3 * BLOCK)
+    assert rig.device.reads == before + 1
+
+
+@pytest.mark.parametrize("size", [1, 511, PAGE, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_a_read_ends_where_the_image_ends(rig: Rig, size: int) -> None:
+    for block in range(3):
+        rig.fill(5, block)
+    gate = rig.open(5, 0, tail=size)
+    assert rig.read(0, 2 * BLOCK) == stamped(5, 0, 3 * BLOCK, 1)[:size]
+    rig.read_is_pythons(size, 1)
+    rig.read_is_pythons(size + BLOCK, BLOCK)
+    rig.read_is_pythons(2**64 - 1, BLOCK)
+    rig.read_is_pythons(2**63, 1)
+    gate.resize(size - 1)
+    if size > 1:
+        assert len(rig.read(0, 2 * BLOCK)) == size - 1
+
+
+def test_a_missing_page_is_for_python(rig: Rig) -> None:
+    rig.fill(5, 0, pages=FULL & ~0x10)
+    rig.open(5, 2)
+    assert len(rig.read(0, 4 * PAGE)) == 4 * PAGE
+    assert len(rig.read(5 * PAGE, 11 * PAGE)) == 11 * PAGE
+    rig.read_is_pythons(4 * PAGE, PAGE)
+    rig.read_is_pythons(4 * PAGE - 1, 2)
+    rig.read_is_pythons(5 * PAGE - 1, 1)
+    rig.read_is_pythons(0, BLOCK)
+    rig.read_is_pythons(BLOCK, PAGE)
+    rig.read_is_pythons(15 * PAGE, 2 * PAGE)
+
+
+def test_no_read_of_nothing(rig: Rig) -> None:
+    rig.fill(5, 0)
+    rig.open(5, 1)
+    rig.read_is_pythons(0, 0)
+
+
+def test_what_passes_no_gate_is_for_python(rig: Rig) -> None:
+    rig.fill(5, 0)
+    gate = rig.open(5, 1)
+    rig.read_is_pythons(0, PAGE, handle=2)
+    rig.read_is_pythons(0, PAGE, handle=1 + (1 << 16))
+    rig.read_is_pythons(0, PAGE, handle=0)
+    rig.read_is_pythons(0, PAGE, handle=2**64 - 1)
+    gate.let(reads=False, writes=False)
+    rig.read_is_pythons(0, PAGE)
+    gate.let(reads=True, writes=False)
+    assert len(rig.read(0, PAGE)) == PAGE
+    rig.lane.close(1)
+    rig.read_is_pythons(0, PAGE)
+
+
+def test_nothing_passes_when_all_gates_are_shut(rig: Rig) -> None:
+    rig.fill(5, 0)
+    gate = rig.open(5, 1)
+    rig.core.gates.shut()
+    rig.read_is_pythons(0, PAGE)
+    gate.let(reads=True, writes=True)
+    rig.read_is_pythons(0, PAGE)
+
+
+def test_a_gate_goes_from_one_image_to_the_next(rig: Rig) -> None:
+    rig.fill(5, 0)
+    rig.fill(6, 0)
+    gate = rig.open(5, 1)
+    rig.read(0, PAGE)
+    rig.lane.close(1)
+    rig.core.gates.close(gate)
+    assert rig.open(6, 1, handle=2).number == gate.number
+    check_stamps(rig.read(0, PAGE, handle=2), 6, 0)
+    rig.read_is_pythons(0, PAGE, handle=1)
+
+
+def test_two_handles_at_one_place_of_the_table_do_not_mix(rig: Rig) -> None:
+    rig.fill(5, 0)
+    rig.fill(6, 0)
+    rig.open(5, 1, handle=1)
+    rig.open(6, 1, handle=1 + (1 << 16), node=8)
+    check_stamps(rig.read(0, PAGE, handle=1), 5, 0)
+    rig.read_is_pythons(0, PAGE, handle=1 + (1 << 16))
+    rig.lane.close(1 + (1 << 16))
+    check_stamps(rig.read(0, PAGE, handle=1), 5, 0)
+
+
+def test_a_hit_in_a_marked_block_is_for_python(rig: Rig) -> None:
+    for block in range(3):
+        rig.fill(5, block)
+    gate = rig.open(5, 3)
+    gate.mark([1])
+    assert len(rig.read(0, BLOCK)) == BLOCK
+    assert len(rig.read(2 * BLOCK, BLOCK)) == BLOCK
+    rig.read_is_pythons(BLOCK, PAGE)
+    rig.read_is_pythons(0, 3 * BLOCK)
+    gate.mark([])
+    assert len(rig.read(BLOCK, PAGE)) == PAGE
+
+
+def test_a_hit_is_a_use(rig: Rig) -> None:
+    slots = [rig.fill(5, block) for block in range(3)]
+    rig.open(5, 3)
+    ticks = rig.core.arrays()["last_used"]
+    with rig.waiting():
+        rig.read(0, PAGE)
+    assert ticks[slots[0]] > max(ticks[slot] for slot in slots[1:])
+    assert rig.core.reclaim(2) == 2
+    assert [rig.core.usage(5).blocks, len(rig.read(0, BLOCK))] == [1, BLOCK]
+
+
+# -- what happens while a reader hangs in the device -----------------------------------------------
+
+
+def test_a_slot_given_away_meanwhile_is_not_answered(rig: Rig) -> None:
+    """All pages of the slot are valid again when the reader comes back: only the generation tells
+    that they are another image's."""
+    slot = rig.fill(5, 0)
+    rig.open(5, 1)
+    rig.held_read(0, PAGE)
+    rig.drop(5)
+    assert rig.fill(6, 0) == slot
+    rig.device.set()
+    assert rig.take()[0][1] == READ
+    assert not rig.nothing_came()
+    assert rig.lane.counters()["repeated"] == 1
+
+
+def test_a_slot_given_away_before_the_data_is_read_is_not_answered(rig: Rig) -> None:
+    slot = rig.fill(5, 0)
+    rig.open(5, 1)
+    rig.device.set(cold=True, before=True)
+    unique = rig.send(READ, read_body(1, 0, PAGE))
+    while rig.device.inside == 0:
+        pass
+    rig.drop(5)
+    assert rig.fill(6, 0) == slot
+    rig.device.set()
+    assert rig.take()[0][0] == unique
+    assert not rig.nothing_came()
+
+
+def test_a_block_that_came_back_to_its_slot_is_not_answered(rig: Rig) -> None:
+    """The same tag and the same slot, but what was read may be from before or between."""
+    slot = rig.fill(5, 0)
+    rig.open(5, 1)
+    rig.held_read(0, PAGE)
+    rig.drop(5)
+    assert rig.fill(5, 0, version=2) == slot
+    rig.device.set()
+    assert rig.take()[0][1] == READ
+    assert not rig.nothing_came()
+    assert set(check_stamps(rig.read(0, PAGE), 5, 0)) == {2}
+
+
+def test_pages_invalidated_meanwhile_are_not_answered(rig: Rig) -> None:
+    """The block stays in its slot, so that the generation is the same."""
+    rig.fill(5, 0)
+    rig.open(5, 1)
+    rig.held_read(2 * PAGE, 2 * PAGE)
+    rig.core.clear(5, 0, 0b1000)
+    rig.device.set()
+    assert rig.take()[0][1] == READ
+    assert not rig.nothing_came()
+    rig.read_is_pythons(3 * PAGE, PAGE)
+    assert len(rig.read(2 * PAGE, PAGE)) == PAGE
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_every_block_of_a_read_is_looked_at_again(rig: Rig, last: bool) -> None:
+    for block in range(3):
+        rig.fill(5, block)
+    rig.open(5, 3)
+    rig.held_read(0, 3 * BLOCK)
+    rig.core.clear(5, 2 if last else 0, FULL)
+    rig.device.set()
+    assert rig.take()[0][1] == READ
+    assert not rig.nothing_came()
+
+
+@pytest.mark.parametrize("all_gates", [False, True])
+def test_a_gate_shut_meanwhile_is_not_passed(rig: Rig, all_gates: bool) -> None:
+    """An evict detaches an open image; a broken cache shuts all gates: no page changes."""
+    rig.fill(5, 0)
+    gate = rig.open(5, 1)
+    rig.held_read(0, PAGE)
+    if all_gates:
+        rig.core.gates.shut()
+    else:
+        gate.let(reads=False, writes=False)
+    rig.device.set()
+    assert rig.take()[0][1] == READ
+    assert not rig.nothing_came()
+
+
+def test_a_gate_of_another_image_meanwhile_is_not_passed(rig: Rig) -> None:
+    rig.fill(5, 0)
+    gate = rig.open(5, 1)
+    rig.held_read(0, PAGE)
+    rig.core.gates.close(gate)
+    assert rig.open(6, 1, handle=2).number == gate.number
+    rig.device.set()
+    assert rig.take()[0][1] == READ
+    assert not rig.nothing_came()
+
+
+def test_other_pages_and_other_slots_do_not_matter(rig: Rig) -> None:
+    rig.fill(5, 0)
+    rig.fill(5, 1)
+    rig.open(5, 2)
+    unique = rig.held_read(2 * PAGE, 2 * PAGE)
+    rig.core.clear(5, 0, 0b10011)
+    rig.core.clear(5, 1, FULL)
+    rig.fill(7, 7)
+    rig.device.set()
+    error, data = rig.answer_to(unique)
+    assert error == 0
+    check_stamps(data, 5, 2 * PAGE)
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def test_readers_in_the_device_hold_up_nobody(new_rig: Callable[..., Rig]) -> None:
+    """Three of five threads hang; the others go on, and the last one never waits for the device."""
+    rig = new_rig(readers=2, spares=3)
+    for block in range(4):
+        rig.fill(5, block)
+    rig.open(5, 5)
+    rig.device.set(cold=True, before=True)
+    held = {rig.send(READ, read_body(1, block * BLOCK, PAGE)) for block in range(4)}
+    while rig.device.inside < 4:
+        pass
+    rig.read_is_pythons(4 * BLOCK, PAGE)  # a miss
+    rig.read_is_pythons(0, PAGE)  # a hit that is not in memory: nobody is left to wait for it
+    rig.device.set()
+    answered = [rig.answer() for _ in held]
+    assert {unique for unique, _, _ in answered} == held
+    assert all(error == 0 and len(data) == PAGE for _, error, data in answered)
+    for block in range(4):
+        check_stamps(rig.read(block * BLOCK, PAGE), 5, block * BLOCK)
+
+
+def test_a_device_that_fails_is_for_python(rig: Rig) -> None:
+    rig.fill(5, 0)
+    gate = rig.open(5, 1)
+    rig.device.set(broken=True)
+    rig.read_is_pythons(0, PAGE)
+    rig.device.set(broken=True, cold=True)
+    rig.read_is_pythons(0, PAGE)
+    assert gate.take()[0] == 0
+    rig.device.set()
+    assert len(rig.read(0, PAGE)) == PAGE
