@@ -241,3 +241,29 @@ async def test_an_evicted_image_that_is_opened_again_is_locked(
         fail(back)
         await cache.close(again, write=True)
         assert cache.images.find(b"id1") is None and not image.origin.locked
+
+
+async def test_an_image_that_is_evicted_while_its_intents_go_is_not_synced_once_it_is_closed(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptors are closed by then: the sync would fail as an unexpected error."""
+    sync = OriginDouble.sync
+
+    def while_open(self: OriginDouble, *, metadata: bool = True) -> None:
+        assert self.readable or self.writable
+        sync(self, metadata=metadata)
+
+    monkeypatch.setattr(OriginDouble, "sync", while_open)
+    async with world.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, PAGE, 2)
+        await cache.fsync(image, metadata=True)
+        await cache.close(image, write=True)
+        assert image.intents and image.origin_open
+        async with trio.open_nursery() as nursery:
+            world.before = {"~while_open": 2.0}
+            nursery.start_soon(partial(cache._intents.remove_old, image, older_than=0))
+            await trio.sleep(0.1)
+            world.before = {}
+            nursery.start_soon(cache.evict, image, 1)
+        assert cache.images.find(b"id1") is None
