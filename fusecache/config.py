@@ -167,7 +167,7 @@ class MountConfig:
     """Address and port where Prometheus may ask."""
     log_level: str = "info"
     """One of ``LOG_LEVELS``."""
-    lane: LaneUse = LaneUse.OFF
+    lane: LaneUse = LaneUse.AUTO
     config: Path | None = None
     """The file that some of this comes from."""
 
