@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
+from tests.libvirt.guest import PATIENCE
 from tests.support.daemon import Mount, end
 
 _DIRECTORIES = {
@@ -76,7 +77,7 @@ class Libvirt:
                 stdout=errors,
                 stderr=errors,
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while self._virsh("version").returncode != 0:
             assert self._process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
@@ -120,7 +121,7 @@ class Libvirt:
             ["virsh", "-q", "-c", self.uri, *map(str, args)],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=PATIENCE,
             check=False,
         )
 
@@ -136,7 +137,7 @@ class Libvirt:
             return ""
         return text.replace("\r", "")
 
-    def wait_for(self, guest: str, text: str, seconds: float = 60, *, after: int = 0) -> None:
+    def wait_for(self, guest: str, text: str, seconds: float = PATIENCE, *, after: int = 0) -> None:
         """Until the guest has printed ``text`` beyond its first ``after`` characters."""
         deadline = time.monotonic() + seconds
         while text not in self.console(guest)[after:]:
@@ -145,7 +146,7 @@ class Libvirt:
             assert time.monotonic() < deadline, f"in vain for '{text}': {said}\n{self.log()}"
             time.sleep(0.05)
 
-    def wait_until_off(self, guest: str, seconds: float = 60) -> None:
+    def wait_until_off(self, guest: str, seconds: float = PATIENCE) -> None:
         """Until libvirt says that it has stopped."""
         deadline = time.monotonic() + seconds
         while self.state(guest) != "shut off":

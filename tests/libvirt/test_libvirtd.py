@@ -9,13 +9,13 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.e2e.helpers import COMMAND, wait_for
-from tests.libvirt.guest import Parts, check_versions, make_disk
+from tests.libvirt.guest import KERNEL_WORDS, PATIENCE, Parts, check_versions, make_disk
 from tests.libvirt.libvirtd import QEMU_ID, Libvirt
 from tests.libvirt.qemu import ACCEL, qemu
 from tests.support.daemon import Mount
 from tests.support.stamps import stamped
 
-pytestmark = [pytest.mark.mount, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.mount, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 _DOCUMENT = Path(__file__).parents[2] / "docs/libvirt.md"
 
@@ -55,7 +55,7 @@ def guest(
     for tag, text in (
         ("kernel", str(parts.kernel)),
         ("initrd", str(parts.initrd)),
-        ("cmdline", f"console=ttyS0 quiet panic=-1 {words}"),
+        ("cmdline", f"{KERNEL_WORDS} {words}"),
     ):
         ElementTree.SubElement(at("os"), tag).text = text
     at("devices/disk/driver").attrib.update(driver)
@@ -124,8 +124,11 @@ def test_guests_of_a_pool_boot_write_stop_and_are_evicted_by_choice(
         }
         for name, driver in drivers.items():
             path = mount.mountpoint / f"{name}.img"
-            evict = name != "vm2"
+            evict = name == "vm1"
             define(host, guest(host, kernel, name, path, "want=6", evict=evict, **driver), "define")
+            if name == "vm3":
+                said = ("--uri", "urn:fusecache", "--key", "fusecache", "--set", "<evict/>")
+                host.virsh("metadata", name, "--config", *said)
             host.virsh("start", name)
             host.wait_for(name, "guest: synced 1")
             assert (mount.origin / f"{name}.img").stat().st_uid == QEMU_ID
@@ -138,7 +141,7 @@ def test_guests_of_a_pool_boot_write_stop_and_are_evicted_by_choice(
             return {image["path"] for image in images if image["cached_bytes"]}
 
         try:
-            wait_for(lambda: cached() == {"vm2.img"}, "the evictions by the hook", 90)
+            wait_for(lambda: cached() == {"vm2.img"}, "the evictions by the hook", PATIENCE)
         except AssertionError as exc:
             raise AssertionError(mount.log()) from exc
     assert "image-changed" not in mount.log(), "libvirt's own doings are not taken for others'"
@@ -193,7 +196,7 @@ def test_libvirt_migrates_a_guest_that_writes_after_its_disk_was_evicted(
                 console.sendall(b"stop\n")
                 there.wait_for("vm", "stop")  # the terminal's echo: it has arrived
             there.wait_for("vm", "guest: all right")
-            wait_for(lambda: "vm" not in there.virsh("list", "--name"), "the guest's end")
+            wait_for(lambda: "vm" not in there.virsh("list", "--name"), "its end", PATIENCE)
             done = mounts[1].run("evict", "vm.img", "-m", mounts[1].mountpoint)
             assert done.returncode == 0, done.stderr
             check_versions(there.console("vm"), image.read_bytes())
