@@ -109,7 +109,7 @@ bool core_locate(const struct core *core, const struct gate *gate, uint64_t offs
 
 bool core_unmoved(const struct core *core, const struct gate *gate, const struct found *found)
 {
-    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    __atomic_signal_fence(__ATOMIC_ACQ_REL); /* after the system call that read; see LOAD */
     for (unsigned i = 0; i < found->count; i++) {
         const struct extent *extent = &found->extents[i];
         if ((LOAD(&core->valid[extent->slot]) & extent->pages) != extent->pages ||

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import resource
 import select
 import socket
@@ -119,6 +120,7 @@ def test_a_descriptor_that_is_none_is_refused(make: Make, name: str) -> None:
             make(**{name: number})
 
 
+@pytest.mark.skipif("FUSECACHE_LANE_FLAGS" in os.environ, reason="sanitizers need the room")
 def test_without_room_for_threads_it_does_not_start(make: Make) -> None:
     """Some begin, and end again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,0 +1,132 @@
+/* Feeds the request parser with requests near the border between good and bad, each in memory of
+ * exactly its size, so that a sanitizer sees whatever is read beyond it.
+ *
+ * usage: fuzz_request SEED COUNT */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core.h"
+#include "request.h"
+
+#define ROOM 8192
+
+static uint64_t state;
+
+static uint64_t any(void)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state * 0x2545F4914F6CDD1Du;
+}
+
+static uint32_t below(uint32_t limit)
+{
+    return (uint32_t)((any() >> 32) % limit);
+}
+
+static uint64_t border(void)
+{
+    static const uint64_t borders[] = {0,       1,           39,         40,        41,
+                                       79,      80,          81,         4095,      4096,
+                                       LARGEST, LARGEST + 1, 1u << 31,   UINT32_MAX, 1ull << 32,
+                                       1ull << 63, UINT64_MAX, UINT64_MAX - 1};
+    return below(4) ? borders[below(sizeof borders / sizeof *borders)] : any() >> below(64);
+}
+
+/* A request that could be good. */
+static size_t make(char *message)
+{
+    static const uint32_t opcodes[] = {FUSE_READ,      FUSE_WRITE, FUSE_FSYNC,    FUSE_FALLOCATE,
+                                       FUSE_LSEEK,     FUSE_INIT,  FUSE_GETXATTR, FUSE_GETATTR,
+                                       FUSE_INTERRUPT, FUSE_LOOKUP, 0,            UINT32_MAX};
+    uint32_t data = below(3) ? below(100) : below(ROOM - 200);
+    size_t size = sizeof(struct fuse_in_header) + below(2) * 40 + data;
+    struct fuse_in_header header = {.len = (uint32_t)size,
+                                    .opcode = opcodes[below(sizeof opcodes / sizeof *opcodes)],
+                                    .unique = any(),
+                                    .nodeid = any()};
+    for (size_t at = 0; at < size; at++)
+        message[at] = (char)any();
+    if (header.opcode == FUSE_WRITE && size >= sizeof header + 40) {
+        struct fuse_write_in in = {.fh = border(), .offset = border(), .size = data};
+        memcpy(message + sizeof header, &in, sizeof in);
+    }
+    if (header.opcode == FUSE_GETXATTR && size >= sizeof header + 28)
+        memcpy(message + sizeof header + 8, "security.capability", 20);
+    memcpy(message, &header, sizeof header);
+    return size;
+}
+
+static size_t spoil(char *message, size_t size)
+{
+    for (unsigned times = below(4); times; times--) {
+        size_t at = below((uint32_t)(size < 120 ? size + 1 : 120));
+        uint64_t value = border();
+        switch (below(5)) {
+        case 0:
+            size = at; /* cut short */
+            break;
+        case 1: /* says so, too */
+            size = at;
+            value = at;
+            at = 0;
+            /* fall through */
+        case 2:
+            memcpy(message + (at & ~(size_t)3), &value, 4);
+            break;
+        case 3:
+            memcpy(message + (at & ~(size_t)7), &value, 8);
+            break;
+        default:
+            message[at] = (char)value;
+        }
+    }
+    return size;
+}
+
+static void check(const char *message, size_t size, const struct request *request)
+{
+    int right = request->kind >= REQUEST_BAD && request->kind <= REQUEST_LSEEK;
+    if (request->kind == REQUEST_WRITE)
+        right = request->data >= message && request->length <= LARGEST &&
+                request->data + request->length == message + size;
+    else
+        right = right && !request->data;
+    if (request->kind == REQUEST_READ)
+        right = right && request->length <= LARGEST;
+    if (size < sizeof(struct fuse_in_header))
+        right = right && request->kind == REQUEST_BAD && !request->unique;
+    else if (memcmp(message, &(uint32_t){(uint32_t)size}, 4))
+        right = right && request->kind == REQUEST_BAD;
+    if (!right) {
+        printf("kind %d of %zu bytes, opcode %u\n", request->kind, size, request->opcode);
+        exit(1);
+    }
+}
+
+int main(int count, char **words)
+{
+    static char room[ROOM + 16];
+    unsigned long kinds[REQUEST_LSEEK + 1] = {0};
+    if (count != 3)
+        return 2;
+    state = strtoull(words[1], NULL, 10) * 0x9E3779B97F4A7C15u + 1;
+    for (unsigned long left = strtoul(words[2], NULL, 10); left; left--) {
+        size_t size = spoil(room, make(room));
+        char *message = malloc(size ? size : 1);
+        struct request request;
+        if (!message)
+            return 2;
+        memcpy(message, room, size);
+        request_parse(message, size, &request);
+        check(message, size, &request);
+        kinds[request.kind]++;
+        free(message);
+    }
+    for (unsigned kind = 0; kind <= REQUEST_LSEEK; kind++)
+        printf("%lu ", kinds[kind]);
+    return 0;
+}
