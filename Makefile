@@ -1,8 +1,8 @@
 # make demo   set everything up and show what fusecache does
 # make test   set everything up and pass the tests
 # make bench  measure it on this machine, beside its peers and over a far origin; bench-compare,
-#             bench-far, bench-read, bench-writes, bench-misses, bench-cold and bench-scale are its
-#             parts
+#             bench-far, bench-read, bench-writes, bench-misses, bench-cold, bench-lane and
+#             bench-scale are its parts
 # make bench-quick   the first two of these in under two minutes
 # make bench-replay TRACES="a.fct.xz b.csv"   block traces through the core
 # See README.md for the rest.
@@ -16,7 +16,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .PHONY: demo test test-slow lint clean system peers guests
 .PHONY: bench bench-quick bench-compare bench-far bench-read bench-writes bench-misses bench-scale
-.PHONY: bench-cold bench-replay
+.PHONY: bench-cold bench-lane bench-replay
 
 # What a fresh Debian 12 lacks; only what is missing is installed.
 system:
@@ -45,17 +45,20 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed guests
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --lane off tests/mount
 
 test-slow: $(VENV)/.installed guests
-	@sh .ci/install-packages mmdebstrap
+	@sh .ci/install-packages mmdebstrap libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 	$(BIN)/pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	gcc -std=gnu11 -O2 -Wall -Wextra -Werror -fsyntax-only fusecache/lane/*.c \
+		-I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')"
 
-bench: bench-compare bench-far bench-read bench-writes bench-misses bench-cold bench-scale
+bench: bench-compare bench-far bench-read bench-writes bench-misses bench-cold bench-scale bench-lane
 
 bench-quick: $(VENV)/.bench-installed
 	@$(BIN)/python benchmarks/compare.py --quick
@@ -78,6 +81,9 @@ bench-misses: $(VENV)/.installed
 
 bench-cold: $(VENV)/.installed
 	@$(BIN)/python benchmarks/cold.py
+
+bench-lane: $(VENV)/.bench-installed
+	@$(BIN)/python benchmarks/lane.py
 
 bench-scale: $(VENV)/.bench-installed
 	@$(BIN)/python benchmarks/scale.py

@@ -77,6 +77,8 @@ class Tuning:
     """After a failed SSD write nothing is stored for this long."""
     settle_age: float = 2.0
     """A change time younger than this, when recorded, is not trusted (P3)."""
+    settle_worth: int = 256
+    """An open waits for that if the image has so many blocks cached, which it would lose."""
     tick: float = 0.02
     """Longest timestamp granularity of an origin: two ticks of a 100 Hz server."""
     dirty_age: float = 30.0
@@ -165,7 +167,7 @@ class MountConfig:
     """Address and port where Prometheus may ask."""
     log_level: str = "info"
     """One of ``LOG_LEVELS``."""
-    lane: LaneUse = LaneUse.OFF
+    lane: LaneUse = LaneUse.AUTO
     config: Path | None = None
     """The file that some of this comes from."""
 

@@ -31,6 +31,7 @@ _VERBS = {
     "install-units": "units:install_units",
     "doctor": "doctor:doctor",
     "mount-helper": "mount_helper:mount_helper",
+    "libvirt-hook": "libvirt_hook:libvirt_hook",
 }
 """Where each verb is: module below ``fusecache.cli``, and name in it."""
 

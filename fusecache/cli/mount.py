@@ -74,7 +74,7 @@ from fusecache.config import LOG_LEVELS, LaneUse, MountConfig, WriteMode
 @click.option(
     "--lane",
     type=click.Choice([use.value for use in LaneUse]),
-    help="Serve hits by compiled code: auto: where possible; on: or fail; off. [off]",
+    help="Serve hits by compiled code: auto: where possible; on: or fail; off. [auto]",
 )
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...", help="FUSE mount options, like ro."

@@ -62,7 +62,7 @@ def plan_of(
         rules=rules,
         metrics=chosen.get("metrics"),
         log_level=chosen.get("log-level", "info"),
-        lane=chosen.get("lane", LaneUse.OFF),
+        lane=chosen.get("lane", LaneUse.AUTO),
         config=config,
     )
 

@@ -207,7 +207,7 @@ class Discards:
                 # meet rows or pages that are left.
                 with trio.CancelScope(shield=True):
                     await self._images.drop(image, 0, dirty=True)
-                    image.detached = True
+                    image.detached = image.adopted = True
                     image.unreadable.clear()
         finally:
             image.draining -= 1

@@ -179,6 +179,7 @@ class Images:
                 return image
 
     async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
+        await self._let_settle(image)
         seen: Attributes | None = None
         if write and self._locks(image):
             await self.ownership.lock(image, path_fd)
@@ -203,6 +204,19 @@ class Images:
         else:
             image.readers += 1
         image.open_gate(self._core.gates)
+
+    async def _let_settle(self, image: Image) -> None:
+        """If much of an image is cached that was closed a moment ago, waits until the change time
+        of its last write is old enough to be trusted: otherwise all of it would go.
+
+        So it is at the end of every guest of libvirt, which opens its disk at once, to lock it.
+        """
+        if not image.settles or image.writers or image.own_pending or image.row.trusted:
+            return
+        if self._core.usage(image.id).blocks >= self._tuning.settle_worth:
+            age = self._tuning.settle_age
+            left = age - (self._clock.origin_ns() - image.row.ctime_ns) / 1e9
+            await trio.sleep(min(max(0.0, left), age))
 
     def _locks(self, image: Image) -> bool:
         """Whether to open it for writing takes the lock. Those who write an evicted image go on
@@ -327,6 +341,8 @@ class Images:
             seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         now = self._clock.origin_ns()
         age = self._tuning.settle_age
+        if image.settles and image.matches(seen):
+            image.record(seen, now, age, own=True)  # trusted, if it is old enough by now
         if image.matches(seen) and row.trusted:
             if row.ours_until_ns:
                 row.ours_until_ns = 0

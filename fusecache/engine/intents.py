@@ -139,7 +139,10 @@ class WriteIntents:
         begun = image.begun
         image.removing_intents = True
         try:
-            await self.sync_origin(image)
+            async with image.opening:  # or an eviction could close it under the sync
+                if not image.origin_open:
+                    return
+                await self.sync_origin(image)
             await self._committer.barrier()
             await self._committer.commit(lambda: self._take_removed(image, quiet, begun))
         except FusecacheError as exc:

@@ -63,8 +63,7 @@ class Ownership:
                 exc,
                 extra=fields("image-locked", image=image.name),
             )
-            image.counters.failed(exc)
-            raise
+            raise  # no error of the origin, nor counted as one
         except LocksUnsupportedError as exc:
             if not self._warned_of_locks:
                 self._warned_of_locks = True

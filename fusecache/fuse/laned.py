@@ -83,9 +83,14 @@ class Laned:
                 await trio.to_thread.run_sync(self.lane.stop, _PATIENCE, limiter=alone)
 
     def close(self) -> None:
-        """After pyfuse3 has closed its end of the pair, if it had begun."""
-        self.lane.stop(_PATIENCE)
+        """After pyfuse3 has closed its end of the pair."""
         self._theirs.detach()  # libfuse has closed it
+        self.abort()
+
+    def abort(self) -> None:
+        """Ends it all, also if pyfuse3 never had its end."""
+        self.lane.stop(_PATIENCE)
+        self._theirs.close()
         self._ours.close()
         os.close(self._fd)
 

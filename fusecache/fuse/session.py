@@ -60,7 +60,7 @@ class Session:
             chosen.add("ro")
         check_device()
         if self._use_lane(chosen):
-            self._mount_with_lane(chosen)
+            self._mount_laned(chosen)
             return
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), chosen)
@@ -74,20 +74,20 @@ class Session:
             ) from exc
         self._mounted = True
 
-    def _mount_with_lane(self, options: set[str]) -> None:
+    def _mount_laned(self, options: set[str]) -> None:
         fd = mounting.mount(self._mountpoint, options)
+        laned: Laned | None = None
         try:
-            self._laned = Laned(self._operations, self._cache, fd)
-            pyfuse3.init(self._operations, self._laned.path, {f"subtype={SUBTYPE}"})
+            laned = Laned(self._operations, self._cache, fd)
+            pyfuse3.init(self._operations, laned.path, {f"subtype={SUBTYPE}"})
         except (OSError, RuntimeError) as exc:
             mounts.unmount(self._mountpoint, detach=True)
-            if self._laned is None:
+            if laned is None:
                 os.close(fd)
             else:
-                self._laned.close()
-            raise MountError(
-                f"The lane cannot be started: {exc}. Mount with --lane off to do without it."
-            ) from exc
+                laned.abort()
+            raise MountError(f"The lane cannot be started ({exc}). Mount with --lane off.") from exc
+        self._laned = laned
         self._mounted = True
 
     def _use_lane(self, options: set[str]) -> bool:

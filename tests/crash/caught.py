@@ -103,6 +103,16 @@ CAUGHT: dict[str, str | Case] = {
         None,
         "ooo",
     ),
+    "p8_the_lock_is_given_up_while_pages_settle": (
+        "another_host_waits_while_pages_settle",
+        None,
+        "ooo",
+    ),
+    "p8_the_lock_is_given_up_before_the_record_says_so": (
+        "another_host_goes_on_at_once",
+        None,
+        "kill",
+    ),
     "r6_a_truncate_leaves_dirty_rows": ("an_image_is_cut_off", None, "kill"),
     "r6_a_truncate_does_not_bring_home_the_new_end": ("an_image_is_cut_off", None, "kill"),
     "r6_a_truncate_does_not_wait_for_a_writeback": (

@@ -45,9 +45,9 @@ def r1_to_overwrite_a_dirty_page_is_no_change() -> Any:
     original = HitPath.try_write
 
     def try_write(self: HitPath, image: Any, offset: int, data: bytes) -> bool:
-        before = image.changes
+        before = image._changes
         done = original(self, image, offset, data)
-        image.changes = before
+        image._changes = before
         return done
 
     return patch(HitPath, "try_write", try_write)
@@ -59,7 +59,7 @@ def r1_to_make_a_page_dirty_is_no_change() -> Any:
 
     async def write(self: DirtyWrites, image: Any, parts: list[Part]) -> None:
         await original(self, image, parts)
-        image.changes -= 1
+        image._changes -= 1
 
     return patch(DirtyWrites, "write", write)
 

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import trio
+
 from fusecache.core.dirty import DirtyPages, Writeback
 from fusecache.core.rows import U32
 from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_writes import Part
 from fusecache.engine.intents import WriteIntents
+from fusecache.engine.ownership import Ownership
 from fusecache.engine.writes import Writes
 from fusecache.errors import OriginError
 from tests.crash.mutation import mutation, patch, together
@@ -195,3 +198,21 @@ def r5_an_origin_sync_covers_what_came_during_it() -> Any:
         image.synced = image.written
 
     return patch(WriteIntents, "sync_origin", sync)
+
+
+@mutation
+def p8_the_lock_is_given_up_while_pages_settle() -> Any:
+    return patch(DirtyPages, "holds", lambda self, image: self.pages(image) > 0)
+
+
+@mutation
+def p8_the_lock_is_given_up_before_the_record_says_so() -> Any:
+    original = Ownership.release
+
+    async def release(self: Ownership, image: Any) -> None:
+        if not image.writers and not self._core.dirty.holds(image.id):
+            await self.unlock(image)
+        await trio.sleep(0.1)
+        await original(self, image)
+
+    return patch(Ownership, "release", release)

@@ -1,10 +1,9 @@
 """Clauses that ranges which guests free live by, each broken alone."""
 
+from collections.abc import Callable
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
-from fusecache.engine.committer import Committer
-from fusecache.engine.degraded import Degraded
 from fusecache.engine.holes import Holes
 from fusecache.engine.locks import END
 from tests.crash.mutation import mutation, nothing, patch
@@ -21,13 +20,15 @@ class _Without:
         return getattr(self._other, name)
 
 
-def _built(name: str, **methods: Any) -> Any:
-    """A patch of what ``Holes`` has by a name."""
+def _built(name: str, methods: Callable[[Any], dict[str, Any]]) -> Any:
+    """A patch of what ``Holes`` has by a name, made anew for each one: a patch that came and went
+    with a call would stay for ever if two of them overlapped."""
     original = Holes.__init__
 
     def init(self: Holes, *args: Any) -> None:
         original(self, *args)
-        setattr(self, name, _Without(getattr(self, name), **methods))
+        other = getattr(self, name)
+        setattr(self, name, _Without(other, **methods(other)))
 
     return patch(Holes, "__init__", init)
 
@@ -38,27 +39,17 @@ def r4_a_hole_has_no_intent() -> Any:
     async def writing(image: Any, regions: Any) -> Any:
         yield
 
-    return _built("_intents", writing=writing)
+    return _built("_intents", lambda intents: {"writing": writing})
 
 
 @mutation
 def r5_the_rows_of_a_hole_are_not_stable() -> Any:
-    original = Holes._supersede
-
-    async def supersede(self: Holes, image: Any, looked: Any) -> None:
-        committer = self._committer
-        self._committer = cast(Committer, _Without(committer, barrier=committer.commit_owed))
-        try:
-            await original(self, image, looked)
-        finally:
-            self._committer = committer
-
-    return patch(Holes, "_supersede", supersede)
+    return _built("_committer", lambda committer: {"barrier": committer.commit_owed})
 
 
 @mutation
 def r5_a_hole_is_not_synced_before_its_rows() -> Any:
-    return _built("_intents", sync_origin=nothing)
+    return _built("_intents", lambda intents: {"sync_origin": nothing})
 
 
 @mutation
@@ -112,13 +103,7 @@ def a_hole_excludes_nobody() -> Any:
 
 @mutation
 def a_hole_past_a_broken_cache_leaves_out_the_slot() -> Any:
-    original = Holes._past
-
-    async def past(self: Holes, piece: Any, until: int) -> None:
-        with patch(Degraded, "write", nothing):
-            await original(self, piece, until)
-
-    return patch(Holes, "_past", past)
+    return _built("_degraded", lambda degraded: {"write": nothing})
 
 
 @mutation

@@ -19,6 +19,7 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import FusecacheError
 from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from tests.support import lane
 from tests.support.model import ImageModel
 from tests.support.stamps import STAMP, stamped
 from tests.support.world import PAGE, Cut, World
@@ -79,6 +80,13 @@ class Play:
         first, count = int(page * IN_PAGE), int(pages * IN_PAGE)
         data = self.model.begin_write(first, count)
         await self.cache.write(self.image, first * STAMP, data)
+        self.model.end_write(first, count)
+
+    async def overwrite(self, page: float, pages: float = 1) -> None:
+        """The lane writes over pages, all of which must be dirty; see ``tests/support/lane.py``."""
+        first, count = int(page * IN_PAGE), int(pages * IN_PAGE)
+        data = self.model.begin_write(first, count)
+        assert lane.overwrite(self.cache, self.image, first * STAMP, data)
         self.model.end_write(first, count)
 
     async def write_fails(self, page: float, pages: float = 1) -> None:

@@ -14,6 +14,7 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import DatabaseError, OriginError
 from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from tests.support import lane
 from tests.support.model import ImageModel
 from tests.support.stamps import STAMP, stamped
 from tests.support.world import Cut, World
@@ -37,7 +38,9 @@ FREES = (
 class Simulation:
     """Several lives of one world, and a model that every one of them is held to."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, *, lane: bool = False) -> None:
+        """With ``lane``, what is simply an overwrite of dirty pages is done as the lane does it."""
+        self.lane = lane
         self.chance = random.Random(seed)
         # The order of tasks, too, follows from the seed, so that a failure can be run again.
         scheduler = trio._core._run  # type: ignore[attr-defined]
@@ -105,6 +108,8 @@ class Simulation:
 
         async def life() -> None:
             async with self.world.open() as cache:
+                if self.lane:
+                    lane.admit(cache)
                 await work(cache)  # type: ignore[operator]
                 cache.core.check()
             self._end = trio.current_time()
@@ -173,7 +178,8 @@ class Simulation:
             if chance.random() < 0.6:
                 first -= first % 8
             data = model.begin_write(first, count)
-            await cache.write(image, first * STAMP, data)
+            if not (self.lane and lane.overwrite(cache, image, first * STAMP, data)):
+                await cache.write(image, first * STAMP, data)
             model.end_write(first, count)
         elif kind < 0.85:
             await self._free(cache, image, model, begin, end)

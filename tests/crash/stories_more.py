@@ -298,6 +298,44 @@ async def another_host_goes_on(play: Play) -> None:
     play.model.end_fsync(play.model.begin_fsync())
 
 
+@story(dirty_age=60.0)
+async def another_host_goes_on_at_once(play: Play) -> None:
+    """What it writes as soon as the lock is free is not taken for our own (P3, P8)."""
+    await play.open()
+    await play.read(0, 8)
+    await play.write(0)
+    await play.flush()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(play.close)
+        await _others_write(play)
+
+
+@story(dirty_age=60.0)
+async def another_host_waits_while_pages_settle(play: Play) -> None:
+    """Dirty rows are stable still: were the lock free, they would come back over it (R5, P8)."""
+    await play.open()
+    await play.write(0, 2)
+    await play.fsync()
+    play.world.before = {"sync": 0.5}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(play.flush)
+        while play.cache.dirty_bytes:
+            await trio.sleep(0.1)
+        await play.close()
+        await _others_write(play)
+
+
+async def _others_write(play: Play) -> None:
+    """Another host waits for the lock, writes two pages and syncs them; nothing happens after."""
+    while play.image.origin.locked:
+        await trio.sleep(0.01)
+    data = play.model.begin_write(0, 16)
+    play.world.change_outside(1, 0, data)
+    play.model.end_write(0, 16)
+    play.model.end_fsync(play.model.begin_fsync())
+    play.world.cut_at = play.world.steps
+
+
 @story()
 async def a_sync_of_the_origin_fails_while_pages_settle(play: Play) -> None:
     """What is clean is not believed any more; what settles is held (R5)."""

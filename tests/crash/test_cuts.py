@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash import plays, stories, stories_holes, stories_more
+from tests.crash import plays, stories, stories_holes, stories_lane, stories_more
 from tests.crash.plays import STORIES
 from tests.crash.simulator import Simulation
 
-assert stories and stories_holes and stories_more
+assert stories and stories_holes and stories_lane and stories_more
 
 EACH = 24
 """Cases of each story in every run: with the walks, more than 1,000 cuts."""
@@ -21,7 +21,7 @@ def _walk(directory: Path, seeds: range) -> int:
         place = directory / str(seed)
         place.mkdir()
         try:
-            cuts += Simulation(place, seed).run(3)
+            cuts += Simulation(place, seed, lane=bool(seed % 2)).run(3)
         except BaseException as exc:
             exc.add_note(f"seed {seed}")
             raise

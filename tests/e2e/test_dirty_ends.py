@@ -128,6 +128,7 @@ def test_umount_of_a_stalled_origin_can_be_interrupted_and_the_mount_serves_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["verb", "signal"])
 def test_an_origin_whose_syncs_hang_does_not_keep_the_daemon(faulty: FaultyMount, how: str) -> None:
     assert faulty.pid is not None
@@ -215,6 +216,7 @@ def test_a_signal_takes_over_from_an_umount_that_flushes(faulty: FaultyMount) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_hanging_origin_does_not_keep_the_daemon_and_nothing_is_lost(
     faulty: FaultyMount,
 ) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,3 +227,13 @@ def test_a_hung_origin_does_not_hang_the_doctor(tmp_path: Path) -> None:
     finally:
         block.unlink(missing_ok=True)
         hung.cleanup()
+
+
+def test_a_slow_start_is_not_taken_for_slow_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 4\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    assert probe.ask("file", str(tmp_path), 3)["kind"] == "directory"

@@ -49,6 +49,42 @@ async def test_the_cleaner_takes_no_lock_of_an_image_that_was_forgotten_while_it
         await cache.close(other, write=True)
 
 
+async def test_an_evicted_image_that_is_read_meanwhile_is_locked_no_more(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data was of an earlier life and is discarded: there is nothing left to fit (P8)."""
+    async with back.open() as cache:
+        await write(cache, await opened(cache), 0, PAGE, 2)
+        back.kill()
+
+    lock, locked, elsewhere = OriginDouble.lock, list[int](), True
+
+    def counted(self: OriginDouble, path_fd: int) -> None:
+        if elsewhere:
+            raise LockedElsewhereError(11, "another host has it")
+        locked.append(path_fd)
+        lock(self, path_fd)
+
+    monkeypatch.setattr(OriginDouble, "lock", counted)
+    async with back.open() as cache:
+        await trio.sleep(0.3)
+        image = cache.images.find(b"id1")
+        assert image is not None and not image.adopted
+        elsewhere = False
+        back.before = {"no_pages": 30.0}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(cache.evict, image, 1, discard_dirty=True))
+            await trio.sleep(0.1)
+            assert await opened(cache, write=False) is image
+            other = await opened(cache, 2)
+            await write(cache, other, 0, PAGE, 2, 2)  # or there were nothing to clean at all
+        back.before = {}
+        await trio.sleep(30)
+        assert locked == [2]
+        await cache.close(image, write=False)
+        await cache.close(other, write=True)
+
+
 async def test_an_image_that_became_another_one_while_its_removal_waited_is_removed(
     back: World, autojump_clock: MockClock
 ) -> None:
@@ -205,3 +241,29 @@ async def test_an_evicted_image_that_is_opened_again_is_locked(
         fail(back)
         await cache.close(again, write=True)
         assert cache.images.find(b"id1") is None and not image.origin.locked
+
+
+async def test_an_image_that_is_evicted_while_its_intents_go_is_not_synced_once_it_is_closed(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptors are closed by then: the sync would fail as an unexpected error."""
+    sync = OriginDouble.sync
+
+    def while_open(self: OriginDouble, *, metadata: bool = True) -> None:
+        assert self.readable or self.writable
+        sync(self, metadata=metadata)
+
+    monkeypatch.setattr(OriginDouble, "sync", while_open)
+    async with world.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, PAGE, 2)
+        await cache.fsync(image, metadata=True)
+        await cache.close(image, write=True)
+        assert image.intents and image.origin_open
+        async with trio.open_nursery() as nursery:
+            world.before = {"~while_open": 2.0}
+            nursery.start_soon(partial(cache._intents.remove_old, image, older_than=0))
+            await trio.sleep(0.1)
+            world.before = {}
+            nursery.start_soon(cache.evict, image, 1)
+        assert cache.images.find(b"id1") is None

@@ -441,6 +441,7 @@ async def test_an_image_locked_elsewhere_opens_for_reading_alone(
                 await opened(cache)
             reader = await opened(cache, write=False)
             assert set(await versions(cache, reader, 0, BLOCK)) == {1}
+            assert reader.counters.errors == 0, "the origin has not failed"
         writer = await opened(cache)
         assert writer is reader and writer.origin.locked
         await cache.close(writer, write=True)

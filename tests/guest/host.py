@@ -107,7 +107,7 @@ class Host:
         self.machine.write(f"/etc/systemd/system/{UNIT}.service.d/origin.conf", TIED)
         self.machine.sh(f"systemctl daemon-reload && systemctl enable {UNIT}")
 
-    def wait_active(self, seconds: float = 120) -> None:
+    def wait_active(self, seconds: float = 400) -> None:
         """Until the unit is."""
         self.machine.wait_for(f"systemctl is-active {UNIT}", "active unit", seconds)
 

@@ -131,7 +131,7 @@ def _install_checkout(tree: Path, where: Path) -> None:
         shutil.copy(_CHECKOUT / name, source)
     for name in ("fusecache", "systemd"):
         shutil.copytree(
-            _CHECKOUT / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
+            _CHECKOUT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
     _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", where, source)
     (wheel,) = where.glob("fusecache-*.whl")
@@ -150,5 +150,9 @@ def _install_checkout(tree: Path, where: Path) -> None:
     checkout.mkdir()
     shutil.copy(_CHECKOUT / "pyproject.toml", checkout)
     shutil.copytree(
-        _CHECKOUT / "tests", checkout / "tests", ignore=shutil.ignore_patterns("__pycache__")
+        _CHECKOUT / "tests",
+        checkout / "tests",
+        ignore=shutil.ignore_patterns("__pycache__"),
     )
+    # Once here, or every fresh guest does it at a fraction of the speed.
+    _run("chroot", tree, f"{VENV}/bin/python", "-m", "compileall", "-q", f"{VENV}/lib", CHECKOUT)

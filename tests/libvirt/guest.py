@@ -16,6 +16,11 @@ _HERE = Path(__file__).parent
 _CI = _HERE.parents[1] / ".ci"
 _BUSYBOX = Path("/bin/busybox")
 PAGE = 4096
+KERNEL_WORDS = "console=ttyS0 quiet panic=-1 no_timer_check"
+"""On every guest's kernel command line. An emulated timer on a busy machine does not pass the check
+of it: "IO-APIC + timer doesn't work!"."""
+PATIENCE = 200.0
+"""Seconds for what takes a few on a machine that has nothing else to do."""
 
 _INITRAMFS = """#!/bin/busybox sh
 # The guest's first program. "disk=churn" on the kernel's command line: the disk is raw and written

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from tests.libvirt.guest import Parts
+from tests.libvirt.guest import KERNEL_WORDS, PATIENCE, Parts
 from tests.support.daemon import end
 
 ACCEL = os.environ.get("FUSECACHE_TEST_ACCEL", "tcg")
@@ -49,7 +49,7 @@ class Qemu:
             *("qemu-system-x86_64", "-machine", f"accel={ACCEL}", "-m", "128"),
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-kernel", parts.kernel, "-initrd", parts.initrd),
-            *("-append", f"console=ttyS0 quiet panic=-1 tsc=reliable {words}"),
+            *("-append", f"{KERNEL_WORDS} {words}"),
             *("-blockdev", f"driver={file}"),
             *("-blockdev", f"driver=raw,node-name=disk,file=file,cache.direct={direct}"),
             *("-device", "virtio-blk-pci,drive=disk,write-cache=on"),
@@ -92,7 +92,7 @@ class Qemu:
             end(self._process.pid)
         self._process.wait(20)
 
-    def ended(self, seconds: float = 60) -> None:
+    def ended(self, seconds: float = PATIENCE) -> None:
         """Waits until it has ended by itself, without a word of complaint."""
         assert self._process is not None
         code = self._process.wait(seconds)
@@ -113,7 +113,7 @@ class Qemu:
         """What QEMU has printed."""
         return (self.base / "stderr").read_text(errors="replace")
 
-    def wait_for(self, text: str, seconds: float = 60, *, after: int = 0) -> None:
+    def wait_for(self, text: str, seconds: float = PATIENCE, *, after: int = 0) -> None:
         """Until the guest has printed ``text`` beyond its first ``after`` characters."""
         deadline = time.monotonic() + seconds
         while text not in self.console()[after:]:
@@ -123,14 +123,14 @@ class Qemu:
             assert time.monotonic() < deadline, f"waited in vain for '{text}': {said}"
             time.sleep(0.02)
 
-    def wait_for_error(self, text: str, seconds: float = 20) -> None:
+    def wait_for_error(self, text: str, seconds: float = PATIENCE) -> None:
         """Until QEMU itself has complained so."""
         deadline = time.monotonic() + seconds
         while text not in self.errors():
             assert time.monotonic() < deadline, self.errors()
             time.sleep(0.02)
 
-    def wait_for_turns(self, count: int = 2, seconds: float = 60) -> None:
+    def wait_for_turns(self, count: int = 2, seconds: float = PATIENCE) -> None:
         """Until a guest that churns its disk has done some more of it."""
         for _ in range(count):
             self.wait_for("guest: turn", seconds, after=len(self.console()))
@@ -140,7 +140,7 @@ class Qemu:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as console:
             console.connect(str(self.base / "console.sock"))
             console.sendall(line.encode() + b"\n")
-            self.wait_for(line, 20)  # the terminal's echo: it has arrived
+            self.wait_for(line)  # the terminal's echo: it has arrived
 
     def ask(self, command: str, **arguments: object) -> Any:
         """One command to the monitor; its answer, or a failed assertion."""
@@ -150,7 +150,7 @@ class Qemu:
         return self._ask({"execute": command, "arguments": arguments})
 
     def _connect(self) -> socket.socket:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while True:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -160,7 +160,7 @@ class Qemu:
                 assert self.running() and time.monotonic() < deadline, self.errors()
                 time.sleep(0.02)
             else:
-                made.settimeout(30)
+                made.settimeout(PATIENCE)
                 return made
 
     def _ask(self, request: dict[str, object]) -> Any:
@@ -181,7 +181,7 @@ class Qemu:
         """Moves the running guest; waits until this side has given everything away."""
         target.ask("query-status")  # it listens
         self.ask("migrate", uri=f"unix:{target.migration}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while (state := self.ask("query-migrate").get("status")) != "completed":
             assert state not in ("failed", "cancelled"), (self.errors(), target.errors())
             assert time.monotonic() < deadline, state

@@ -8,7 +8,7 @@ from tests.libvirt.guest import Parts, make_disk
 from tests.libvirt.qemu import qemu
 from tests.support.daemon import Mount
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("mode", ["through", "around", "back"])

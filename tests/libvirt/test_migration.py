@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.helpers import wait_for
-from tests.libvirt.guest import Parts, check_versions
+from tests.libvirt.guest import PATIENCE, Parts, check_versions
 from tests.libvirt.qemu import Qemu, qemu
 from tests.support.daemon import BLOCK, Mount
 from tests.support.direct import opened, read_direct
 from tests.support.stamps import stamped
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.timeout(600)]
 
 _SIZE = 8 << 20
 _CHURN = "disk=churn"
@@ -144,10 +144,12 @@ def test_after_a_migration_that_failed_the_guest_goes_on_past_the_cache(
             second.ask("query-status")
             first.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
             first.ask("migrate", uri=f"unix:{second.migration}")
-            wait_for(lambda: first.ask("query-migrate")["status"] == "active", "the migration")
+            wait_for(
+                lambda: first.ask("query-migrate")["status"] == "active", "the migration", PATIENCE
+            )
             first.wait_for_turns()
             second.kill()
-        wait_for(lambda: first.ask("query-migrate")["status"] == "failed", "its failure")
+        wait_for(lambda: first.ask("query-migrate")["status"] == "failed", "its failure", PATIENCE)
         first.wait_for_turns()
         assert hosts.a.image("vm.img")["cached_bytes"] == 0
         finish(first)

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,6 +246,30 @@ def test_dirty_data_stays_as_long_as_one_name_is_left(place: Place) -> None:
     data = _write(place.cached / "image", 1, 2)
     (place.cached / "image").unlink()
     assert (place.cached / "other").read_bytes() == data == home(place, "other")
+
+
+def test_dirty_data_goes_with_the_last_two_names_removed_at_once(place: Place) -> None:
+    """The kernel has one removal of an image wait for the other: the second is of its last name."""
+    before = _dirty(place.mount)
+    (place.origin / "below").mkdir()
+    names = (place.cached / "image", place.cached / "below" / "other")
+    for _ in range(5):
+        _image(place.origin)
+        os.link(place.origin / "image", place.origin / "below" / "other")
+        _write(names[0], 1, 2)
+        together = threading.Barrier(len(names))
+
+        def remove(path: Path, together: threading.Barrier = together) -> None:
+            together.wait()
+            path.unlink()
+
+        threads = [threading.Thread(target=remove, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert _dirty(place.mount) == before
+    (place.cached / "below").rmdir()
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["closed", "open"])

@@ -1,0 +1,289 @@
+"""What the lane is worth: fusecache with and without it, beside qemu-storage-daemon's FUSE export
+and a bare pyfuse3 filesystem, in one run.
+
+Three parts. Reads of what is cached, all in memory: 4 KiB at depth 1 and 32, 64 KiB, 1 MiB in order
+and 16 jobs over 16 images. 4 KiB random writes in write-back over pages that are dirty already. And
+what the lane does not serve: random reads of blocks that are not cached, writes in write-through,
+and looking up names, with the lane and without it.
+
+All take turns, job by job and round by round, starting with another one each round; compared are
+medians. Processor time is that of the process that serves, from /proc, a read; fio's is not in it.
+
+Checked: all images show the right data before and after, and no read of what is cached goes to an
+origin.
+"""
+
+import argparse
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import harness
+import peers
+from harness import MIB, BenchmarkError
+from peers import IMAGE, BarePyfuse3, Contender, Ours, StorageDaemon
+
+READ_1 = "4K random read, depth 1"
+READ_32 = "4K random read, depth 32"
+READ_64K = "64K random read, depth 8"
+READ_1M = "1M read in order, depth 4"
+READ_16 = "4K random read, 16 images"
+WRITE = "4K random write over dirty pages, depth 32"
+MISS = "64K random read, not cached, depth 8"
+THROUGH = "4K random write, write-through, depth 8"
+NAMES = "a look-up of a missing name"
+JOBS: dict[str, dict[str, object]] = {
+    READ_1: {"rw": "randread", "bs": "4k", "iodepth": 1},
+    READ_32: {"rw": "randread", "bs": "4k", "iodepth": 32},
+    READ_64K: {"rw": "randread", "bs": "64k", "iodepth": 8},
+    READ_1M: {"rw": "read", "bs": "1m", "iodepth": 4},
+    READ_16: {
+        "rw": "randread",
+        "bs": "4k",
+        "iodepth": 2,
+        "numjobs": len(peers.VMS),
+        "filename_format": "vm-$jobnum.raw",
+    },
+    WRITE: {"rw": "randwrite", "bs": "4k", "iodepth": 32},
+}
+ON, OFF = "fusecache, lane", "fusecache, no lane"
+GOALS = {READ_1: 1.3, READ_32: 4.0, READ_64K: 2.5, READ_1M: 4.0, READ_16: 4.0, WRITE: 1.5}
+"""Times qemu-storage-daemon's figure."""
+LEAST_OTHER = 0.9
+"""Of the figure without the lane."""
+MOST_TIME = 1 / 3
+"""Of the processor time without the lane, a read at depth 32."""
+LOOKUPS = 3000
+RANDOM: dict[str, object] = {"ioengine": "libaio", "direct": 1, "iodepth": 8}
+
+Samples = dict[str, dict[str, list[dict[str, float]]]]
+
+
+class Unheld(Ours):
+    """One whose images nobody has open, so that it can be unmounted in between."""
+
+    def start(self, stack: ExitStack) -> None:
+        self.directory = stack.enter_context(self.mount).mountpoint
+
+
+def ours(base: Path, origin: Path, size: int, lane: str, mode: str) -> Ours:
+    """A mount of ours in one of the ways that are compared."""
+    made = Ours(base, origin, size, mode, "--lane", lane)
+    made.name = ON if lane == "on" else OFF
+    return made
+
+
+def processor_seconds(contender: Contender) -> float:
+    """Of the process that serves, since it began; 0 for who is not one of ours."""
+    if not isinstance(contender, Ours):
+        return 0.0
+    fields = Path(f"/proc/{contender.mount.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def turns(
+    contenders: list[Contender], job: str, rounds: int, seconds: float
+) -> dict[str, list[dict[str, float]]]:
+    """By contender: one entry a round."""
+    found: dict[str, list[dict[str, float]]] = {each.name: [] for each in contenders}
+    for turn in range(rounds):
+        for place in range(len(contenders)):
+            each = contenders[(place + turn) % len(contenders)]
+            path = each.directory if job == READ_16 else each.path(IMAGE)
+            began = processor_seconds(each)
+            options = {"ioengine": "libaio", "direct": int(each.direct), **JOBS[job]}
+            figures = harness.fio(path, seconds=seconds, **options)
+            spent = processor_seconds(each) - began
+            figures["processor_us"] = spent * 1e6 / max(1.0, figures["operations"])
+            found[each.name].append(figures)
+    return found
+
+
+def cached(
+    base: Path, plain: Path, total: int, rounds: int, seconds: float, size: int
+) -> tuple[Samples, Samples]:
+    """The reads, and the writes over dirty pages."""
+    reads: Samples = {}
+    with ExitStack() as stack:
+        contenders: list[Contender] = [
+            StorageDaemon(base / "daemon", plain),
+            BarePyfuse3(base / "bare", plain),
+        ]
+        for lane in ("on", "off"):
+            origin = peers.copy(plain, base / f"reads-{lane}-origin")
+            contenders.append(ours(base / f"reads-{lane}", origin, total, lane, "through"))
+        time.sleep(harness.SETTLED)
+        for each in contenders:
+            stack.enter_context(each)
+            each.warm()
+            harness.same_data(each.path(IMAGE), plain / IMAGE)
+        for each in contenders:
+            each.isolate()
+        for job in (READ_1, READ_32, READ_64K, READ_1M, READ_16):
+            reads[job] = turns(contenders, job, rounds, seconds)
+            print(f"{job}: done", flush=True)
+        for each in contenders:
+            each.check_isolated(plain)
+            each.check_mounted()
+    with ExitStack() as stack:
+        contenders = [
+            StorageDaemon(base / "daemon-writes", peers.copy(plain, base / "daemon-origin"))
+        ]
+        for lane in ("on", "off"):
+            origin = peers.copy(plain, base / f"back-{lane}-origin", [IMAGE])
+            made = ours(base / f"back-{lane}", origin, size, lane, "back")
+            made.images = [IMAGE]
+            contenders.append(made)
+        time.sleep(harness.SETTLED)
+        for each in contenders:
+            stack.enter_context(each)
+            each.warm()
+            whole = {"rw": "write", "bs": "1m", "ioengine": "psync", "direct": 1}
+            harness.fio(each.path(IMAGE), seconds=None, **whole)
+        writes = {WRITE: turns(contenders, WRITE, rounds, seconds)}
+        print(f"{WRITE}: done", flush=True)
+        for each in contenders:
+            if (truth := each.truth(IMAGE)) is not None:
+                harness.same_data(each.path(IMAGE), truth)
+    return reads, writes
+
+
+def others(base: Path, plain: Path, rounds: int, seconds: float, size: int) -> Samples:
+    """What is not simply a hit."""
+    found: Samples = {job: {ON: [], OFF: []} for job in (MISS, THROUGH, NAMES)}
+    with ExitStack() as stack:
+        contenders: list[Ours] = []
+        for lane in ("on", "off"):
+            origin = peers.copy(plain, base / f"others-{lane}-origin", [IMAGE])
+            made = Unheld(base / f"others-{lane}", origin, size, "through", "--lane", lane)
+            made.name = ON if lane == "on" else OFF
+            contenders.append(made)
+        time.sleep(harness.SETTLED)
+        for each in contenders:
+            stack.enter_context(each)
+            harness.read(each.path(IMAGE), direct=True)
+        for turn in range(rounds):
+            for place in range(len(contenders)):
+                each = contenders[(place + turn) % len(contenders)]
+                found[THROUGH][each.name].append(
+                    harness.fio(
+                        each.path(IMAGE),
+                        seconds=seconds,
+                        **{**RANDOM, "rw": "randwrite", "bs": "4k"},
+                    )
+                )
+                found[MISS][each.name].append(missed(each, size))
+                found[NAMES][each.name].append(looked_up(each.directory))
+        for each in contenders:
+            harness.same_data(each.path(IMAGE), each.origin / IMAGE)
+    return found
+
+
+def missed(each: Ours, size: int) -> dict[str, float]:
+    """Random reads of blocks, each once; the origin has them in memory, the cache not."""
+    each.mount.stop()
+    harness.command("truncate", "-s", "0", each.mount.cache)
+    Path(f"{each.mount.cache}.sqlite").unlink()
+    each.mount.start()
+    before = each.mount.status()["origin_read_bytes"]
+    found = harness.fio(
+        each.path(IMAGE),
+        seconds=None,
+        **{**RANDOM, "rw": "randread", "bs": "64k", "io_size": size // 2},
+    )
+    asked = each.mount.status()["origin_read_bytes"] - before
+    if asked < size // 2:
+        raise BenchmarkError(f"{each.name}: only {asked} bytes were asked of the origin")
+    return found
+
+
+def looked_up(directory: Path) -> dict[str, float]:
+    """Questions for names that are not there, one after another."""
+    began = time.perf_counter()
+    for number in range(LOOKUPS):
+        (directory / f"missing-{number}").exists()
+    seconds = time.perf_counter() - began
+    return {"kiops": LOOKUPS / seconds / 1e3, "mean_us": seconds / LOOKUPS * 1e6}
+
+
+def medians(samples: Samples) -> dict[str, dict[str, dict[str, float]]]:
+    """By job, contender and figure."""
+    return {
+        job: {
+            name: {key: harness.median([entry[key] for entry in entries]) for key in entries[0]}
+            for name, entries in by_name.items()
+        }
+        for job, by_name in samples.items()
+    }
+
+
+def report(measured: Samples, rest: Samples) -> dict[str, Any]:
+    """The tables; returns the medians."""
+    found = medians(measured)
+    rows = []
+    for job, by_name in found.items():
+        mine, daemon = by_name[ON], by_name[StorageDaemon.name]
+        ratio = mine["kiops"] / daemon["kiops"]
+        figures = [f"{name} {values['kiops']:.1f}" for name, values in by_name.items()]
+        goal = GOALS[job]
+        verdict = harness.verdict(ratio, goal, least=True)
+        rows.append([job, "; ".join(figures), f"{ratio:.2f}", f">= {goal:g}", verdict])
+    on, off = found[READ_32][ON]["processor_us"], found[READ_32][OFF]["processor_us"]
+    rows.append(
+        [
+            "processor time of a 4K read, depth 32",
+            f"lane {on:.1f} us; no lane {off:.1f} us",
+            f"{on / off:.2f}",
+            f"<= {MOST_TIME:.2f}",
+            harness.verdict(on / off, MOST_TIME, least=False),
+        ]
+    )
+    columns = ["job", "kIOPS", "lane by qemu-storage-daemon", "goal", ""]
+    harness.table("What the lane serves, medians", columns, rows)
+    other = medians(rest)
+    rows = []
+    for job, by_name in other.items():
+        ratio = by_name[ON]["kiops"] / by_name[OFF]["kiops"]
+        rows.append(
+            [
+                job,
+                f"{by_name[ON]['kiops']:.2f}",
+                f"{by_name[OFF]['kiops']:.2f}",
+                f"{ratio:.2f}",
+                f">= {LEAST_OTHER:g}",
+                harness.verdict(ratio, LEAST_OTHER, least=True),
+            ]
+        )
+    columns = ["job", "lane, kIOPS", "no lane, kIOPS", "lane by no lane", "goal", ""]
+    harness.table("What the lane does not serve, medians", columns, rows)
+    return {"served": found, "others": other}
+
+
+def main() -> None:
+    """Measures, checks, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each job in each round")
+    parser.add_argument("--size", type=int, default=256, help="of the large image, in MiB")
+    parser.add_argument("--quick", action="store_true", help="one short round of each")
+    parser.add_argument("--directory", help="where to work; default: the system's temporary one")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.rounds, chosen.seconds, chosen.size = 1, 1.0, min(chosen.size, 64)
+    size = chosen.size * MIB
+    with harness.workspace(chosen.directory) as base:
+        plain = base / "plain"
+        peers.build(plain, size)
+        total = sum(path.stat().st_size for path in plain.iterdir())
+        reads, writes = cached(base, plain, total, chosen.rounds, chosen.seconds, size)
+        rest = others(base, plain, chosen.rounds, chosen.seconds, size)
+    result = report(reads | writes, rest)
+    print("checked: right data before and after, no origin read of what is cached")
+    settings = {"rounds": chosen.rounds, "seconds": chosen.seconds, "size_mib": chosen.size}
+    harness.save("lane", {"settings": settings, **result, "samples": {**reads, **writes, **rest}})
+
+
+if __name__ == "__main__":
+    harness.run(main)

@@ -1,0 +1,59 @@
+"""What the compiled lane does for an overwrite, step by step, for worlds without a kernel.
+
+It has no descriptor to write to and no threads there; all it shares with the engine is real: the
+gates, the slot table, the list of soiled slots. ``tests/lane`` has the compiled one.
+"""
+
+from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.image import Image
+from fusecache.errors import CacheDeviceError
+
+_FLAGS, _BOTH = 0, 3
+_SIZE, _CHANGES, _WRITES, _WRITE_BYTES = 1, 7, 12, 13
+
+
+def admit(cache: BlockCache) -> None:
+    """From now on images that are opened have gates."""
+    cache.core.gates.used = True
+
+
+def overwrite(cache: BlockCache, image: Image, offset: int, data: bytes) -> bool:
+    """As ``core_overwrite`` and ``write_slots``: False, and nothing is written, unless all pages
+    are dirty. The caller is a guest, and nothing else runs meanwhile."""
+    core, gates, gate = cache.core, cache.core.gates, image.gate
+    if gate is None or gates.words32[gate.number * 32 + _FLAGS] != _BOTH:
+        return False
+    words = gates.words_of[gate.number * 16 : gate.number * 16 + 16]
+    if not data or offset + len(data) > int(words[_SIZE]):
+        return False
+    arrays, geometry = core.arrays(), core.geometry
+    parts = []
+    for block, start, stop in geometry.split(offset, len(data)):
+        located = core.locate(image.id, block)
+        if located is None or arrays["pins"][located.slot]:
+            return False
+        need = geometry.touched(start, stop)
+        both = int(arrays["dirty"][located.slot]) & int(arrays["valid"][located.slot])
+        if both & need != need:
+            return False
+        parts.append((located.slot, start, stop, need))
+    if int(arrays["soiled_count"][0]) + len(parts) > arrays["soiled"].size:
+        return False
+    for slot, _, _, need in parts:
+        arrays["cleaning"][slot] &= ~need & 0xFFFF
+        if not arrays["unsynced"][slot]:
+            arrays["soiled"][int(arrays["soiled_count"][0])] = slot
+            arrays["soiled_count"][0] += 1
+        arrays["unsynced"][slot] |= need
+    done = 0
+    for slot, start, stop, _ in parts:
+        position = (slot << geometry.block_shift) + start
+        try:
+            cache.device.write(position, data[done : done + stop - start])
+        except CacheDeviceError:
+            return False  # the engine meets the error again and deals with it
+        done += stop - start
+    words[_CHANGES] += 1
+    words[_WRITES] += 1
+    words[_WRITE_BYTES] += len(data)
+    return True
