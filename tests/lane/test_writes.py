@@ -227,7 +227,7 @@ def test_writers_take_turns_with_each_other(new_rig: Callable[..., Rig]) -> None
         for version in range(2, 6):
             rig.send(WRITE, write_body(1, 0, data_of(BLOCK, version)))
         until(lambda: rig.device.inside, "a writer in the device")
-        time.sleep(0.05)
+        time.sleep(0.3)
         assert rig.device.inside == 1
         rig.device.set()
         left = 4
