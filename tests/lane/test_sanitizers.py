@@ -25,6 +25,7 @@ def environment(flags: str, reports: Path) -> dict[str, str]:
         ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
     )
     options = {key: f"{value}:log_path={reports}/report" for key, value in _OPTIONS.items()}
+    options["TSAN_OPTIONS"] += f":suppressions={build.HERE}/tsan.supp"
     return {**options, "LD_PRELOAD": found.stdout.strip()}
 
 

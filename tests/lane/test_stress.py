@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.lane.stressing import Stress, small_mount, the_origin_has_everything, told
+from tests.lane.stressing import Done, Stress, small_mount, the_origin_has_everything, told
 from tests.support.daemon import Mount
 
 pytestmark = pytest.mark.mount
 
 
-def _run(mount: Mount, seconds: float, pages: int) -> None:
+def _run(mount: Mount, seconds: float, pages: int) -> Done:
     stress = Stress(mount, seed=1)
     try:
         done = stress.run(seconds, pages)
@@ -22,17 +22,20 @@ def _run(mount: Mount, seconds: float, pages: int) -> None:
     finally:
         mount.cleanup()
     assert "unexpected error" not in mount.log(), mount.log()
-    assert done.evictions >= 3
     assert done.written > 100
-    reads = sum(done.lane["reads"]["buckets"])
-    assert reads > done.pages / 10, "hardly anything was read through the lane"
+    assert done.lane["reads"]["calls"] > done.pages / 1000
+    assert done.lane["overwrites"]["calls"] > 0
+    return done
 
 
 def test_no_wrong_byte_in_many_reads(tmp_path: Path) -> None:
-    _run(small_mount(tmp_path / "fc"), 20, 2_000_000)
+    """However many a busy machine can do in so many seconds."""
+    assert _run(small_mount(tmp_path / "fc"), 20, 1_000_000).evictions >= 1
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_no_wrong_byte_in_ten_million_reads(tmp_path: Path) -> None:
-    _run(small_mount(tmp_path / "fc"), 1500, 20_000_000)
+    done = _run(small_mount(tmp_path / "fc"), 3000, 10_000_000)
+    assert done.pages >= 10_000_000
+    assert done.evictions > 50

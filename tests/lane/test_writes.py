@@ -227,9 +227,10 @@ def test_writers_take_turns_with_each_other(new_rig: Callable[..., Rig]) -> None
         for version in range(2, 6):
             rig.send(WRITE, write_body(1, 0, data_of(BLOCK, version)))
         until(lambda: rig.device.inside, "a writer in the device")
-        time.sleep(0.05)
-        assert rig.device.inside == 1
+        time.sleep(0.3)
+        inside = rig.device.inside
         rig.device.set()
+        assert inside == 1
         left = 4
         while left:  # whoever waited too long for a turn went to Python
             for request in rig.lane.take():

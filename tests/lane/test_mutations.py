@@ -1,0 +1,196 @@
+"""Every clause that the lane's safety rests on, left out: some test of this directory notices.
+
+Not here are looks that another one backs, so that no test can tell: at a gate's flags, a tag and
+valid pages before the data is read (after that they are looked at once more), and at a gate's flags
+for writes before the turn and in it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.lane import build
+
+
+class Mutation(NamedTuple):
+    """A change of one place in one file, and the tests (``pytest -k``) that find it."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = {
+    "the generation is not looked at again": Mutation(
+        "core.c",
+        "LOAD(&core->generation[extent->slot]) != extent->generation)",
+        "!extent->slot + 1 == 0)",
+        "test_reads.py and meanwhile or came_back",
+    ),
+    "valid pages are not looked at again": Mutation(
+        "core.c",
+        "        if ((LOAD(&core->valid[extent->slot]) & extent->pages) != extent->pages ||\n",
+        "        if (",
+        "test_reads.py and invalidated_meanwhile",
+    ),
+    "only the first block is looked at again": Mutation(
+        "core.c",
+        "for (unsigned i = 0; i < found->count; i++) {\n"
+        "        const struct extent *extent = &found->extents[i];\n"
+        "        if ((LOAD(",
+        "for (unsigned i = 0; i < 1; i++) {\n"
+        "        const struct extent *extent = &found->extents[i];\n"
+        "        if ((LOAD(",
+        "test_reads.py and every_block",
+    ),
+    "the gate is not looked at again": Mutation(
+        "core.c",
+        "return (LOAD(&gate->flags) & GATE_READS) && LOAD(&gate->image) == found->image;",
+        "return gate != NULL;",
+        "test_reads.py and shut_meanwhile",
+    ),
+    "the image behind the gate is not looked at again": Mutation(
+        "core.c",
+        " && LOAD(&gate->image) == found->image;",
+        ";",
+        "test_reads.py and another_image_meanwhile",
+    ),
+    "marks are not looked at": Mutation(
+        "core.c",
+        "if (mark != NO_BLOCK && mark >= first && mark <= last)",
+        "if (mark == 0x12345678 && first == last)",
+        "test_reads.py and marked",
+    ),
+    "a read goes on past the end of the image": Mutation(
+        "core.c",
+        "    if (length > size - offset)\n        length = (uint32_t)(size - offset);\n",
+        "",
+        "test_reads.py and image_ends",
+    ),
+    "no turn is taken": Mutation(
+        "serve.c",
+        "    if (!turns_take(&lane->turns))\n        return false;\n",
+        "    turns_take(&lane->turns);\n",
+        "test_writes.py and turn",
+    ),
+    "python does not wait for a writer": Mutation(
+        "turns.c",
+        "    while (turns->lane_in)\n        pthread_cond_wait(&turns->python, &turns->mutex);\n",
+        "",
+        "test_writes.py and has_begun",
+    ),
+    "two writers have a turn at once": Mutation(
+        "turns.c",
+        "    if (turns->lane_in || turns->python_in || turns->python_waits) {",
+        "    if (turns->python_in || turns->python_waits) {",
+        "test_writes.py and with_each_other",
+    ),
+    "the first turn is nobody's": Mutation(
+        "turns.c",
+        "    turns->python_in = true;\n}\n\nvoid turns_destroy",
+        "    turns->python_in = false;\n}\n\nvoid turns_destroy",
+        "test_writes.py and first_turn",
+    ),
+    "cleaning bits stay": Mutation(
+        "core.c",
+        "        core->cleaning[slot] &= (uint16_t)~extent->pages;\n",
+        "",
+        "test_writes.py and writeback",
+    ),
+    "unsynced pages are not recorded": Mutation(
+        "core.c",
+        "        core->unsynced[slot] |= extent->pages;\n",
+        "",
+        "test_writes.py and unsynced",
+    ),
+    "unsynced slots are not recorded": Mutation(
+        "core.c",
+        "            core->soiled[(*core->soiled_count)++] = slot;\n",
+        "            (void)slot;\n",
+        "test_writes.py and unsynced",
+    ),
+    "more unsynced slots than there is room for": Mutation(
+        "core.c",
+        " ||\n        *core->soiled_count + found->count > core->soiled_room)",
+        ")",
+        "test_writes.py and full_list",
+    ),
+    "clean pages are written over": Mutation(
+        "core.c",
+        " ||\n            (core->dirty[extent->slot] & extent->pages) != extent->pages)",
+        ")",
+        "test_writes.py and not_all_dirty",
+    ),
+    "pinned slots are written over": Mutation(
+        "core.c",
+        "core->pins[extent->slot] ||",
+        "core->pins[extent->slot] == 77 ||",
+        "test_writes.py and stores_to",
+    ),
+    "a write goes on past the end of the image": Mutation(
+        "core.c",
+        "        offset > size || length > size - offset)\n        return false;\n"
+        "    found->image = gate->image;",
+        "        offset + size == 1)\n        return false;\n    found->image = gate->image;",
+        "test_writes.py and past_the_end",
+    ),
+    "changes are not counted": Mutation(
+        "serve.c", "        at->changes++;\n", "", "test_writes.py and written_over"
+    ),
+    "a failed write is answered": Mutation(
+        "serve.c",
+        "    if (!done)\n        return false; /*",
+        "    if (0)\n        return false; /*",
+        "test_writes.py and that_fails",
+    ),
+    "a request's own length is believed": Mutation(
+        "request.c",
+        "    if (header.len != size)\n        return;\n",
+        "",
+        "test_requests.py and wrong_length",
+    ),
+    "a write's length is believed": Mutation(
+        "request.c",
+        " || size - before != in.size)",
+        ")",
+        "test_requests.py and longer_or_shorter",
+    ),
+    "a body is believed to be there": Mutation(
+        "request.c",
+        "    if (size - sizeof(struct fuse_in_header) < length)\n        return 0;\n",
+        "    if (size > 1u << 30)\n        return 0;\n",
+        "test_requests.py and cut_short",
+    ),
+    "descriptors are the caller's": Mutation(
+        "lane.c",
+        "        while (dup3(lane->nowhere, numbers[i], O_CLOEXEC) < 0",
+        "        while (close(numbers[i]) < 0",
+        "test_ends.py and written_anywhere",
+    ),
+}
+
+
+def _run(name: str, into: Path) -> subprocess.CompletedProcess[str]:
+    mutation = MUTATIONS[name]
+    sources = build.broken_sources(into, mutation.file, mutation.old, mutation.new)
+    file, _, chosen = mutation.tests.partition(" and ")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    limits = ["--timeout", "30", f"tests/lane/{file}", "-k", chosen]
+    env = {**os.environ, "FUSECACHE_LANE_SOURCES": str(sources)}
+    return subprocess.run(
+        [*command, *limits], cwd=build.ROOT, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_something_notices(name: str, tmp_path: Path) -> None:
+    done = _run(name, tmp_path)
+    assert done.returncode == 1, f"nothing notices that {name}: {done.stdout[-2000:]}"
+    assert "failed" in done.stdout, done.stdout[-2000:]
