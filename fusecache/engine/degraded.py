@@ -10,6 +10,9 @@ the next start believes nothing.
 import logging
 from collections.abc import Awaitable, Callable
 
+import trio
+
+from fusecache.core.dirty import Writeback
 from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
 from fusecache.engine.committer import Committer
@@ -131,7 +134,8 @@ class Degraded:
 
         Origin first, origin sync, then the rows: whatever is left of an old row must not come
         back over what the guest was told. No writeback is under way meanwhile: it might bring
-        older data after ours.
+        older data after ours. Until the rows are stable the pages stay held, as in a writeback:
+        if that fails, what is written later must not go past them.
 
         Raises:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: it is not written.
@@ -140,10 +144,31 @@ class Degraded:
         async with image.cleaning, image.lock.alone(blocks.start, blocks.stop):
             regions = range(region_of(blocks.start), region_of(blocks.stop - 1) + 1)
             async with self._intents.writing(image, regions):
-                await self._supersede(image, offset, data)
+                touched = await self._past(image, offset, data)
+                await self._let_go(image, touched)
+
+    async def _let_go(self, image: Image, touched: list[tuple[int, int]]) -> None:
+        """The origin has the pages (block, mask), synced: they leave the cache, stably."""
+        dirty, taken = self._core.dirty, []
+        for block, pages in touched:
+            located = self._core.locate(image.id, block)
+            if located is not None:
+                wanted = Writeback(located.slot, located.generation, block, pages)
+                if dirty.begin_writeback(wanted):
+                    taken.append(located.slot)
+                    dirty.cleaned(located.slot)
+        with trio.CancelScope(shield=True):  # what gave up must not settle before it is stable
+            await self._committer.barrier()
+        for slot in taken:
+            dirty.settled(slot)
+        left = any(dirty.held(image.id, block) & pages for block, pages in touched)
+        for block, pages in touched:
+            self._core.supersede(image.id, block, pages)
+        if left:  # what was lost before could not be taken
             await self._committer.barrier()
 
-    async def _supersede(self, image: Image, offset: int, data: bytes) -> None:
+    async def _past(self, image: Image, offset: int, data: bytes) -> list[tuple[int, int]]:
+        """Writes to the origin and syncs it; returns what the cache has of it: (block, mask)."""
         geometry = self._geometry
         view, done = memoryview(data), 0
         touched: list[tuple[int, int]] = []
@@ -165,8 +190,7 @@ class Degraded:
             touched.append((block, pages))
             done += stop - start
         await self._intents.sync_origin(image)
-        for block, pages in touched:
-            self._core.supersede(image.id, block, pages)
+        return touched
 
     def _widened(self, dirty_part: int, start: int, stop: int) -> tuple[int, int]:
         """What to write of a block: the bytes written, and all of a dirty page they are part of."""

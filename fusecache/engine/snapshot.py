@@ -218,6 +218,7 @@ def image_snapshots(cache: BlockCache, images: Iterable[Image]) -> Iterator[dict
     """Entries of ``images``; what looks at every slot does so once for all of them."""
     ages, losers = cache.core.dirty.ages(), cache.core.dirty.losers()
     for image in images:
+        image.count_lane()
         yield image_snapshot(cache, image, ages.get(image.id), lost=image.id in losers)
 
 

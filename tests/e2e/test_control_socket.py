@@ -157,7 +157,8 @@ def test_an_interrupted_evict_leaves_things_fine(mount: Mount) -> None:
             evict.send_signal(signal.SIGINT)
             _, said = evict.communicate(timeout=30)
             assert evict.returncode in (0, 1, -signal.SIGINT)
-            assert evict.returncode != 1 or said.startswith(b"fusecache: interrupted: what was")
+            begun = b"fusecache: " in said  # else the interpreter was still starting
+            assert not begun or said.startswith(b"fusecache: interrupted: what was")
     for number, name in enumerate(names):
         check_stamps((mount.mountpoint / name).read_bytes(), number, 0)
     assert mount.run("evict", "--all").returncode == 0

@@ -11,7 +11,7 @@ from fusecache.engine.image import Image
 from fusecache.errors import FusecacheError, LostDataError
 from tests.engine.calls import Calls
 from tests.engine.conftest import BLOCK
-from tests.engine.handles import fail, opened, versions, write
+from tests.engine.handles import fail, on_origin, opened, versions, write
 from tests.support.stamps import check_stamps, stamped
 from tests.support.world import PAGE, OriginDouble, World
 
@@ -185,6 +185,41 @@ async def test_what_was_truncated_does_not_come_back_although_the_cache_cannot_b
 async def _refused(cache: BlockCache, image: Image) -> None:
     with pytest.raises(FusecacheError):
         await cache.flush(image)
+
+
+@pytest.mark.parametrize("first", range(6))
+async def test_a_write_past_a_failing_slot_is_not_undone_although_the_database_fails_as_well(
+    back: World, autojump_clock: MockClock, first: int
+) -> None:
+    """The rows of its pages could not be made clean: what comes later does not go past them."""
+    async with back.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, PAGE, 2)
+        await write(cache, image, BLOCK, PAGE, 2)  # stays dirty: the next start believes such rows
+        await cache.fsync(image, metadata=False)
+        begun = back.faults.calls.get("database", 0) + first
+        back.faults.fail = lambda kind, number: (
+            kind in ("device.write", "device.fence") or (kind == "database" and number >= begun)
+        )
+        expected = {3}
+        try:
+            await write(cache, image, 0, PAGE, 3)
+        except FusecacheError:
+            expected = {2, 3}
+        back.faults.fail = lambda kind, number: (
+            kind == "device.fence" or (kind == "database" and number >= begun)
+        )
+        if not cache.state.usable:
+            await write(cache, image, 0, PAGE, 4)
+            expected = {4}
+        back.kill()
+        fail(back)
+        async with back.open() as after:
+            again = await opened(after)
+            assert set(await versions(after, again, 0, PAGE)) <= expected
+            await after.flush(again)
+            assert set(on_origin(back, 0, PAGE)) <= expected
+            await after.close(again, write=True)
 
 
 # -- removal ---------------------------------------------------------------------------------------

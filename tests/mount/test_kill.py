@@ -33,6 +33,7 @@ path, image, share, shares, seed, version = sys.argv[1], *map(int, sys.argv[2:])
 chance = random.Random(seed)
 fd = os.open(path, os.O_RDWR | os.O_DIRECT)
 pieces = [p for p in range({BLOCKS * BLOCK // PIECE}) if p % shares == share]
+print("open", flush=True)
 mine = {{}}
 buffer = mmap.mmap(-1, {PIECE})
 try:
@@ -73,11 +74,13 @@ class Workers:
                 ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
+                bufsize=0,  # or communicate would miss what came along with the first line
             )
             for image in (1, 2)
             for share in (0, 1)
         ]
+        for child in self._children:  # on a busy machine they take their time to begin
+            assert child.stdout is not None and child.stdout.readline() == b"open\n"
 
     def finish(self, allowed: Allowed) -> int:
         """Takes their reports into ``allowed`` versions by (image, piece); counts the writes."""
@@ -85,8 +88,8 @@ class Workers:
         for number, child in enumerate(self._children):
             image = number // 2 + 1
             out, err = child.communicate(timeout=30)
-            assert child.returncode == 0, err
-            for line in out.splitlines():
+            assert child.returncode == 0, err.decode()
+            for line in out.decode().splitlines():
                 kind, piece, version = json.loads(line)
                 if kind == "begin":
                     allowed[image, piece].add(version)
