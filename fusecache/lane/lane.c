@@ -125,30 +125,59 @@ int lane_reply(struct lane *lane, uint64_t unique, int error, const void *data, 
 
 /* -- threads ----------------------------------------------------------------------------------- */
 
+/* How many may read: two, and one more for each that waits for the device. What is cold comes in
+ * crowds: then whoever is done with the device is a reader again at once, and nobody need be woken
+ * to take the place of the next one that waits. */
+static unsigned wanted(const struct lane *lane)
+{
+    return lane->readers + __atomic_load_n(&lane->blocked, __ATOMIC_RELAXED);
+}
+
+static void add_active(struct lane *lane, int more)
+{
+    __atomic_fetch_add(&lane->active, (unsigned)more, __ATOMIC_RELAXED);
+}
+
 bool lane_step_back(struct lane *lane)
 {
     pthread_mutex_lock(&lane->mutex);
     bool may = lane->active > 1 || lane->parked > 0;
     if (may) {
-        lane->active--;
-        pthread_cond_signal(&lane->spare);
+        add_active(lane, -1);
+        __atomic_fetch_add(&lane->blocked, 1, __ATOMIC_RELAXED);
+        if (lane->active < lane->readers)
+            pthread_cond_signal(&lane->spare);
     }
     pthread_mutex_unlock(&lane->mutex);
     return may;
 }
 
-bool lane_step_up(struct lane *lane)
+bool lane_step_up(struct lane *lane, bool was_back)
 {
     pthread_mutex_lock(&lane->mutex);
+    if (was_back)
+        __atomic_fetch_sub(&lane->blocked, 1, __ATOMIC_RELAXED);
     lane->parked++;
-    while (!lane->ended && lane->active >= lane->readers)
+    while (!lane->ended && lane->active >= wanted(lane))
         pthread_cond_wait(&lane->spare, &lane->mutex);
     lane->parked--;
     bool reads = !lane->ended;
     if (reads)
-        lane->active++;
+        add_active(lane, 1);
     pthread_mutex_unlock(&lane->mutex);
     return reads;
+}
+
+bool lane_step_aside(struct lane *lane)
+{
+    if (__atomic_load_n(&lane->active, __ATOMIC_RELAXED) <= wanted(lane))
+        return false;
+    pthread_mutex_lock(&lane->mutex);
+    bool aside = lane->active > wanted(lane);
+    if (aside)
+        add_active(lane, -1);
+    pthread_mutex_unlock(&lane->mutex);
+    return aside;
 }
 
 static void end(struct lane *lane)
@@ -182,7 +211,7 @@ static void *serve_thread(void *argument)
     if (buffer)
         lane->buffers = buffer->next;
     pthread_mutex_unlock(&lane->mutex);
-    if (buffer && lane_step_up(lane))
+    if (buffer && lane_step_up(lane, false))
         serve(lane, buffer);
     end(lane);
     leave(lane);

@@ -58,7 +58,8 @@ struct lane {
     pthread_cond_t room;   /* a buffer came back */
     pthread_cond_t gone;   /* a thread ended */
     unsigned active;       /* threads that read, or are about to */
-    unsigned parked;       /* threads that could */
+    unsigned blocked;      /* threads that wait for the device */
+    unsigned parked;       /* threads that could read */
     unsigned alive;
     bool ended; /* the kernel has no more requests, or we were told to stop */
     struct buffer *buffers;

@@ -251,8 +251,9 @@ void serve(struct lane *lane, struct buffer *buffer)
     struct found *found = malloc(sizeof *found);
     bool reads = true;
     while (found) {
-        if (!reads) {
-            if (!lane_step_up(lane))
+        bool aside = reads && lane_step_aside(lane);
+        if (!reads || aside) {
+            if (!lane_step_up(lane, !aside))
                 break;
             reads = true;
         }

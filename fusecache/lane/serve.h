@@ -20,7 +20,10 @@ struct buffer *lane_queue(struct lane *lane, const struct request *request, stru
 /* Whether this thread may wait for the device now, because another one can read meanwhile. */
 bool lane_step_back(struct lane *lane);
 
-/* Waits until a reader is needed; false at the end. */
-bool lane_step_up(struct lane *lane);
+/* Waits until a reader is needed; false at the end. was_back: after lane_step_back said yes. */
+bool lane_step_up(struct lane *lane, bool was_back);
+
+/* Whether there are too many readers; then this one is none any more, until it steps up. */
+bool lane_step_aside(struct lane *lane);
 
 #endif
