@@ -88,7 +88,8 @@ def make(rig: Rig, module: Path) -> Iterator[Make]:
     gc.collect()
     until(lambda: threads() <= before[0], "threads to end")
     leaked = new.leaked  # type: ignore[attr-defined]
-    assert (threads(), descriptors()) == (before[0], before[1] + leaked)
+    # Fewer are no concern: idle threads of earlier tests end by themselves.
+    assert threads() <= before[0] and descriptors() <= before[1] + leaked
 
 
 # -- beginnings ------------------------------------------------------------------------------------
