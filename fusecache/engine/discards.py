@@ -215,9 +215,9 @@ class Discards:
                 await self._images.ownership.cleaned(image)
         await self._threads.kernel(self._invalidate, image.row.identity)
         async with image.opening:
-            if self._images.find(image.row.identity) is image:
-                async with image.lock.everything():
-                    await self._sync(image, path_fd)
+            async with image.lock.everything():
+                await self._sync(image, path_fd)
+            if self._images.find(image.row.identity) is image:  # else it was forgotten meanwhile
                 await self._images.ownership.unlock(image)
                 if not image.handles:
                     await self._images.forget(image)
@@ -240,7 +240,7 @@ class Discards:
         await self.drain(image)
         await self.sync(image, path_fd)
         async with image.opening:
-            if self._images.find(image.row.identity) is not image:
+            if self._images.find(image.row.identity) not in (image, None):
                 raise ImageOpenError(f"'{image.name}' was opened meanwhile")
             async with image.cleaning, image.lock.everything():
                 _refuse_open(image)
@@ -297,7 +297,11 @@ class Discards:
             if path_fd is None:
                 return  # the file is gone, or its last holder synced it
             await self._images.open_side(image, path_fd, write=False)
-        await self._intents.sync_origin(image)
+        try:
+            await self._intents.sync_origin(image)
+        finally:
+            if self._images.find(image.row.identity) is not image:
+                await self._images.close_origin(image)  # it was forgotten: nobody else will
 
 
 def _refuse_open(image: Image) -> None:

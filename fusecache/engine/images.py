@@ -127,7 +127,7 @@ class Images:
         Args:
             gone: the image itself is removed, so that its setting goes as well.
         """
-        await self._close_origin(image)
+        await self.close_origin(image)
         image.row_owed = False
         if self._by_identity.get(image.row.identity) is image:
             del self._by_identity[image.row.identity]
@@ -542,9 +542,9 @@ class Images:
                 if image.detached and image.written > 1:
                     await self.forget(image)  # its last close could not
                 else:
-                    await self._close_origin(image)
+                    await self.close_origin(image)
 
-    async def _close_origin(self, image: Image) -> None:
+    async def close_origin(self, image: Image) -> None:
         """In a thread: on a network filesystem a close asks the server."""
         await self._threads.harmless(image.limiter, image.origin.close)
 

@@ -136,8 +136,6 @@ class WriteIntents:
             return  # the whole-image row goes only when nothing is written anywhere
         if not (quiet or whole) or image.removing_intents or not image.origin_open:
             return
-        if image.opening.locked():
-            return  # an open, a close or an eviction: rather later than with an old choice
         begun = image.begun
         image.removing_intents = True
         try:

@@ -17,6 +17,7 @@
 
 #define SPARE_BUFFERS 32 /* writes that wait for Python, beside one for each thread */
 #define STACK (512 << 10)
+#define NAME "lane" /* of its threads, for top -H */
 
 uint64_t now_ns(void)
 {
@@ -340,12 +341,16 @@ int lane_start(struct lane *lane)
     pthread_attr_t small;
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, STACK);
-    pthread_mutex_lock(&lane->mutex); /* none of them ends before it is counted */
+    pthread_mutex_lock(&lane->mutex); /* none of them ends before it is counted and named */
     if ((error = pthread_create(&lane->returner, &small, return_thread, lane)) == 0)
         lane->returner_started = true;
     for (unsigned i = 0; i < lane->threads && !error; i++)
         if ((error = pthread_create(&lane->ids[i], &small, serve_thread, lane)) == 0)
             lane->started++;
+    if (lane->returner_started)
+        pthread_setname_np(lane->returner, NAME);
+    for (unsigned i = 0; i < lane->started; i++)
+        pthread_setname_np(lane->ids[i], NAME);
     lane->alive = lane->started + lane->returner_started;
     pthread_mutex_unlock(&lane->mutex);
     pthread_attr_destroy(&small);

@@ -267,3 +267,41 @@ async def test_an_image_that_is_evicted_while_its_intents_go_is_not_synced_once_
             world.before = {}
             nursery.start_soon(cache.evict, image, 1)
         assert cache.images.find(b"id1") is None
+
+
+@pytest.mark.parametrize("verb", ["evict", "flush", "evict_closed"])
+async def test_what_an_earlier_life_wrote_is_synced_although_the_image_is_forgotten_meanwhile(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """An image without blocks and handles goes by the clock, and evict promises a sync (P5)."""
+    async with back.open() as cache:
+        await cache.evict(await opened(cache))
+        back.kill()  # what it may have written past the cache is in no row
+    synced = list[OriginDouble]()
+    sync = OriginDouble.sync
+
+    def noted(self: OriginDouble, **how: bool) -> None:
+        sync(self, **how)
+        synced.append(self)
+
+    async with back.open() as cache:
+        image = await opened(cache, write=False)
+        await cache.close(image, write=False)
+        while image.origin_open:
+            await trio.sleep(0.5)
+        assert image.synced < image.written
+        kernel = cache.threads.kernel
+
+        async def after_forgetting(*args: object) -> object:
+            if not image.opening.locked():
+                await cache.housekeeping._forget_unused([image])
+            return await kernel(*args)  # type: ignore[arg-type]
+
+        if verb == "evict":  # while it waits for the kernel
+            monkeypatch.setattr(cache.threads, "kernel", after_forgetting)
+        else:
+            await cache.housekeeping._forget_unused([image])
+        monkeypatch.setattr(OriginDouble, "sync", noted)
+        await getattr(cache, verb)(image, 1)
+        assert cache.images.find(b"id1") is None
+        assert synced == [image.origin] and not image.origin_open
