@@ -1,6 +1,7 @@
 """Attributes: the origin's stat results in pyfuse3's form."""
 
 import os
+import stat
 
 from pyfuse3 import EntryAttributes, StatvfsData
 
@@ -41,3 +42,11 @@ def statvfs_of(st: os.statvfs_result) -> StatvfsData:
     data.f_favail = st.f_favail
     data.f_namemax = st.f_namemax
     return data
+
+
+def without_privileges(mode: int) -> int:
+    """A mode as a write by somebody else leaves it: without set-user-ID, and without set-group-ID
+    where that has an effect (inode(7))."""
+    if mode & stat.S_IXGRP:
+        mode &= ~stat.S_ISGID
+    return mode & ~stat.S_ISUID

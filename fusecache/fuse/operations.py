@@ -15,7 +15,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
-from fusecache.fuse.attributes import entry_of, statvfs_of
+from fusecache.fuse.attributes import entry_of, statvfs_of, without_privileges
 from fusecache.fuse.guard import answer, guarded
 from fusecache.fuse.inodes import Inodes, Node
 from fusecache.fuse.shared import SharedStat
@@ -346,7 +346,8 @@ class Operations(pyfuse3.Operations):
             uid = attr.st_uid if fields.update_uid else -1
             self._tree.chown(node.fd, uid, attr.st_gid if fields.update_gid else -1)
         if fields.update_mode:
-            self._tree.chmod(node.fd, attr.st_mode)
+            written = any(handle.write and handle.node is node for handle in self.handles.values())
+            self._tree.chmod(node.fd, without_privileges(attr.st_mode) if written else attr.st_mode)
         if fields.update_atime or fields.update_mtime:
             now = os.fstat(node.fd)
             atime = attr.st_atime_ns if fields.update_atime else now.st_atime_ns
@@ -419,8 +420,20 @@ class Operations(pyfuse3.Operations):
     # -- files -------------------------------------------------------------------------------------
 
     async def _open_image(self, node: Node, *, write: bool) -> Image:
+        if write:
+            await self._drop_privileges(node)
         path = self._tree.path_of(node.fd)  # from memory: never asks the origin
         return await self._cache.open(node.identity, path, node.fd, write=write)
+
+    async def _drop_privileges(self, node: Node) -> None:
+        """A program that can be written to runs with nobody's privileges. Other filesystems drop
+        them with each write; but then the kernel would ask before each write whether there are any
+        (the lane answers INIT so that it does not)."""
+        st = os.fstat(node.fd) if node.local else await self._stat(node.id, node.fd)
+        mode = without_privileges(st.st_mode)
+        if mode != st.st_mode:
+            async with self._cache.images.own_change(node.identity, node.fd):
+                await self._metadata(self._tree.chmod, node.fd, mode)
 
     def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
         number, self._next_handle = self._next_handle, self._next_handle + 1
@@ -456,6 +469,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """A new file that is the caller's; one that somebody else made meanwhile is opened."""
         parent = self.inodes[parent_inode]
+        mode = without_privileges(mode)
         # Opened by us before it gets a mode that would forbid us to.
         private = mode | 0o600
         try:

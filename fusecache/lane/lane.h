@@ -73,6 +73,7 @@ struct lane {
 
     bool can_nowait;
     uint64_t init_unique;
+    uint32_t init_flags; /* what the kernel can do */
     uint64_t slow_until; /* monotonic ns: until then overwrites are Python's */
 
     /* Direct-mapped: number << 16 | gate + 1; what finds no place is simply not known here. */

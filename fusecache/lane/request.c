@@ -73,6 +73,14 @@ static enum request_kind parse_lseek(const char *message, size_t size, struct re
     return REQUEST_LSEEK;
 }
 
+static enum request_kind parse_init(const char *message, size_t size, struct request *request)
+{
+    uint32_t in[4]; /* what all versions of fuse_init_in begin with: major, minor, readahead, flags */
+    if (body(message, size, in, sizeof in))
+        request->detail = in[3];
+    return REQUEST_INIT;
+}
+
 static enum request_kind parse_getxattr(const char *message, size_t size)
 {
     size_t before = sizeof(struct fuse_in_header) + sizeof(struct fuse_getxattr_in);
@@ -100,7 +108,7 @@ static enum request_kind parse_body(const char *message, size_t size, struct req
     case FUSE_GETATTR:
         return REQUEST_GETATTR;
     case FUSE_INIT:
-        return REQUEST_INIT;
+        return parse_init(message, size, request);
     case FUSE_INTERRUPT:
         return REQUEST_NOTHING; /* nothing we do can be interrupted, and it has no answer */
     default:

@@ -29,7 +29,7 @@ struct request {
     uint64_t handle;
     uint64_t offset;
     uint64_t length;  /* bytes asked for, written, or to be allocated */
-    uint32_t detail;  /* FSYNC: flags; FALLOCATE: mode; LSEEK: whence */
+    uint32_t detail;  /* FSYNC, INIT: flags; FALLOCATE: mode; LSEEK: whence */
     const char *data; /* WRITE: length bytes inside the message */
 };
 

@@ -6,22 +6,25 @@
 #include <pthread.h>
 #include <stdbool.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static bool cold, before, after, broken;
+static bool cold, before, after, broken, busy;
 static int inside;
 static long reads, writes;
 
-/* before: calls wait before they do anything; after: they wait when they have done it. */
-void device_set(int is_cold, int hold_before, int hold_after, int is_broken)
+/* before: calls wait before they do anything; after: they wait when they have done it; busy: writes
+ * take 20 ms without waiting for anything, as on a host that has others to run. */
+void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int is_busy)
 {
     pthread_mutex_lock(&mutex);
     cold = is_cold;
     before = hold_before;
     after = hold_after;
     broken = is_broken;
+    busy = is_busy;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&mutex);
 }
@@ -75,12 +78,28 @@ ssize_t held_preadv2(int fd, const struct iovec *parts, int count, off_t offset,
     return got;
 }
 
+static void compute(void)
+{
+    struct timespec now, end;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += (end.tv_nsec + 20000000) / 1000000000;
+    end.tv_nsec = (end.tv_nsec + 20000000) % 1000000000;
+    do
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    while (now.tv_sec < end.tv_sec || (now.tv_sec == end.tv_sec && now.tv_nsec < end.tv_nsec));
+}
+
 ssize_t held_pwrite(int fd, const void *data, size_t size, off_t offset)
 {
     if (!pass(&before, &writes)) {
         errno = EIO;
         return -1;
     }
+    pthread_mutex_lock(&mutex);
+    bool computes = busy;
+    pthread_mutex_unlock(&mutex);
+    if (computes)
+        compute();
     ssize_t put = pwrite(fd, data, size, offset);
     pass(&after, NULL);
     return put;

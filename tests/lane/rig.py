@@ -25,6 +25,7 @@ PAGE = 4096
 FULL = 0xFFFF
 DATA_OFFSET = 1 << 20
 LOOKUP, GETATTR, READ, WRITE, FSYNC, GETXATTR, INIT, INTERRUPT = 1, 3, 15, 16, 20, 22, 26, 36
+KILLPRIV_V2 = 1 << 28
 FALLOCATE, LSEEK = 43, 46
 HEADER = struct.Struct("<IIQQIIIHH")
 ANSWER = struct.Struct("<IiQ")
@@ -43,10 +44,17 @@ class Device:
         self._library.device_calls.restype = ctypes.c_long
 
     def set(
-        self, *, cold: bool = False, before: bool = False, after: bool = False, broken: bool = False
+        self,
+        *,
+        cold: bool = False,
+        before: bool = False,
+        after: bool = False,
+        broken: bool = False,
+        busy: bool = False,
     ) -> None:
-        """Nothing in memory; calls wait before or after what they do; calls fail."""
-        self._library.device_set(cold, before, after, broken)
+        """Nothing in memory; calls wait before or after what they do; calls fail; writes compute
+        for a while."""
+        self._library.device_set(cold, before, after, broken, busy)
 
     @property
     def inside(self) -> int:

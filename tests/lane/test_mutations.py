@@ -166,6 +166,18 @@ MUTATIONS = {
         "    if (size > 1u << 30)\n        return 0;\n",
         "test_requests.py and cut_short",
     ),
+    "whoever is not run is taken for a slow device": Mutation(
+        "serve.c",
+        "waits() > waited)",
+        "waits() >= waited)",
+        "test_writes.py and busy_host",
+    ),
+    "privileges are said to be ours although the kernel knows of no such thing": Mutation(
+        "serve.c",
+        "__atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2",
+        "FUSE_HANDLE_KILLPRIV_V2",
+        "test_requests.py and our_concern",
+    ),
     "descriptors are the caller's": Mutation(
         "lane.c",
         "        while (dup3(lane->nowhere, numbers[i], O_CLOEXEC) < 0",

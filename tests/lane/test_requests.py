@@ -16,6 +16,7 @@ from tests.lane.rig import (
     HEADER,
     INIT,
     INTERRUPT,
+    KILLPRIV_V2,
     LOOKUP,
     LSEEK,
     NODE,
@@ -129,6 +130,20 @@ def test_all_else_goes_to_pyfuse3_unchanged_and_back(rig: Rig) -> None:
         assert rig.kernel.recv(LARGEST) == answer
     assert rig.lane.counters()["forwarded"] == 15
     assert not rig.lane.take()
+
+
+@pytest.mark.parametrize("offered", [0, KILLPRIV_V2, 0xFFFFFFFF, None])
+def test_the_answer_to_init_says_that_privileges_are_our_concern(
+    rig: Rig, offered: int | None
+) -> None:
+    """If the kernel knows what that means."""
+    body = b"" if offered is None else struct.pack("<IIII", 7, 38, 131072, offered)
+    unique = rig.send(INIT, body)
+    assert rig.pyfuse3.recv(LARGEST)
+    init = struct.pack("<IIIIHHIIHHII", 7, 38, 131072, 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
+    rig.pyfuse3.send(ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0"))
+    (flags,) = struct.unpack_from("<I", rig.kernel.recv(LARGEST), ANSWER.size + 12)
+    assert flags == 5 | (KILLPRIV_V2 if offered else 0)
 
 
 def test_the_answer_to_init_gets_a_larger_background(rig: Rig) -> None:

@@ -94,6 +94,36 @@ def test_a_write_by_another_user_takes_the_setuid_bit_away(place: Place) -> None
     assert not (place.origin / "image").stat().st_mode & stat.S_ISUID
 
 
+@pytest.mark.parametrize("mode", [0o2771, 0o6777, 0o2767])
+def test_what_can_be_written_to_has_nobodys_privileges(place: Place, mode: int) -> None:
+    """Before each write the kernel would ask for them otherwise. Set-group-ID without execution is
+    another thing, and stays."""
+    _image(place, "image", 1)
+    left = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+
+    def now() -> tuple[int, int]:
+        sides = (place.origin / "image", place.cached / "image")
+        first, second = (stat.S_IMODE(side.stat().st_mode) for side in sides)
+        return first, second
+
+    (place.origin / "image").chmod(mode)
+    with opened(place.cached / "image", os.O_RDONLY):
+        assert now()[0] == mode
+    with opened(place.cached / "image", os.O_RDWR) as fd:
+        time.sleep(1.1)  # what the kernel remembers
+        assert now() == (left, left)
+        os.fchmod(fd, mode)
+        assert now() == (left, left)
+    (place.cached / "image").chmod(mode)
+    assert now() == (mode, mode)
+    os.truncate(place.cached / "image", 10)
+    assert now()[0] == left
+    with opened(place.cached / "new", os.O_RDWR | os.O_CREAT, mode):
+        umask = os.umask(0)
+        os.umask(umask)
+        assert stat.S_IMODE((place.origin / "new").stat().st_mode) == left & ~umask
+
+
 @pytest.mark.parametrize("change", ["chown", "chmod", "xattr", "link", "rename"])
 def test_our_own_changes_of_an_image_keep_its_cache_warm(place: Place, change: str) -> None:
     """As libvirt does: the image changes its owner just before a guest opens it."""
