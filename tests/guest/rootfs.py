@@ -129,7 +129,7 @@ def _install_checkout(tree: Path, where: Path) -> None:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(_CHECKOUT / name, source)
-    for name in ("fusecache", "systemd"):
+    for name in ("fusecache", "systemd", "docs"):
         shutil.copytree(
             _CHECKOUT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
