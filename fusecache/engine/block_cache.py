@@ -4,7 +4,7 @@ One lives as long as its mount: ``async with open_cache(...) as cache``.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from fusecache.engine.sampler import Sampler
 from fusecache.engine.seeks import Seeks
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
-from fusecache.engine.writes import Writes
+from fusecache.engine.writes import Write, Writes
 from fusecache.errors import CacheDeviceError, FusecacheError, OriginError
 from fusecache.store.block_map import Batch, BlockMap
 from fusecache.store.cache_device import CacheDevice
@@ -220,9 +220,10 @@ class BlockCache:
             return len(data)
         return await self._writes.write(image, offset, data)
 
-    def write_at_once(self, image: Image, offset: int, data: bytes) -> bool:
-        """All of ``write`` that needs no wait; False, and nothing is written, for all else."""
-        return self.try_write(image, offset, data) or self._writes.at_once(image, offset, data)
+    def write_at_once(self, wanted: Sequence[Write]) -> list[bool]:
+        """What needs no wait of writes that nobody has answered yet; those that ``try_write`` just
+        refused. Says which are done; of the others nothing is written."""
+        return self._writes.at_once(wanted)
 
     async def write_slowly(self, image: Image, offset: int, data: bytes) -> int:
         """As ``write``, for a caller whose ``try_write`` just said no."""

@@ -5,7 +5,7 @@ the row comes first, so that a killed daemon's successor cannot take new bytes f
 where it holds none the data comes first, so that a row never shows what was never written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from fusecache.engine.intents import WriteIntents
 from fusecache.engine.ports import Threads
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import CacheState
-from fusecache.errors import LostDataError, OriginError, RetiredSlotError
+from fusecache.errors import CacheDeviceError, LostDataError, OriginError, RetiredSlotError
 from fusecache.observe.latency import Call, timed
 
 
@@ -76,26 +76,33 @@ class DirtyWrites:
                     self._core.unpin(part.slot)
 
     def at_once(self, length: int) -> bool:
-        """Whether neither a commit nor a write of so many bytes needs a thread now."""
+        """Whether neither a commit nor writes of so many bytes need a thread now."""
         return self._committer.commits_now and self._slots.in_place(length)
 
-    def write_at_once(self, image: Image, block: int, start: int, data: bytes) -> bool:
-        """Row, then data, of one block's valid pages, without any await; False if there is
-        anything else to do. The caller has asked ``at_once`` in the same breath.
+    def soil_at_once(self, image: Image, block: int, start: int, length: int) -> int | None:
+        """Makes one block's valid pages dirty; returns where to write, in slot space, or None if
+        there is anything else to do. ``write_at_once`` follows before anything else can run; the
+        caller has asked ``at_once`` in the same breath."""
+        slot = self._core.dirty.soil_valid(image.id, block, start, start + length)
+        return None if slot is None else (slot << self._geometry.block_shift) + start
+
+    def write_at_once(self, soiled: Sequence[tuple[int, bytes]]) -> list[bool]:
+        """The rows of what was just soiled, in one commit, then the data (position in slot space,
+        bytes), without any await. Says which of it is written; the rest may be so in part.
 
         Raises:
-            DatabaseError: the row is not committed, or nobody knows; no data was written.
-            CacheDeviceError: the data is in the slot in part.
+            DatabaseError: the rows are not committed, or nobody knows; no data was written.
         """
-        slot = self._core.dirty.soil_valid(image.id, block, start, start + len(data))
-        if slot is None:
-            return False
-        position = (slot << self._geometry.block_shift) + start
+        done = []
         with self._slots.here:
             self._committer.commit_now()
-            self._slots.write_now(position, memoryview(data))
-        image.changed()
-        return True
+            for position, data in soiled:
+                try:
+                    self._slots.write_now(position, memoryview(data))
+                    done.append(True)
+                except CacheDeviceError:
+                    done.append(False)
+        return done
 
     async def write(self, image: Image, parts: list[Part]) -> None:
         """Writes parts whose slots are pinned; acknowledged as far as the cache goes.

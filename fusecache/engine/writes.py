@@ -6,7 +6,7 @@ Either way the origin has the data when the guest is told so (P1, P4). Write-bac
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fusecache.config import Tuning, WriteMode
@@ -22,6 +22,9 @@ from fusecache.errors import CacheDeviceError, DatabaseError, OriginError, Retir
 from fusecache.observe.counters import Reason, Served
 
 log = logging.getLogger(__name__)
+
+Write = tuple[Image, int, bytes]
+"""Image, offset, data."""
 
 
 class Writes:
@@ -60,7 +63,7 @@ class Writes:
         """
         if not data:
             return 0
-        if not self.at_once(image, offset, data):
+        if not self.at_once([(image, offset, data)])[0]:
             served = await self.put(image, offset, data)
             image.counters.wrote(served, len(data))
         return len(data)
@@ -83,29 +86,64 @@ class Writes:
                 image.counters.not_cached[Reason.CACHE_ERROR] += 1
         return served
 
-    def at_once(self, image: Image, offset: int, data: bytes) -> bool:
-        """A write within one block whose pages are all valid, in write-back, without any await:
-        row, then data (R2). False, and nothing is written, for anything else."""
+    def at_once(self, wanted: Sequence[Write]) -> list[bool]:
+        """Those that lie within one block each whose pages are all valid, in write-back, without
+        any await: rows, then data (R2). Says which they are; of the others nothing is written.
+
+        As many share a commit as may be written without a thread together.
+        """
+        done: list[bool] = []
+        while len(done) < len(wanted):
+            count, size = 0, 0
+            for _, _, data in wanted[len(done) :]:
+                size += len(data)
+                if count and not self._dirty.at_once(size):
+                    break
+                count += 1
+            done += self._together(wanted[len(done) : len(done) + count])
+        return done
+
+    def _together(self, wanted: Sequence[Write]) -> list[bool]:
+        done = [False] * len(wanted)
+        if not self._dirty.at_once(sum(len(data) for _, _, data in wanted)):
+            return done
+        places: list[int] = []
+        soiled: list[tuple[int, bytes]] = []
+        for place, write in enumerate(wanted):
+            position = self._soil(*write)
+            if position is not None:
+                places.append(place)
+                soiled.append((position, write[2]))
+        if not soiled:
+            return done
+        try:
+            written = self._dirty.write_at_once(soiled)
+        except DatabaseError:
+            return done  # the slow path meets the error again and deals with it
+        for place, is_written in zip(places, written, strict=True):
+            if is_written:
+                image, _, data = wanted[place]
+                image.changed()
+                image.counters.wrote(Served.BACK, len(data))
+                done[place] = True
+        return done
+
+    def _soil(self, image: Image, offset: int, data: bytes) -> int | None:
+        """Where to write it at once, its pages being dirty from now on; None if it cannot be."""
         geometry = self._geometry
         block = offset >> geometry.block_shift
         start = offset - (block << geometry.block_shift)
         if (
-            len(data) > geometry.block_size - start
+            not data
+            or len(data) > geometry.block_size - start
             or offset + len(data) > image.size
             or not image.lock.free(block, block + 1)
             or not self._state.serves(image)
             or not self._soils(image)
-            or not self._dirty.at_once(len(data))
             or not self._intents.began(image, region_of(block))
         ):
-            return False
-        try:
-            if not self._dirty.write_at_once(image, block, start, data):
-                return False
-        except (CacheDeviceError, DatabaseError):
-            return False  # the slow path meets the error again and deals with it
-        image.counters.wrote(Served.BACK, len(data))
-        return True
+            return None
+        return self._dirty.soil_at_once(image, block, start, len(data))
 
     async def _write(self, image: Image, offset: int, data: bytes) -> Served:
         """In the cache's order, or past a cache that is not to be used."""

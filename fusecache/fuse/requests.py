@@ -59,28 +59,57 @@ class Requests:
         async with trio.open_nursery() as nursery:
             while not self._lane.ended:
                 await trio.lowlevel.wait_readable(self._lane.queue)
+                writes: list[Request] = []
                 for request in self._lane.take():
                     if not self._at_once(request):
-                        nursery.start_soon(self._answer, request)
+                        if request[1] == lanes.WRITE:
+                            writes.append(request)
+                        else:
+                            nursery.start_soon(self._answer, request)
+                for request in self._written_together(writes):
+                    nursery.start_soon(self._answer, request)
 
     def _at_once(self, request: Request) -> bool:
-        """Answers what needs no wait; False for all else."""
+        """Answers a hit; False for all else."""
         unique, opcode, number, offset, length, _, data = request
         try:
-            image = self._handles[number].image
             if opcode == lanes.READ:
-                hit = self._cache.try_read(image, offset, length)
+                hit = self._cache.try_read(self._handles[number].image, offset, length)
                 if hit is None:
                     return False
                 self._reply(unique, 0, hit)
                 return True
-            if data is None or not self._cache.write_at_once(image, offset, data):
+            if data is None or not self._cache.try_write(self._handles[number].image, offset, data):
                 return False
         except Exception as exc:
             self._reply(unique, answer(self._state, exc, _NAMES[opcode]).errno, b"")
             return True
         self._reply(unique, 0, _WRITTEN.pack(length, 0))
         return True
+
+    def _written_together(self, requests: list[Request]) -> list[Request]:
+        """Answers the writes that need no wait; returns the others."""
+        if not requests:
+            return []
+        writes = []
+        for request in requests:
+            data = request[6]
+            assert data is not None
+            writes.append((self._handles[request[2]].image, request[3], data))
+        try:
+            done = self._cache.write_at_once(writes)
+        except Exception as exc:
+            failed = answer(self._state, exc, "write").errno
+            for request in requests:
+                self._reply(request[0], failed, b"")
+            return []
+        left = []
+        for request, is_done in zip(requests, done, strict=True):
+            if is_done:
+                self._reply(request[0], 0, _WRITTEN.pack(request[4], 0))
+            else:
+                left.append(request)
+        return left
 
     async def _answer(self, request: Request) -> None:
         unique, opcode = request[:2]

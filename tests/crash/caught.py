@@ -37,6 +37,7 @@ CAUGHT: dict[str, str | Case] = {
     "r1_to_overwrite_a_dirty_page_is_no_change": ("pages_become_dirty", None, "ooo"),
     "r1_to_make_a_page_dirty_is_no_change": ("a_busy_page_is_cleaned", None, "ooo"),
     "r1_a_barrier_covers_what_came_during_it": ("a_write_before_a_barrier_ends", None, "ooo"),
+    "r2_data_before_the_rows_of_writes_that_come_together": ("writes_come_together", None, "kill"),
     "r2_data_before_row_for_clean_pages": ("pages_become_dirty", 43, "kill+"),
     "r2_row_before_data_for_pages_that_were_not_valid": ("pages_become_dirty", 66, "kill"),
     "r2_acknowledged_before_the_row_of_a_new_page": ("pages_become_dirty", 51, "kill"),

@@ -91,6 +91,18 @@ def r2_data_before_row_for_clean_pages() -> Any:
 
 
 @mutation
+def r2_data_before_the_rows_of_writes_that_come_together() -> Any:
+    original = DirtyWrites.write_at_once
+
+    def write_at_once(self: DirtyWrites, soiled: Any) -> list[bool]:
+        for position, data in soiled:
+            self._slots.write_now(position, memoryview(data))
+        return original(self, soiled)
+
+    return patch(DirtyWrites, "write_at_once", write_at_once)
+
+
+@mutation
 def r2_row_before_data_for_pages_that_were_not_valid() -> Any:
     original = DirtyWrites._write
 

@@ -89,6 +89,16 @@ class Play:
         assert lane.overwrite(self.cache, self.image, first * STAMP, data)
         self.model.end_write(first, count)
 
+    async def write_together(self, *pages: int) -> None:
+        """Writes that came as requests of their own, all of which must need no wait."""
+        written = [
+            (self.image, page * PAGE, self.model.begin_write(page * IN_PAGE, IN_PAGE))
+            for page in pages
+        ]
+        assert all(self.cache.write_at_once(written))
+        for page in pages:
+            self.model.end_write(page * IN_PAGE, IN_PAGE)
+
     async def write_fails(self, page: float, pages: float = 1) -> None:
         """Writes, and it does not matter whether that works."""
         first, count = int(page * IN_PAGE), int(pages * IN_PAGE)

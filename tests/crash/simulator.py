@@ -39,7 +39,7 @@ class Simulation:
     """Several lives of one world, and a model that every one of them is held to."""
 
     def __init__(self, directory: Path, seed: int, *, lane: bool = False) -> None:
-        """With ``lane``, what is simply an overwrite of dirty pages is done as the lane does it."""
+        """With ``lane``, writes are done as the lane and ``Requests`` do them."""
         self.lane = lane
         self.chance = random.Random(seed)
         # The order of tasks, too, follows from the seed, so that a failure can be run again.
@@ -178,7 +178,9 @@ class Simulation:
             if chance.random() < 0.6:
                 first -= first % 8
             data = model.begin_write(first, count)
-            if not (self.lane and lane.overwrite(cache, image, first * STAMP, data)):
+            if self.lane:
+                await lane.write(cache, image, first * STAMP, data)
+            else:
                 await cache.write(image, first * STAMP, data)
             model.end_write(first, count)
         elif kind < 0.85:

@@ -33,3 +33,15 @@ async def the_lane_overwrites_what_is_being_written_back(play: Play) -> None:
         await play.overwrite(0)
     await play.fsync()
     await play.flush()
+
+
+@story(dirty_age=60.0, barrier_interval=600.0, commits_in_place=True)
+async def writes_come_together(play: Play) -> None:
+    """Their rows share a commit, which comes before all their data (R2)."""
+    await play.open()
+    await play.read()
+    await play.write(0)
+    await play.write_together(1, 5, 2, 9)
+    await play.write_together(3, 4)
+    await play.fsync()
+    await play.write_together(6, 7, 8)

@@ -14,6 +14,7 @@ from tests.crash import (
     plays,
     stories,
     stories_holes,
+    stories_lane,
     stories_more,
 )
 from tests.crash.caught import CAUGHT
@@ -30,6 +31,7 @@ assert (
     and mutations_recovery
     and stories
     and stories_holes
+    and stories_lane
     and stories_more
 )
 
