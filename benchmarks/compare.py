@@ -35,27 +35,24 @@ import harness
 import peers
 import picture
 from harness import MIB, BenchmarkError
-from peers import IMAGE, VMS, BarePyfuse3, Contender, NbdCache, Rclone, StorageDaemon
+from peers import (
+    IMAGE,
+    READ_1M,
+    READ_16,
+    READ_32,
+    READ_64K,
+    BarePyfuse3,
+    Contender,
+    NbdCache,
+    Rclone,
+    StorageDaemon,
+    read_jobs,
+)
 
-READ_1 = "4K random read, depth 1"
-READ_32 = "4K random read, depth 32"
-READ_64K = "64K random read, depth 8"
-READ_1M = "1M read in order, depth 4"
-READ_16 = "4K random read, 16 images"
 WRITE_32 = "4K random write, depth 32"
 WRITE_1M = "1M write in order, depth 4"
 JOBS: dict[str, dict[str, object]] = {
-    READ_1: {"rw": "randread", "bs": "4k", "iodepth": 1},
-    READ_32: {"rw": "randread", "bs": "4k", "iodepth": 32},
-    READ_64K: {"rw": "randread", "bs": "64k", "iodepth": 8},
-    READ_1M: {"rw": "read", "bs": "1m", "iodepth": 4},
-    READ_16: {
-        "rw": "randread",
-        "bs": "4k",
-        "iodepth": 1,
-        "numjobs": len(VMS),
-        "filename_format": "vm-$jobnum.raw",
-    },
+    **read_jobs(1),
     WRITE_32: {"rw": "randwrite", "bs": "4k", "iodepth": 32},
     WRITE_1M: {"rw": "write", "bs": "1m", "iodepth": 4},
 }

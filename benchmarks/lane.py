@@ -23,29 +23,26 @@ from typing import Any
 import harness
 import peers
 from harness import MIB, BenchmarkError
-from peers import IMAGE, BarePyfuse3, Contender, Ours, StorageDaemon
+from peers import (
+    IMAGE,
+    READ_1,
+    READ_1M,
+    READ_16,
+    READ_32,
+    READ_64K,
+    BarePyfuse3,
+    Contender,
+    Ours,
+    StorageDaemon,
+    read_jobs,
+)
 
-READ_1 = "4K random read, depth 1"
-READ_32 = "4K random read, depth 32"
-READ_64K = "64K random read, depth 8"
-READ_1M = "1M read in order, depth 4"
-READ_16 = "4K random read, 16 images"
 WRITE = "4K random write over dirty pages, depth 32"
 MISS = "64K random read, not cached, depth 8"
 THROUGH = "4K random write, write-through, depth 8"
 NAMES = "a look-up of a missing name"
 JOBS: dict[str, dict[str, object]] = {
-    READ_1: {"rw": "randread", "bs": "4k", "iodepth": 1},
-    READ_32: {"rw": "randread", "bs": "4k", "iodepth": 32},
-    READ_64K: {"rw": "randread", "bs": "64k", "iodepth": 8},
-    READ_1M: {"rw": "read", "bs": "1m", "iodepth": 4},
-    READ_16: {
-        "rw": "randread",
-        "bs": "4k",
-        "iodepth": 2,
-        "numjobs": len(peers.VMS),
-        "filename_format": "vm-$jobnum.raw",
-    },
+    **read_jobs(2),
     WRITE: {"rw": "randwrite", "bs": "4k", "iodepth": 32},
 }
 ON, OFF = "fusecache, lane", "fusecache, no lane"

@@ -26,6 +26,29 @@ IMAGE = "image.raw"
 VMS = [f"vm-{number}.raw" for number in range(16)]
 ALL = [IMAGE, *VMS]
 
+READ_1 = "4K random read, depth 1"
+READ_32 = "4K random read, depth 32"
+READ_64K = "64K random read, depth 8"
+READ_1M = "1M read in order, depth 4"
+READ_16 = "4K random read, 16 images"
+
+
+def read_jobs(depth: int) -> dict[str, dict[str, object]]:
+    """What fio is told for the reads; ``depth``: of each job of those over 16 images."""
+    return {
+        READ_1: {"rw": "randread", "bs": "4k", "iodepth": 1},
+        READ_32: {"rw": "randread", "bs": "4k", "iodepth": 32},
+        READ_64K: {"rw": "randread", "bs": "64k", "iodepth": 8},
+        READ_1M: {"rw": "read", "bs": "1m", "iodepth": 4},
+        READ_16: {
+            "rw": "randread",
+            "bs": "4k",
+            "iodepth": depth,
+            "numjobs": len(VMS),
+            "filename_format": "vm-$jobnum.raw",
+        },
+    }
+
 
 def room(size: int, factor: float) -> str:
     """``--size`` of a cache for so many bytes of images."""

@@ -1,12 +1,17 @@
 """Fixtures of the end-to-end tests: several mounts, and a cache that has served."""
 
+import contextlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.faulty import FaultyMount
-from tests.support.daemon import BLOCK, Mount
+from tests.e2e.helpers import processes_of
+from tests.e2e.users import User
+from tests.support.daemon import BLOCK, Mount, end
 from tests.support.stamps import check_stamps, stamped
 
 MakeMount = Callable[[str], Mount]
@@ -75,3 +80,16 @@ def nonsense_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     finally:
         mount.cleanup()
     assert "unexpected error" not in mount.log(), mount.log()
+
+
+@pytest.fixture
+def user() -> Iterator[User]:
+    """A user's directories; outside pytest's own, which are closed to others."""
+    base = Path(tempfile.mkdtemp(prefix="fusecache-user-"))
+    try:
+        yield User(base)
+    finally:
+        for pid in processes_of(base):
+            end(pid)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(base)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import MakeFaulty
-from tests.e2e.helpers import processes_of, refused, run, wait_for
+from tests.e2e.helpers import refused, run, wait_for
 from tests.e2e.test_metrics import free_port, text_at
-from tests.e2e.test_plain_user import USER, User
-from tests.support.daemon import BLOCK, Mount, end
+from tests.e2e.users import USER, User
+from tests.support.daemon import BLOCK, Mount
 
 pytestmark = pytest.mark.mount
 
@@ -47,18 +47,6 @@ def open_mount() -> Iterator[Mount]:
         yield made
     finally:
         made.cleanup()
-        shutil.rmtree(base)
-
-
-@pytest.fixture
-def user() -> Iterator[User]:
-    """A plain user's directories."""
-    base = Path(tempfile.mkdtemp(prefix="fusecache-user-"))
-    try:
-        yield User(base)
-    finally:
-        for pid in processes_of(base):
-            end(pid)
         shutil.rmtree(base)
 
 

@@ -11,6 +11,7 @@ from tests.mount.modes import both_modes, home
 from tests.support.daemon import BLOCK, old
 from tests.support.direct import opened, read_direct
 from tests.support.place import Place
+from tests.support.qemu import held, refused_to_write
 from tests.support.stamps import check_stamps, stamped
 
 pytestmark = pytest.mark.mount
@@ -111,30 +112,8 @@ def test_images_are_converted_to_and_fro_without_losing_a_byte(place: Place, cac
 def test_a_qemu_that_has_an_image_open_keeps_others_from_writing_it(place: Place) -> None:
     path = place.cached / "disk.qcow2"
     _run("qemu-img", "create", "-f", "qcow2", path, "4M")
-    holder = subprocess.Popen(
-        ["qemu-io", "-f", "qcow2", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert holder.stdin is not None and holder.stdout is not None
-        holder.stdin.write(b"write -P 1 0 512\n")
-        holder.stdin.flush()
-        while b"wrote" not in holder.stdout.readline():
-            assert holder.poll() is None
-        second = subprocess.run(
-            ["qemu-io", "-f", "qcow2", "-c", "write 0 512", str(path)],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-        assert "lock" in second.stderr
-        holder.communicate(b"quit\n", timeout=30)
-    finally:
-        holder.kill()
-        holder.wait()
-        for stream in (holder.stdin, holder.stdout):
-            if stream is not None:
-                stream.close()
+    with held(path):
+        assert refused_to_write(path)
     _io(path, "read -P 1 0 512", form="qcow2", cache="none")
 
 

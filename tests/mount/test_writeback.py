@@ -22,6 +22,7 @@ from tests.support.daemon import BLOCK, Mount
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.injected import InjectedMount
 from tests.support.place import Place
+from tests.support.qemu import held, refused_to_write
 from tests.support.stamps import check_stamps, stamped
 
 pytestmark = pytest.mark.mount
@@ -625,25 +626,9 @@ def test_the_lock_leaves_qemus_own_locks_alone(place: Place) -> None:
     _run("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
     with opened(path, os.O_RDWR):
         assert _locked(place.origin / "disk")
-        command = ["qemu-io", "-f", "qcow2", str(path)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-            assert holder.stdin is not None and holder.stdout is not None
-            try:
-                holder.stdin.write(b"write -P 1 0 512\n")
-                holder.stdin.flush()
-                while b"wrote" not in holder.stdout.readline():
-                    assert holder.poll() is None
-                second = subprocess.run(
-                    ["qemu-io", "-f", "qcow2", "-c", "write 0 512", str(path)],
-                    capture_output=True,
-                    text=True,
-                    timeout=30,
-                    check=False,
-                )
-                assert "lock" in second.stderr
-                _run("qemu-img", "info", "-U", path)
-            finally:
-                holder.kill()
+        with held(path):
+            assert refused_to_write(path)
+            _run("qemu-img", "info", "-U", path)
         _run("qemu-io", "-f", "qcow2", "-c", "read -P 1 0 512", path)
         home(place, "disk")
         _run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 1 0 512", place.origin / "disk")
