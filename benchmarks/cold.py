@@ -1,10 +1,11 @@
 """Cold hits: blocks that are on the SSD and not in memory, beside fio on the cache file itself.
 
 4 KiB random reads, each of another page, at depth 1 and 32: through the mount (O_DIRECT, so that
-the kernel of the mount keeps nothing), and from the cache file where its slots lie, buffered and
-with O_DIRECT. Before each turn the cache file is synced and taken out of the page cache, and
-mincore(2) has to say that it is; afterwards it says how much was brought in for each read. The
-same through the mount with everything in memory shows what the SSD costs.
+the kernel of the mount keeps nothing), from the cache file where its slots lie, buffered and with
+O_DIRECT, and from there through the least that a server in C can be, a pread(2) in each of 32
+threads. Before each turn the cache file is synced and taken out of the page cache, and mincore(2)
+has to say that it is; afterwards it says how much was brought in for each read. The same through
+the mount with everything in memory shows what the SSD costs.
 
 All take turns, round by round; compared are medians. A page that was read in a turn is not read
 again in it, and the origin must not be asked. On a virtual machine the host may keep in memory
@@ -22,6 +23,7 @@ from typing import Any
 
 import harness
 from harness import KIB, MIB, BenchmarkError, Fusecache
+from peers import Ceiling
 
 from fusecache.store.superblock import DATA_OFFSET
 
@@ -32,6 +34,7 @@ READS = {1: 4000, 32: 16000}
 """In each turn."""
 OURS, WARM = "fusecache, cold", "fusecache, in memory"
 BUFFERED, DIRECT = "cache file, buffered, cold", "cache file, O_DIRECT"
+COMPILED = "cache file through a C server, cold"
 MOST_RESIDENT = 0.001
 """Share of the slots that may still be in memory for them to count as cold."""
 
@@ -79,12 +82,14 @@ def make_cold(cache: Path, size: int) -> None:
         raise BenchmarkError(f"{left} bytes of {cache} are in memory still")
 
 
-def turn(way: str, ours: Fusecache, size: int, depth: int, reads: int) -> dict[str, float]:
+def turn(
+    way: str, ours: Fusecache, server: Ceiling, size: int, depth: int, reads: int
+) -> dict[str, float]:
     """One job of one contender, from cold unless it is the one in memory."""
     options: dict[str, object] = {"rw": "randread", "bs": "4k", "randseed": time.time_ns()}
     path = ours.mountpoint / IMAGE
-    if way in (BUFFERED, DIRECT):
-        path = ours.cache
+    if way in (BUFFERED, DIRECT, COMPILED):
+        path = server.path(ours.cache.name) if way == COMPILED else ours.cache
         options |= {"offset": DATA_OFFSET, "size": size}
     if way == BUFFERED:  # a buffered read waits in its call: as many threads as reads
         options |= {"ioengine": "psync", "numjobs": depth, "direct": 0}
@@ -106,20 +111,22 @@ def turn(way: str, ours: Fusecache, size: int, depth: int, reads: int) -> dict[s
     return {**found, "kib_a_read": 0.0 if way == WARM else brought / reads / KIB}
 
 
-def measure(ours: Fusecache, size: int, chosen: argparse.Namespace) -> dict[int, Samples]:
+def measure(
+    ours: Fusecache, server: Ceiling, size: int, chosen: argparse.Namespace
+) -> dict[int, Samples]:
     """samples[depth][contender]: one entry a round. The order turns from round to round."""
-    ways = [OURS, BUFFERED, DIRECT]
+    ways = [OURS, BUFFERED, DIRECT, COMPILED]
     found: dict[int, Samples] = {depth: {way: [] for way in [*ways, WARM]} for depth in DEPTHS}
     for number in range(chosen.rounds):
         for depth in DEPTHS:
             reads = min(READS[depth] // (4 if chosen.quick else 1), size // PAGE // 8)
             for place in range(len(ways)):
                 way = ways[(place + number) % len(ways)]
-                found[depth][way].append(turn(way, ours, size, depth, reads))
+                found[depth][way].append(turn(way, ours, server, size, depth, reads))
         harness.command("dd", f"if={ours.mountpoint / IMAGE}", "of=/dev/null", "bs=1M", *QUIET)
         for depth in DEPTHS:
             reads = min(READS[depth], size // PAGE // 8)
-            found[depth][WARM].append(turn(WARM, ours, size, depth, reads))
+            found[depth][WARM].append(turn(WARM, ours, server, size, depth, reads))
         print(f"round {number + 1} of {chosen.rounds} done", flush=True)
     return found
 
@@ -179,7 +186,8 @@ def main() -> None:
         words = ("--size", f"{chosen.size + 64}M")
         ours = stack.enter_context(Fusecache(base, origin, *words))
         ours.read_all(IMAGE)
-        found = measure(ours, size, chosen)
+        server = Ceiling(base / "ceiling", [ours.cache], threads=max(DEPTHS))
+        found = measure(ours, stack.enter_context(server), size, chosen)
         make_cold(ours.cache, size)
         harness.same_data(ours.mountpoint / IMAGE, origin / IMAGE)
         result = report(found)

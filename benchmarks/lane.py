@@ -1,5 +1,5 @@
-"""What the lane is worth: fusecache with and without it, beside qemu-storage-daemon's FUSE export
-and a bare pyfuse3 filesystem, in one run.
+"""What the lane is worth: fusecache with and without it, beside qemu-storage-daemon's FUSE export,
+a bare pyfuse3 filesystem, and two servers in C that do nothing but answer, in one run.
 
 Three parts. Reads of what is cached, all in memory: 4 KiB at depth 1 and 32, 64 KiB, 1 MiB in order
 and 16 jobs over 16 images. 4 KiB random writes in write-back over pages that are dirty already. And
@@ -31,6 +31,7 @@ from peers import (
     READ_32,
     READ_64K,
     BarePyfuse3,
+    Ceiling,
     Contender,
     Ours,
     StorageDaemon,
@@ -107,7 +108,9 @@ def cached(
         contenders: list[Contender] = [
             StorageDaemon(base / "daemon", plain),
             BarePyfuse3(base / "bare", plain),
+            Ceiling(base / "ceiling", sorted(plain.iterdir())),
         ]
+        nothing = Ceiling(base / "zeros", sorted(plain.iterdir()), zeros=True)
         for lane in ("on", "off"):
             origin = peers.copy(plain, base / f"reads-{lane}-origin")
             contenders.append(ours(base / f"reads-{lane}", origin, total, lane, "through"))
@@ -116,6 +119,7 @@ def cached(
             stack.enter_context(each)
             each.warm()
             harness.same_data(each.path(IMAGE), plain / IMAGE)
+        contenders.append(stack.enter_context(nothing))
         for each in contenders:
             each.isolate()
         for job in (READ_1, READ_32, READ_64K, READ_1M, READ_16):

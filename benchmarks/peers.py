@@ -180,6 +180,37 @@ class BarePyfuse3(Contender):
         self.directory = bare.mountpoint
 
 
+class Ceiling(Contender):
+    """The floor of the kernel's protocol, see ``ceiling.c``; reads only.
+
+    Args:
+        files: what it shows.
+        zeros: answers zeros from memory instead of reading anything.
+        threads: that serve.
+    """
+
+    programs = ("gcc",)
+
+    def __init__(
+        self, base: Path, files: Sequence[Path], *, zeros: bool = False, threads: int = 2
+    ) -> None:
+        super().__init__(base, files[0].parent)
+        self.name = "C server, zeros" if zeros else f"C server, {threads} threads"
+        self.note = "answers zeros, reads nothing" if zeros else "one pread for each read; no cache"
+        self._zeros = zeros
+        self._threads = threads
+        self._files = files
+
+    def start(self, stack: ExitStack) -> None:
+        program = self.base / "ceiling"
+        source = Path(__file__).with_name("ceiling.c")
+        harness.command("gcc", "-std=gnu11", "-O2", "-o", program, source, "-lpthread")
+        self.directory.mkdir()
+        words: list[object] = [program, "-t", self._threads, *(["-0"] if self._zeros else [])]
+        words += [self.directory, *self._files]
+        serving(self.name, words, self.base / "log", self.mountpoints(), stack)
+
+
 class Ours(Contender):
     """fusecache in one write mode, its images held open as running guests hold theirs.
 
