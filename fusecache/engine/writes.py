@@ -156,6 +156,8 @@ class Writes:
                 # A row could not be committed; the state is unusable and being fenced.
                 log.debug("a write goes past the cache")
         await self._state.passable()
+        async with image.extending:
+            pass  # it might cut off what is written past the end meanwhile
         await self._degraded.write(image, offset, data)
         image.counters.not_cached[self._state.why_not(image)] += 1
         return Served.AROUND
@@ -181,8 +183,21 @@ class Writes:
                 kept = [part for part in kept if part.slot >= 0]
             served = await self._rest(image, parts, kept)
             if kept:
+                await self._lengthen(image, kept)
                 await self._dirty.write(image, kept)
         return served
+
+    async def _lengthen(self, image: Image, kept: list[Part]) -> None:
+        """Sizes are always the origin's. Only in write-back it is long enough already; else a last
+        page that is held may grow, and what lies past the end goes to the origin as well. Never by
+        ``extend``, which could cut off what another write past the end has just brought there."""
+        for part in kept:
+            base = part.block << self._geometry.block_shift
+            first, last = max(base + part.start, image.size), base + part.stop
+            if first < last:
+                region = region_of(part.block)
+                async with self._intents.writing(image, range(region, region + 1)):
+                    await self._origin.write(image, first, bytes(part.data[first - last :]))
 
     def _parts(self, offset: int, data: bytes) -> list[Part]:
         view, done, parts = memoryview(data), 0, []

@@ -7,7 +7,9 @@ import trio
 from trio.testing import MockClock
 
 from fusecache.config import WriteMode
+from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.dirty_reads import unreadable_ranges
+from fusecache.engine.image import Image
 from fusecache.errors import CacheDeviceError, LockedElsewhereError, LostDataError
 from tests.engine.calls import Calls
 from tests.engine.conftest import BLOCK, BLOCKS
@@ -323,6 +325,47 @@ async def test_dirty_data_of_an_image_nobody_opens_is_written_back_after_a_resta
             assert not back.files[1].pages.unsynced
             known = after.images.find(b"id1")
             assert known is not None and not known.handles and not known.origin.locked
+
+
+@pytest.mark.parametrize("mode", [WriteMode.THROUGH, WriteMode.AROUND])
+@pytest.mark.parametrize("begin", [100, 700])
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_last_page_that_is_held_grows_in_every_mode(
+    back: World, autojump_clock: MockClock, mode: WriteMode, begin: int, killed: bool
+) -> None:
+    """It stays in the cache (R5), and what makes it longer makes the origin's file longer."""
+    tune(back, dirty_age=600.0)
+    back.make_file(1, b"a" * 100)
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.write(image, 0, b"b" * 100)
+        if killed:
+            back.kill()
+        else:
+            back.before = {"sync": 5.0}
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cache.set_write_mode, image, mode)
+                await trio.sleep(1)  # it flushes
+                await _grow(cache, image, begin)
+                back.before = {}
+            await cache.close(image, write=True)
+    if killed:
+        back.write_mode = mode
+        async with back.open() as cache:
+            image = await opened(cache)
+            await _grow(cache, image, begin)
+            await cache.fsync(image, metadata=True)
+            await cache.close(image, write=True)
+            await cache.flush(image, 1)
+    grown = b"b" * 100 + bytes(begin - 100) + b"c" * 100
+    assert bytes(back.files[1].pages.data) == grown
+
+
+async def _grow(cache: BlockCache, image: Image, begin: int) -> None:
+    assert image.write_mode is not WriteMode.BACK and cache.core.dirty.mask(image.id, 0) == 1
+    await cache.write(image, begin, b"c" * 100)
+    grown = b"b" * 100 + bytes(begin - 100) + b"c" * 100
+    assert await cache.read(image, 0, PAGE) == grown
 
 
 async def test_dirty_data_past_the_origins_end_is_dropped_and_zeros_grow_there(
