@@ -27,6 +27,7 @@ from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.in_place import InPlace
 from fusecache.engine.intents import WriteIntents
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Clock, Invalidate, Pin, Threads, no_image, no_pages
@@ -96,7 +97,7 @@ class BlockCache:
             self.state.unusable,
         )
         self.images.committer = self.committer
-        self.images.distrust = self._begin_distrust
+        self._lasting = self.images.lasting = Lasting(nursery, threads, self._begin_distrust)
         self.images.ownership = Ownership(
             self.images, core, self.state, threads, clock, tuning, pin
         )
@@ -105,7 +106,7 @@ class BlockCache:
             threads,
             tuning,
             clock.monotonic,
-            self._begin_distrust,
+            self._lasting,
         )
         self.reclaimer = Reclaimer(core, self.committer, self.state)
         self._fills = Fills(core, self.state, threads, nursery, self.reclaimer.wake)
@@ -118,6 +119,7 @@ class BlockCache:
             self.state,
             self.committer,
             self._intents,
+            self._lasting,
             origin,
             threads,
             self.images.ownership.adopted,
@@ -137,13 +139,14 @@ class BlockCache:
             self.state,
             self.committer,
             self._intents,
+            self._lasting,
             origin,
             self._degraded,
             self._writes.put,
         )
         self._seeks = Seeks(core, self.state, threads)
         self.cleaner = Cleaner(
-            core, self.state, self.images, self.committer, self._intents, threads, clock, tuning
+            core, self.state, self.images, self.committer, threads, clock, tuning
         )
         self.housekeeping = Housekeeping(
             core, self.state, self.images, self.committer, self._intents, clock, tuning
@@ -254,7 +257,7 @@ class BlockCache:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._make_stable, image, errors)
                 try:
-                    await self._intents.sync_origin(image, metadata=metadata)
+                    await self._lasting.sync(image, metadata=metadata)
                 except OriginError as exc:
                     errors.append(exc)
         if image.sync_error_owed:
@@ -520,7 +523,7 @@ class BlockCache:
                 log.error("the cache could not be closed cleanly: %s", exc)
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
-                nursery.start_soon(self.threads.harmless, image.limiter, image.origin.close)
+                nursery.start_soon(self.threads.harmless, image.limiter, image.origin.closer())
 
 
 @asynccontextmanager

@@ -28,7 +28,6 @@ from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_reads import DirtyReads, note_unreadable, unreadable_ranges
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
-from fusecache.engine.intents import WriteIntents
 from fusecache.engine.pace import Pace
 from fusecache.engine.ports import Clock, Threads
 from fusecache.engine.state import CacheState
@@ -58,7 +57,6 @@ class Cleaner:
         state: CacheState,
         images: Images,
         committer: Committer,
-        intents: WriteIntents,
         threads: Threads,
         clock: Clock,
         tuning: Tuning,
@@ -69,7 +67,6 @@ class Cleaner:
         self._state = state
         self._images = images
         self._committer = committer
-        self._intents = intents
         self._threads = threads
         self._clock = clock
         self._tuning = tuning
@@ -287,7 +284,7 @@ class Cleaner:
             image.own_pending = True
             await self._write_runs(image, noted, taken, skipped, errors)  # 2.
             if taken:
-                await self._intents.sync_origin(image)  # 3.
+                await self._images.lasting.sync(image)  # 3.
             if image.failed_syncs != failed_syncs:
                 raise OriginError(5, "a sync of the origin failed, all is written again")
             for slot in taken:

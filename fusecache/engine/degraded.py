@@ -19,6 +19,7 @@ from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_reads import DirtyReads, note_unreadable
 from fusecache.engine.image import Image
 from fusecache.engine.intents import WriteIntents
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.ports import Threads
 from fusecache.engine.state import CacheState
@@ -40,6 +41,7 @@ class Degraded:
         state: CacheState,
         committer: Committer,
         intents: WriteIntents,
+        lasting: Lasting,
         origin: OriginWrites,
         threads: Threads,
         opened: Callable[[Image], Awaitable[None]],
@@ -49,6 +51,7 @@ class Degraded:
         self._state = state
         self._committer = committer
         self._intents = intents
+        self._lasting = lasting
         self._origin = origin
         self._threads = threads
         self._opened = opened
@@ -189,7 +192,7 @@ class Degraded:
             await self._origin.write(image, base + first, piece)
             touched.append((block, pages))
             done += stop - start
-        await self._intents.sync_origin(image)
+        await self._lasting.sync(image)
         return touched
 
     def _widened(self, dirty_part: int, start: int, stop: int) -> tuple[int, int]:
@@ -216,7 +219,7 @@ class Degraded:
             lost = 0
             for slot in slots:
                 lost += await self._rescue_slot(image, slot)
-            await self._intents.sync_origin(image)
+            await self._lasting.sync(image)
             if lost:
                 raise LostDataError(f"{lost} dirty pages cannot be read from the cache device")
             image.rescued = True

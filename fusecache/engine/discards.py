@@ -126,7 +126,7 @@ class Discards:
         finally:
             image.written += 1
             image.guest_written = image.written
-        await self._intents.sync_origin(image)
+        await self._images.lasting.sync(image)
 
     @asynccontextmanager
     async def removing(self, identity: bytes) -> AsyncIterator[bool]:
@@ -298,10 +298,10 @@ class Discards:
                 return  # the file is gone, or its last holder synced it
             await self._images.open_side(image, path_fd, write=False)
         try:
-            await self._intents.sync_origin(image)
+            await self._images.lasting.sync(image)
         finally:
             if self._images.find(image.row.identity) is not image:
-                await self._images.close_origin(image)  # it was forgotten: nobody else will
+                await self._images.lasting.close(image)  # it was forgotten: nobody else will
 
 
 def _refuse_open(image: Image) -> None:

@@ -37,6 +37,7 @@ from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_reads import note_unreadable
 from fusecache.engine.image import Image
 from fusecache.engine.intents import WriteIntents
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.locks import END
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.state import CacheState
@@ -106,6 +107,7 @@ class Holes:
         state: CacheState,
         committer: Committer,
         intents: WriteIntents,
+        lasting: Lasting,
         origin: OriginWrites,
         degraded: Degraded,
         put: Put,
@@ -115,6 +117,7 @@ class Holes:
         self._state = state
         self._committer = committer
         self._intents = intents
+        self._lasting = lasting
         self._origin = origin
         self._degraded = degraded
         self._put = put
@@ -363,7 +366,7 @@ class Holes:
 
     async def _sync(self, image: Image, failed_syncs: int) -> None:
         """Origin sync; none, whoever asked, has failed since there were so many failed ones."""
-        await self._intents.sync_origin(image)
+        await self._lasting.sync(image)
         if image.failed_syncs != failed_syncs:
             raise OriginError(errno.EIO, "a sync of the origin failed, the range stays as it was")
 

@@ -38,6 +38,15 @@ class Intent:
 
 
 @dataclass(slots=True)
+class OriginSync:
+    """A sync of the origin and those who wait for it; see ``lasting``."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    metadata: bool = False
+    error: OriginError | None = None
+
+
+@dataclass(slots=True)
 class Stream:
     """Somebody who reads an image in order, in block numbers; see ``readahead``."""
 
@@ -76,6 +85,11 @@ class Image:
     """Held while dirty pages are on their way to the origin. Taken before ``lock``."""
     extending: trio.Lock = field(default_factory=trio.Lock)
     """Held while the origin's file is made longer ahead of a write."""
+    running_sync: OriginSync | None = None
+    """Of the origin's file, and the one that begins after it."""
+    next_sync: OriginSync | None = None
+    letting_go: trio.Event | None = None
+    """Descriptors or the lock are being closed."""
     fetches: dict[int, Fetch] = field(default_factory=dict)
     """By block: fetches under way or being stored."""
     streams: list[Stream] = field(default_factory=list)

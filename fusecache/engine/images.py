@@ -13,6 +13,7 @@ from fusecache.config import Policy, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine.committer import Committer
 from fusecache.engine.image import Image, Intent
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Clock, Invalidate, Threads
 from fusecache.engine.state import CacheState
@@ -61,7 +62,7 @@ class Images:
         self._next_id = 1
         self.committer: Committer
         self.ownership: Ownership
-        self.distrust: Callable[[Image], None]
+        self.lasting: Lasting
         """Has the clean blocks of an image dropped, soon: a sync of its origin failed."""
 
     def load(self, rows: Iterable[ImageRow], intents: Iterable[tuple[int, int, int]]) -> None:
@@ -127,7 +128,7 @@ class Images:
         Args:
             gone: the image itself is removed, so that its setting goes as well.
         """
-        await self.close_origin(image)
+        await self.lasting.close(image)
         image.row_owed = False
         if self._by_identity.get(image.row.identity) is image:
             del self._by_identity[image.row.identity]
@@ -295,15 +296,11 @@ class Images:
         covered = image.written
         if image.synced < covered:
             try:
-                await self._threads.harmless(image.limiter, image.origin.sync)
+                await self.lasting.sync(image)
             except OriginError as exc:
-                image.counters.failed(exc)
-                image.sync_failed()
                 log.warning("%s could not be synced at its last close: %s", image.name, exc)
                 if covered > 1 and not image.gone:
                     return
-            else:
-                image.synced = max(image.synced, covered)
         await self.forget(image, gone=image.gone)
 
     async def before_close(self, image: Image) -> None:
@@ -337,7 +334,7 @@ class Images:
         if self._core.dirty.pages(image.id):
             # What is dirty is about to be fitted to what we see, which may be an earlier life's
             # truncate that is not synced.
-            await self._threads.harmless(image.limiter, image.origin.sync)
+            await self.lasting.sync(image)
             seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         now = self._clock.origin_ns()
         age = self._tuning.settle_age
@@ -542,24 +539,15 @@ class Images:
                 if image.detached and image.written > 1:
                     await self.forget(image)  # its last close could not
                 else:
-                    await self.close_origin(image)
-
-    async def close_origin(self, image: Image) -> None:
-        """In a thread: on a network filesystem a close asks the server."""
-        await self._threads.harmless(image.limiter, image.origin.close)
+                    await self.lasting.close(image)
 
     async def _synced(self, image: Image) -> bool:
         """Whether the origin has all we wrote, synced: nobody could do it later."""
-        covered = image.written
-        if image.synced < covered and image.written > 1:
+        if image.synced < image.written and image.written > 1:
             try:
-                await self._threads.harmless(image.limiter, image.origin.sync)
-            except OriginError as exc:
-                image.counters.failed(exc)
-                image.sync_failed()
-                self.distrust(image)
+                await self.lasting.sync(image)
+            except OriginError:
                 return False
-            image.synced = max(image.synced, covered)
         return not self._needs_origin(image)
 
     def _needs_origin(self, image: Image) -> bool:

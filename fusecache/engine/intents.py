@@ -7,14 +7,13 @@ drops the clean pages of active regions, a power cut's those of every region wit
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 
 from fusecache.config import Tuning
 from fusecache.engine.committer import Committer
 from fusecache.engine.image import Image, Intent
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.ports import Threads
-from fusecache.errors import FusecacheError, OriginError
-from fusecache.observe.latency import Call, timed
+from fusecache.errors import FusecacheError
 from fusecache.store.block_map import WHOLE_IMAGE, Batch
 
 log = logging.getLogger(__name__)
@@ -29,13 +28,13 @@ class WriteIntents:
         threads: Threads,
         tuning: Tuning,
         now: Callable[[], float],
-        distrust: Callable[[Image], None],
+        lasting: Lasting,
     ) -> None:
         self._committer = committer
         self._threads = threads
         self._tuning = tuning
         self._now = now
-        self._distrust = distrust
+        self._lasting = lasting
 
     @asynccontextmanager
     async def writing(
@@ -142,7 +141,7 @@ class WriteIntents:
             async with image.opening:  # or an eviction could close it under the sync
                 if not image.origin_open:
                     return
-                await self.sync_origin(image)
+                await self._lasting.sync(image)
             await self._committer.barrier()
             await self._committer.commit(lambda: self._take_removed(image, quiet, begun))
         except FusecacheError as exc:
@@ -164,23 +163,3 @@ class WriteIntents:
                 del image.intents[region]
                 batch.settled.append((image.id, region))
         return batch
-
-    async def sync_origin(self, image: Image, *, metadata: bool = True) -> None:
-        """Origin sync; ``image.synced`` tells afterwards what it covered (R5).
-
-        Raises:
-            OriginError: the origin failed; counted.
-        """
-        covered = image.written
-        spans: list[float] = []
-        try:
-            sync = partial(timed(image.origin.sync, spans), metadata=metadata)
-            await self._threads.harmless(image.limiter, sync)
-        except OriginError as exc:
-            image.counters.failed(exc)
-            image.sync_failed()
-            self._distrust(image)
-            raise
-        finally:
-            image.counters.latency.add(Call.SYNC, spans)
-        image.synced = max(image.synced, covered)

@@ -54,6 +54,7 @@ class Ownership:
         Raises:
             LockedElsewhereError: one does.
         """
+        await self._images.lasting.let_go(image)
         try:
             await self._threads.harmless(image.limiter, image.origin.locker(path_fd))
         except LockedElsewhereError as exc:
@@ -98,7 +99,7 @@ class Ownership:
     async def unlock(self, image: Image) -> None:
         """Other hosts may write the image again."""
         if image.origin.locked:
-            await self._threads.harmless(image.limiter, image.origin.unlock)
+            await self._images.lasting.unlock(image)
 
     async def adopt(self, image: Image) -> None:
         """Fits an earlier life's dirty data to the origin: what lies past its end goes.
@@ -110,7 +111,7 @@ class Ownership:
         """
         if image.adopted or not self._state.serves(image):
             return
-        await self._threads.harmless(image.limiter, image.origin.sync)
+        await self._images.lasting.sync(image)
         seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         async with image.cleaning, image.lock.everything():
             await self._images.fit(image, seen.size)

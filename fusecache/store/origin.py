@@ -9,8 +9,10 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fusecache.errors import LockedElsewhereError, LocksUnsupportedError, OriginError
 from fusecache.store import syscalls
@@ -50,6 +52,8 @@ class OriginImage:
         self._lock_fd = -1
         self._at_once = _READAHEAD
         """Bytes the kernel reads at a time."""
+        self._mutex = threading.Lock()
+        """Over the numbers: of what was closed, one may be another file's."""
         self._era = 0
         """Closed so often: what began before a close takes no effect after it."""
 
@@ -76,22 +80,25 @@ class OriginImage:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
                 self._at_once = _readahead_of(fd)
             seen = Attributes.of(os.fstat(fd))
-            if era != self._era:
-                os.close(fd)
-                return seen
-            old = self._write_fd if write else self._read_fd
-            if old >= 0:
-                # In place, so that a read under way in another thread never meets a closed
-                # descriptor or, worse, its number given to another file.
-                os.dup2(fd, old, inheritable=False)
-                os.close(fd)
-            elif write:
-                self._write_fd = fd
-            else:
-                self._read_fd = fd
+            self._take(fd, write=write, era=era)
             return seen
         except OSError as exc:
             raise _translated(exc, "opening the image") from exc
+
+    def _take(self, fd: int, *, write: bool, era: int) -> None:
+        with self._mutex:
+            old = self._write_fd if write else self._read_fd
+            if era == self._era and old < 0:
+                if write:
+                    self._write_fd = fd
+                else:
+                    self._read_fd = fd
+                return
+            if era == self._era:
+                # In place, so that a read under way in another thread never meets a closed
+                # descriptor or, worse, its number given to another file.
+                os.dup2(fd, old, inheritable=False)
+        os.close(fd)
 
     def opener(self, path_fd: int, *, write: bool) -> Callable[[], Attributes]:
         """``open`` for a thread that may be left behind: it has a descriptor of its own, since
@@ -255,25 +262,46 @@ class OriginImage:
             if exc.errno in _NO_LOCKS:
                 raise LocksUnsupportedError(exc.errno, f"locking: {exc.strerror}") from exc
             raise _translated(exc, "locking the image") from exc
-        if era == self._era:
-            self._lock_fd = fd
-        else:
-            os.close(fd)
+        with self._mutex:
+            if era == self._era:
+                self._lock_fd = fd
+                return
+        os.close(fd)
 
     def unlock(self) -> None:
-        """Gives the lock up; twice does nothing."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        """Gives the lock up; twice does nothing. Raises OriginError."""
+        self.unlocker()()
+
+    def unlocker(self) -> Callable[[], None]:
+        """``unlock`` for a thread that may be left behind: from this call on it is not locked, and
+        the number of the descriptor that is closed is nobody else's."""
+        with self._mutex:
+            mine, self._lock_fd = self._lock_fd, -1
+        return partial(_close, [mine])
 
     def close(self) -> None:
-        """Closes both descriptors and gives up the lock; twice does nothing."""
-        self._era += 1
-        self.unlock()
-        for fd in (self._read_fd, self._write_fd):
+        """Closes both descriptors and gives up the lock; twice does nothing. Raises OriginError."""
+        self.closer()()
+
+    def closer(self) -> Callable[[], None]:
+        """``close`` for a thread that may be left behind, see ``unlocker``."""
+        with self._mutex:
+            self._era += 1
+            mine = [self._lock_fd, self._read_fd, self._write_fd]
+            self._lock_fd = self._read_fd = self._write_fd = -1
+        return partial(_close, mine)
+
+
+def _close(fds: list[int]) -> None:
+    failed: OSError | None = None
+    for fd in fds:
+        try:
             if fd >= 0:
                 os.close(fd)
-        self._read_fd = self._write_fd = -1
+        except OSError as exc:
+            failed = exc  # closed all the same
+    if failed is not None:
+        raise _translated(failed, "closing the image") from failed
 
 
 def _readahead_of(fd: int) -> int:

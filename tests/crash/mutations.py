@@ -11,6 +11,7 @@ from fusecache.engine import committer, images, writes
 from fusecache.engine.committer import Committer
 from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.locks import SpanLock
 from fusecache.store.block_map import Batch, BlockMap
 from tests.crash.mutation import mutation, nothing, patch
@@ -75,7 +76,7 @@ def r4_active_is_cleared_while_a_write_is_in_flight() -> Any:
 
 @mutation
 def r4_rows_are_removed_without_an_origin_sync() -> Any:
-    return patch(WriteIntents, "sync_origin", nothing)
+    return patch(Lasting, "sync", nothing)
 
 
 @mutation

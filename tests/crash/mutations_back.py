@@ -319,7 +319,11 @@ def an_image_grows_after_its_data() -> Any:
         await cached(self, image, offset, data)
         await extend(self._origin, image, offset + len(data))
 
-    return together(patch(OriginWrites, "extend", nothing), patch(Writes, "_cached", late))
+    return together(
+        patch(OriginWrites, "extend", nothing),
+        patch(Writes, "_lengthen", nothing),
+        patch(Writes, "_cached", late),
+    )
 
 
 @mutation

@@ -9,7 +9,7 @@ from fusecache.core.rows import U32
 from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_writes import Part
-from fusecache.engine.intents import WriteIntents
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.ownership import Ownership
 from fusecache.engine.writes import Writes
 from fusecache.errors import OriginError
@@ -41,20 +41,20 @@ def r5_settled_before_the_rows_are_stable() -> Any:
 
 @mutation
 def r5_clean_without_a_sync_of_the_origin() -> Any:
-    write_runs, sync_origin = Cleaner._write_runs, WriteIntents.sync_origin
+    write_runs, sync_origin = Cleaner._write_runs, Lasting.sync
     skip: list[None] = []
 
     async def runs(self: Cleaner, *args: Any, **kwargs: Any) -> None:
         await write_runs(self, *args, **kwargs)
         skip[:] = [None]
 
-    async def sync(self: WriteIntents, image: Any, **kwargs: Any) -> None:
+    async def sync(self: Lasting, image: Any, **kwargs: Any) -> None:
         if skip:
             skip.clear()
         else:
             await sync_origin(self, image, **kwargs)
 
-    return together(patch(Cleaner, "_write_runs", runs), patch(WriteIntents, "sync_origin", sync))
+    return together(patch(Cleaner, "_write_runs", runs), patch(Lasting, "sync", sync))
 
 
 def _keeps_cleaning(name: str) -> Any:
@@ -163,16 +163,16 @@ def r5_held_pages_go_past_the_cache_at_the_limit() -> Any:
 
 @mutation
 def r5_a_failed_sync_in_between_is_ignored() -> Any:
-    original = WriteIntents.sync_origin
+    original = Lasting.sync
 
-    async def sync(self: WriteIntents, image: Any, **kwargs: Any) -> None:
+    async def sync(self: Lasting, image: Any, **kwargs: Any) -> None:
         try:
             await original(self, image, **kwargs)
         except OriginError:
             image.failed_syncs -= 1
             raise
 
-    return patch(WriteIntents, "sync_origin", sync)
+    return patch(Lasting, "sync", sync)
 
 
 @mutation
@@ -191,13 +191,13 @@ def r5_a_failed_writeback_makes_clean() -> Any:
 
 @mutation
 def r5_an_origin_sync_covers_what_came_during_it() -> Any:
-    original = WriteIntents.sync_origin
+    original = Lasting.sync
 
-    async def sync(self: WriteIntents, image: Any, **kwargs: Any) -> None:
+    async def sync(self: Lasting, image: Any, **kwargs: Any) -> None:
         await original(self, image, **kwargs)
         image.synced = image.written
 
-    return patch(WriteIntents, "sync_origin", sync)
+    return patch(Lasting, "sync", sync)
 
 
 @mutation

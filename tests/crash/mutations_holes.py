@@ -49,7 +49,7 @@ def r5_the_rows_of_a_hole_are_not_stable() -> Any:
 
 @mutation
 def r5_a_hole_is_not_synced_before_its_rows() -> Any:
-    return _built("_intents", lambda intents: {"sync_origin": nothing})
+    return _built("_lasting", lambda lasting: {"sync": nothing})
 
 
 @mutation
@@ -109,6 +109,6 @@ def a_hole_past_a_broken_cache_leaves_out_the_slot() -> Any:
 @mutation
 def r5_a_failed_sync_before_that_of_a_hole_is_ignored() -> Any:
     async def sync(self: Holes, image: Any, failed_syncs: int) -> None:
-        await self._intents.sync_origin(image)
+        await self._lasting.sync(image)
 
     return patch(Holes, "_sync", sync)

@@ -1,5 +1,6 @@
 """What was looked up before a wait may be another thing afterwards."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -194,18 +195,18 @@ async def test_a_settling_page_keeps_the_lock_after_the_last_close(
     back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P8: a power cut would bring the page back, over what another host has written since."""
-    unlock, given_up = OriginDouble.unlock, 0
+    unlocker, given_up = OriginDouble.unlocker, 0
     async with back.open() as cache:
         image = await opened(cache)
 
-        def checked(self: OriginDouble) -> None:
+        def checked(self: OriginDouble) -> Callable[[], None]:
             nonlocal given_up
             given_up += self.locked
             assert not cache.core.dirty.slots(image.id).size
             assert [row.writing for row in cache.block_map.images()] == [0]
-            unlock(self)
+            return unlocker(self)
 
-        monkeypatch.setattr(OriginDouble, "unlock", checked)
+        monkeypatch.setattr(OriginDouble, "unlocker", checked)
         await write(cache, image, 0, PAGE, 2)
         back.before = {"sync": 2.0}
         async with trio.open_nursery() as nursery:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.errors import OriginError
+from fusecache.errors import LockedElsewhereError, OriginError
 from fusecache.store import syscalls
 from fusecache.store.origin import Attributes, OriginImage, attributes_of, identity_of
 from tests.support.stamps import stamped
@@ -315,3 +315,51 @@ def test_what_the_kernel_refuses_is_said_with_its_number(
     assert caught.value.errno == errno.EOPNOTSUPP
     with pytest.raises(OriginError, match="looking for data or a hole at 0"):
         image.seek(0, 99)
+
+
+def test_what_is_closed_later_is_nobody_elses_number(tmp_path: Path, image: OriginImage) -> None:
+    """A close may be left behind while the origin stalls; the next open must not meet it."""
+    path = tmp_path / "image"
+    path.write_bytes(bytes(100))
+    with pinned(path) as path_fd:
+        image.open(path_fd, write=True)
+        image.lock(path_fd)
+        close = image.closer()
+        assert not (image.readable or image.writable or image.locked)
+        image.open(path_fd, write=False)
+        unlock = image.unlocker()
+        assert image.attributes().size == path.stat().st_size
+        close()
+        unlock()
+        assert image.readable and image.attributes().size == path.stat().st_size
+        image.lock(path_fd)
+        unlock = image.unlocker()
+        assert not image.locked
+        with pytest.raises(LockedElsewhereError):
+            image.lock(path_fd)  # it is on its way out
+        unlock()
+        image.lock(path_fd)
+        assert image.locked
+    image.close()
+
+
+def test_a_close_that_fails_has_closed_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: OriginImage
+) -> None:
+    closed = list[int]()
+
+    def failing(fd: int) -> None:
+        closed.append(fd)
+        os_close(fd)
+        raise OSError(errno.EIO, "input/output error")
+
+    os_close = os.close
+    (tmp_path / "image").touch()
+    with pinned(tmp_path / "image") as path_fd:
+        image.open(path_fd, write=False)
+        image.open(path_fd, write=True)
+        close = image.closer()
+        with monkeypatch.context() as patched, pytest.raises(OriginError):
+            patched.setattr(os, "close", failing)
+            close()
+    assert len(closed) == 2

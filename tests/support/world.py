@@ -215,6 +215,11 @@ class World:
             raise Cut
         self.steps += 1
 
+    @property
+    def is_cut(self) -> bool:
+        """The switch has fallen."""
+        return self.cut_at is not None and self.steps >= self.cut_at
+
     # -- files -------------------------------------------------------------------------------------
 
     def make_file(
@@ -441,7 +446,11 @@ class OriginDouble(OriginImage):
         self._locked = True
 
     def unlock(self) -> None:
+        """The end of the lock, in a thread."""
+
+    def unlocker(self) -> Callable[[], None]:
         self._locked = False
+        return self.unlock
 
     @property
     def locked(self) -> bool:
@@ -515,7 +524,11 @@ class OriginDouble(OriginImage):
             raise
 
     def close(self) -> None:
+        """The end of the descriptors, in a thread."""
+
+    def closer(self) -> Callable[[], None]:
         self._reads = self._writes = self._locked = False
+        return self.close
 
 
 class RecordedBlockMap(BlockMap):

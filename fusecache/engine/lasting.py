@@ -1,0 +1,126 @@
+"""Calls of the origin whose outcome counts also if whoever asked for them gives up.
+
+A sync, because the kernel tells of a lost write once, to whichever sync of the file comes first:
+its failure must be noted, and no other sync believed meanwhile. A close and the end of a lock,
+because whoever opens or locks next must find them done. Each runs in a task of the engine; at the
+engine's end they are left behind like everything that a stalled origin holds up.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from fusecache.engine.image import Image, OriginSync
+from fusecache.engine.ports import Threads
+from fusecache.errors import OriginError
+from fusecache.observe.latency import Call, timed
+
+log = logging.getLogger(__name__)
+
+
+class Lasting:
+    """See the module.
+
+    Args:
+        nursery: the engine's.
+        distrust: told of images of which a sync failed.
+    """
+
+    def __init__(
+        self, nursery: trio.Nursery, threads: Threads, distrust: Callable[[Image], None]
+    ) -> None:
+        self._nursery = nursery
+        self._threads = threads
+        self._distrust = distrust
+
+    async def sync(self, image: Image, *, metadata: bool = True) -> None:
+        """Origin sync; ``image.synced`` tells afterwards what it covered (R5).
+
+        One at a time for each image; those who wait for the same one share it.
+
+        Raises:
+            OriginError: the origin failed; counted.
+        """
+        mine = image.next_sync
+        if mine is None:
+            mine = image.next_sync = OriginSync()
+        mine.metadata = mine.metadata or metadata
+        if image.running_sync is None:
+            self._begin_next(image)
+            self._nursery.start_soon(self._run, image)
+        await mine.done.wait()
+        if mine.error is not None:
+            raise mine.error
+
+    def _begin_next(self, image: Image) -> None:
+        image.running_sync, image.next_sync = image.next_sync, None
+
+    async def _run(self, image: Image) -> None:
+        while (current := image.running_sync) is not None:
+            try:
+                await self._sync(image, current)
+            finally:
+                self._begin_next(image)
+                current.done.set()
+
+    async def _sync(self, image: Image, current: OriginSync) -> None:
+        current.error = OriginError(5, "fusecache is stopping")  # if this is cancelled
+        covered = image.written
+        spans: list[float] = []
+        try:
+            sync = partial(timed(image.origin.sync, spans), metadata=current.metadata)
+            await self._threads.harmless(image.limiter, sync)
+        except OriginError as exc:
+            current.error = exc
+            image.counters.failed(exc)
+            image.sync_failed()
+            self._distrust(image)
+        else:
+            current.error = None
+            image.synced = max(image.synced, covered)
+        finally:
+            image.counters.latency.add(Call.SYNC, spans)
+
+    async def close(self, image: Image) -> None:
+        """Closes the origin's descriptors, after a sync that is under way, and gives up the lock.
+
+        In a thread: on a network filesystem a close asks the server.
+        """
+        while image.running_sync is not None:
+            await image.running_sync.done.wait()
+        await self._let_go(image, image.origin.closer())
+
+    async def unlock(self, image: Image) -> None:
+        """Gives up the lock."""
+        await self._let_go(image, image.origin.unlocker())
+
+    async def let_go(self, image: Image) -> None:
+        """Returns once no lock of ours is on its way out: it would keep us from taking it anew."""
+        while image.letting_go is not None:
+            await image.letting_go.wait()
+
+    async def _let_go(self, image: Image, close: Callable[[], None]) -> None:
+        before, image.letting_go = image.letting_go, trio.Event()
+        self._nursery.start_soon(self._close, image, close, before, image.letting_go)
+        await image.letting_go.wait()
+
+    async def _close(
+        self,
+        image: Image,
+        close: Callable[[], None],
+        before: trio.Event | None,
+        done: trio.Event,
+    ) -> None:
+        try:
+            if before is not None:
+                await before.wait()
+            await self._threads.harmless(image.limiter, close)
+        except OriginError as exc:
+            image.counters.failed(exc)
+            log.warning("%s was not closed well on the origin: %s", image.name, exc)
+        finally:
+            if image.letting_go is done:
+                image.letting_go = None
+            done.set()
