@@ -334,8 +334,11 @@ class Images:
         if self._core.dirty.pages(image.id):
             # What is dirty is about to be fitted to what we see, which may be an earlier life's
             # truncate that is not synced.
-            await self.lasting.sync(image)
-            seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+            async with image.cleaning:
+                if image.own_pending:
+                    return True  # the cleaner is at it, and will record what it made of the file
+                await self.lasting.sync(image)
+                seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         now = self._clock.origin_ns()
         age = self._tuning.settle_age
         if image.settles and image.matches(seen):

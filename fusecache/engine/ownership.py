@@ -170,11 +170,11 @@ class Ownership:
                 image.own_pending = False  # recorded when the last writer closes
                 return
             if image.own_pending:
+                image.own_pending = False  # a batch that begins while we ask sets it anew
                 try:
                     seen = await self._threads.harmless(image.limiter, image.origin.attributes)
                 except OriginError as exc:
                     image.counters.failed(exc)
                 else:
                     image.record(seen, self._clock.origin_ns(), self._tuning.settle_age, own=True)
-                image.own_pending = False
             await self.release(image)

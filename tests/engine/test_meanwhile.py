@@ -11,7 +11,7 @@ from fusecache.engine.degraded import Degraded
 from fusecache.engine.image import Image
 from fusecache.engine.reads import Reads
 from fusecache.errors import CacheDeviceError, LockedElsewhereError, OriginError
-from tests.engine.conftest import BLOCK
+from tests.engine.conftest import BLOCK, BLOCKS
 from tests.engine.handles import fail, on_origin, opened, tune, versions, write
 from tests.support.world import PAGE, DeviceDouble, OriginDouble, World
 
@@ -306,3 +306,49 @@ async def test_what_an_earlier_life_wrote_is_synced_although_the_image_is_forgot
         await getattr(cache, verb)(image, 1)
         assert cache.images.find(b"id1") is None
         assert synced == [image.origin] and not image.origin_open
+
+
+async def test_what_the_cleaner_does_during_the_sync_of_an_open_is_nobody_elses_change(
+    back: World, autojump_clock: MockClock
+) -> None:
+    """Clean blocks stay."""
+    tune(back, dirty_age=600.0)
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.read(image, 0, BLOCK * BLOCKS)
+        await write(cache, image, 0, PAGE, 2)
+        await cache.close(image, write=True)
+        await trio.sleep(4)
+        back.before = {"~sync": 2.0, "~_copy": 1.0}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(opened, cache)
+            await trio.sleep(0.5)
+            nursery.start_soon(cache.flush, image)
+        back.before = {}
+        assert cache.core.usage(image.id).blocks == BLOCKS
+        await cache.close(image, write=True)
+
+
+async def test_a_batch_that_begins_while_the_last_one_is_recorded_is_recorded_as_well(
+    back: World, autojump_clock: MockClock
+) -> None:
+    tune(back, dirty_age=600.0)
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.read(image, 0, BLOCK * BLOCKS)
+        await write(cache, image, 0, PAGE, 2)
+        await cache.close(image, write=True)
+        await trio.sleep(4)
+        back.before = {"~sync": 60.0}
+        with trio.move_on_after(0.3):
+            await cache.flush(image)
+        assert image.own_pending
+        back.before = {"attributes": 1.0, "~_copy": 2.0}
+        await trio.sleep(0.8)
+        await cache.flush(image)
+        back.before = {}
+        await trio.sleep(5)
+        assert not image.own_pending
+        assert image.row.ctime_ns == back.files[1].ctime_ns
+        await cache.close(await opened(cache), write=True)
+        assert cache.core.usage(image.id).blocks == BLOCKS
