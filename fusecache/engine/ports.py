@@ -58,8 +58,9 @@ class Threads:
     async def harmless(
         self, limiter: trio.CapacityLimiter, fn: Callable[[*Ts], T], *args: *Ts
     ) -> T:
-        """An origin call that changes nothing there: at an end it may be left behind, so that a
-        stalled origin cannot hold up an unmount."""
+        """An origin call that changes no data there: its caller may give up and leave it behind, so
+        that a stalled origin cannot hold up an unmount. See ``Lasting`` for those whose outcome
+        counts all the same."""
         return await self.run(fn, *args, limiter=limiter, abandon_on_cancel=True)
 
     async def metadata(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
