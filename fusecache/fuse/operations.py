@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LISTING_PART = 64
+_LISTING_ANSWER = 4 * _LISTING_PART
+"""Entries after which an answer is long enough; the kernel asks on. It may have room for 1 MiB, and
+the way through the lane takes some 200 KiB without privilege (see laned.py)."""
 _OVERTAKING = 0.0002
 _CAPABILITY = b"security.capability"
 _NO_DATA = FUSEError(errno.ENODATA)
@@ -253,13 +256,15 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """Entries in a fixed order; the id of an entry is its place in it."""
+        """Entries in a fixed order; the id of an entry is its place in it. None at all would mean
+        the end, however many names are gone by now."""
         listing = self._listings[fh]
         directory = listing.node.fd
         if start_id == 0:
             names = await self._metadata(self._tree.names, directory)
             listing.names = [b".", b"..", *names]
-        while start_id < len(listing.names):
+        replied = 0
+        while start_id < len(listing.names) and replied < _LISTING_ANSWER:
             part = listing.names[start_id : start_id + _LISTING_PART]
             if start_id < 2:
                 if not await self._reply_dot(listing, start_id, token):
@@ -270,6 +275,7 @@ class Operations(pyfuse3.Operations):
             found = await self._metadata(self._tree.find_all, directory, part)
             if not self._reply_part(found, places, token):
                 return
+            replied += len(found)
             start_id += len(part)
 
     async def _reply_dot(self, listing: Listing, place: int, token: pyfuse3.ReaddirToken) -> bool:
