@@ -341,19 +341,31 @@ class Operations(pyfuse3.Operations):
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
             self._cache.images.attributes_changed(node.identity)
-            await self._metadata(self._set, node, attr, fields)
+            await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
-                await self._metadata(self._set, node, attr, fields)
+                await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
+        if fields.update_mode and self._written(node):
+            await self._drop_privileges(node)  # of an image that was opened meanwhile
         return entry_of(inode, await self._metadata(os.fstat, node.fd), self._timeout)
 
-    def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
+    def _written(self, node: Node) -> bool:
+        """Whether it is open for writing, or is about to be."""
+        image = self._cache.images.find(node.identity)
+        return image is not None and image.writers > 0
+
+    def _mode(self, node: Node, attr: EntryAttributes) -> int:
+        """What a mode that was asked for becomes; see ``_drop_privileges``."""
+        return without_privileges(attr.st_mode) if self._written(node) else attr.st_mode
+
+    def _set(
+        self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields, mode: int
+    ) -> None:
         if fields.update_uid or fields.update_gid:
             uid = attr.st_uid if fields.update_uid else -1
             self._tree.chown(node.fd, uid, attr.st_gid if fields.update_gid else -1)
         if fields.update_mode:
-            written = any(handle.write and handle.node is node for handle in self.handles.values())
-            self._tree.chmod(node.fd, without_privileges(attr.st_mode) if written else attr.st_mode)
+            self._tree.chmod(node.fd, mode)
         if fields.update_atime or fields.update_mtime:
             now = os.fstat(node.fd)
             atime = attr.st_atime_ns if fields.update_atime else now.st_atime_ns
@@ -426,10 +438,16 @@ class Operations(pyfuse3.Operations):
     # -- files -------------------------------------------------------------------------------------
 
     async def _open_image(self, node: Node, *, write: bool) -> Image:
-        if write:
-            await self._drop_privileges(node)
         path = self._tree.path_of(node.fd)  # from memory: never asks the origin
-        return await self._cache.open(node.identity, path, node.fd, write=write)
+        image = await self._cache.open(node.identity, path, node.fd, write=write)
+        if write:
+            try:
+                await self._drop_privileges(node)  # only now: from here on nobody sets them
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._cache.close(image, write=True)
+                raise
+        return image
 
     async def _drop_privileges(self, node: Node) -> None:
         """A program that can be written to runs with nobody's privileges. Other filesystems drop
