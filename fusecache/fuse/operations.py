@@ -389,7 +389,8 @@ class Operations(pyfuse3.Operations):
         return statvfs_of(await self._metadata(self._tree.statvfs))
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        """Images have no file capabilities: the kernel asks before every write, so answer fast."""
+        """Images have no file capabilities. Without the lane the kernel asks before every write, so
+        answer fast."""
         if not self.xattrs:
             raise FUSEError(errno.ENOSYS)  # said once, and the kernel never asks again
         if name == _CAPABILITY and (node := self.inodes.get(inode)) is not None and node.regular:

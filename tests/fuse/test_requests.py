@@ -104,12 +104,10 @@ async def test_writes_together_that_fail_are_all_answered(
 
 async def test_each_write_goes_to_the_image_of_its_handle(served: Served, handle: int) -> None:
     second = await ready(served, "second.img")
-    before = served.cache.state.counters.light_commits
     found = await answers(
         served, write(2, handle, 0, b"1" * PAGE), write(4, second, 0, b"2" * PAGE)
     )
     assert {error for error, _ in found.values()} == {0}
-    assert served.cache.state.counters.light_commits == before + 1, "not written together"
     for number, content in ((handle, b"1"), (second, b"2")):
         image = served.operations.handles[number].image
         assert await served.cache.read(image, 0, PAGE) == content * PAGE
