@@ -34,7 +34,8 @@ from fusecache.store.tree import Tree
 log = logging.getLogger("fusecache")
 
 NO_XATTRS = "noxattr"
-"""As a mount option: no extended attributes. The kernel asks for one before every write."""
+"""As a mount option: no extended attributes. Without the lane the kernel asks for one before every
+write."""
 
 
 def start(plan: MountConfig, again: Callable[[], MountConfig]) -> None:

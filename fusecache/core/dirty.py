@@ -172,7 +172,8 @@ class DirtyPages:
         """The pages (a mask) are dirty from now on, which is a use of the slot; a row is owed if
         they were not before.
 
-        The caller has the slot pinned. Whatever a writeback has taken of them counts no more.
+        The caller has the slot pinned, or writes before anything else can run. Whatever a
+        writeback has taken of them counts no more.
         """
         slots = self._slots
         before = slots.dirty[slot]

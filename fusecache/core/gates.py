@@ -101,9 +101,10 @@ class Gate:
         self._words32[self._at32 + _FLAGS] = 0 if self._gates.is_shut else flags
 
     def mark(self, blocks: Iterable[int]) -> None:
-        """A hit in one of these blocks, at most ``MARKS``, is for Python."""
+        """A hit in one of these blocks, at most ``MARKS``, is for Python. What does not fit is
+        left out: nothing is cached so far out but for one last block."""
         at = self._at32 + _FIRST_MARK
-        marks = list(blocks)[:MARKS]
+        marks = [block for block in blocks if block < NO_BLOCK][:MARKS]
         for place in range(MARKS):
             self._words32[at + place] = marks[place] if place < len(marks) else NO_BLOCK
 

@@ -39,7 +39,8 @@ class Part:
 
 
 class DirtyWrites:
-    """Carries out writes for callers that hold the lock of their span."""
+    """Carries out writes for callers that hold the lock of their span; or that have seen that
+    nobody does, and write at once."""
 
     def __init__(
         self,

@@ -4,7 +4,8 @@ from fusecache.engine.in_place import InPlace
 from fusecache.engine.ports import Threads
 from fusecache.store.cache_device import CacheDevice
 
-_IN_PLACE = 128 << 10
+IN_PLACE = 128 << 10
+"""The most that is written without a thread at a time."""
 
 
 class SlotIO:
@@ -17,7 +18,7 @@ class SlotIO:
 
     def in_place(self, length: int) -> bool:
         """Whether to write so many bytes without a thread now."""
-        return length <= _IN_PLACE and self.here.allowed
+        return length <= IN_PLACE and self.here.allowed
 
     def write_now(self, position: int, data: memoryview) -> None:
         """Writes without a thread. Raises CacheDeviceError."""

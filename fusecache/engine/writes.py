@@ -17,6 +17,7 @@ from fusecache.engine.dirty_writes import DirtyWrites, Part
 from fusecache.engine.image import Image
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
+from fusecache.engine.slot_io import IN_PLACE
 from fusecache.engine.state import CacheState
 from fusecache.errors import CacheDeviceError, DatabaseError, OriginError, RetiredSlotError
 from fusecache.observe.counters import Reason, Served
@@ -94,19 +95,19 @@ class Writes:
         """
         done: list[bool] = []
         while len(done) < len(wanted):
-            count, size = 0, 0
-            for _, _, data in wanted[len(done) :]:
-                size += len(data)
-                if count and not self._dirty.at_once(size):
-                    break
-                count += 1
-            done += self._together(wanted[len(done) : len(done) + count])
+            first = last = len(done)
+            size = 0
+            while last < len(wanted) and (last == first or size + len(wanted[last][2]) <= IN_PLACE):
+                size += len(wanted[last][2])
+                last += 1
+            if self._dirty.at_once(size):
+                done += self._together(wanted[first:last])
+            else:
+                done += [False] * (last - first)
         return done
 
     def _together(self, wanted: Sequence[Write]) -> list[bool]:
         done = [False] * len(wanted)
-        if not self._dirty.at_once(sum(len(data) for _, _, data in wanted)):
-            return done
         places: list[int] = []
         soiled: list[tuple[int, bytes]] = []
         for place, write in enumerate(wanted):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LISTING_PART = 64
+_LISTING_ANSWER = 4 * _LISTING_PART
+"""Entries after which an answer is long enough; the kernel asks on. It may have room for 1 MiB, and
+the way through the lane takes some 200 KiB without privilege (see laned.py)."""
 _OVERTAKING = 0.0002
 _CAPABILITY = b"security.capability"
 _NO_DATA = FUSEError(errno.ENODATA)
@@ -253,13 +256,15 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """Entries in a fixed order; the id of an entry is its place in it."""
+        """Entries in a fixed order; the id of an entry is its place in it. None at all would mean
+        the end, however many names are gone by now."""
         listing = self._listings[fh]
         directory = listing.node.fd
         if start_id == 0:
             names = await self._metadata(self._tree.names, directory)
             listing.names = [b".", b"..", *names]
-        while start_id < len(listing.names):
+        replied = 0
+        while start_id < len(listing.names) and replied < _LISTING_ANSWER:
             part = listing.names[start_id : start_id + _LISTING_PART]
             if start_id < 2:
                 if not await self._reply_dot(listing, start_id, token):
@@ -270,6 +275,7 @@ class Operations(pyfuse3.Operations):
             found = await self._metadata(self._tree.find_all, directory, part)
             if not self._reply_part(found, places, token):
                 return
+            replied += len(found)
             start_id += len(part)
 
     async def _reply_dot(self, listing: Listing, place: int, token: pyfuse3.ReaddirToken) -> bool:
@@ -335,19 +341,31 @@ class Operations(pyfuse3.Operations):
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
             self._cache.images.attributes_changed(node.identity)
-            await self._metadata(self._set, node, attr, fields)
+            await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
-                await self._metadata(self._set, node, attr, fields)
+                await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
+        if fields.update_mode and self._written(node):
+            await self._drop_privileges(node)  # of an image that was opened meanwhile
         return entry_of(inode, await self._metadata(os.fstat, node.fd), self._timeout)
 
-    def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
+    def _written(self, node: Node) -> bool:
+        """Whether it is open for writing, or is about to be."""
+        image = self._cache.images.find(node.identity)
+        return image is not None and image.writers > 0
+
+    def _mode(self, node: Node, attr: EntryAttributes) -> int:
+        """What a mode that was asked for becomes; see ``_drop_privileges``."""
+        return without_privileges(attr.st_mode) if self._written(node) else attr.st_mode
+
+    def _set(
+        self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields, mode: int
+    ) -> None:
         if fields.update_uid or fields.update_gid:
             uid = attr.st_uid if fields.update_uid else -1
             self._tree.chown(node.fd, uid, attr.st_gid if fields.update_gid else -1)
         if fields.update_mode:
-            written = any(handle.write and handle.node is node for handle in self.handles.values())
-            self._tree.chmod(node.fd, without_privileges(attr.st_mode) if written else attr.st_mode)
+            self._tree.chmod(node.fd, mode)
         if fields.update_atime or fields.update_mtime:
             now = os.fstat(node.fd)
             atime = attr.st_atime_ns if fields.update_atime else now.st_atime_ns
@@ -371,7 +389,8 @@ class Operations(pyfuse3.Operations):
         return statvfs_of(await self._metadata(self._tree.statvfs))
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        """Images have no file capabilities: the kernel asks before every write, so answer fast."""
+        """Images have no file capabilities. Without the lane the kernel asks before every write, so
+        answer fast."""
         if not self.xattrs:
             raise FUSEError(errno.ENOSYS)  # said once, and the kernel never asks again
         if name == _CAPABILITY and (node := self.inodes.get(inode)) is not None and node.regular:
@@ -420,10 +439,16 @@ class Operations(pyfuse3.Operations):
     # -- files -------------------------------------------------------------------------------------
 
     async def _open_image(self, node: Node, *, write: bool) -> Image:
-        if write:
-            await self._drop_privileges(node)
         path = self._tree.path_of(node.fd)  # from memory: never asks the origin
-        return await self._cache.open(node.identity, path, node.fd, write=write)
+        image = await self._cache.open(node.identity, path, node.fd, write=write)
+        if write:
+            try:
+                await self._drop_privileges(node)  # only now: from here on nobody sets them
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._cache.close(image, write=True)
+                raise
+        return image
 
     async def _drop_privileges(self, node: Node) -> None:
         """A program that can be written to runs with nobody's privileges. Other filesystems drop

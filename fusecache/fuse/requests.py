@@ -11,6 +11,7 @@ from pyfuse3 import FUSEError
 
 from fusecache import lane as lanes
 from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.writes import Write
 from fusecache.fuse.guard import answer
 from fusecache.fuse.operations import Handle, Operations
 
@@ -59,18 +60,15 @@ class Requests:
         async with trio.open_nursery() as nursery:
             while not self._lane.ended:
                 await trio.lowlevel.wait_readable(self._lane.queue)
-                writes: list[Request] = []
+                writes: list[tuple[Request, Write]] = []
                 for request in self._lane.take():
-                    if not self._at_once(request):
-                        if request[1] == lanes.WRITE:
-                            writes.append(request)
-                        else:
-                            nursery.start_soon(self._answer, request)
+                    if not self._at_once(request, writes):
+                        nursery.start_soon(self._answer, request)
                 for request in self._written_together(writes):
                     nursery.start_soon(self._answer, request)
 
-    def _at_once(self, request: Request) -> bool:
-        """Answers a hit; False for all else."""
+    def _at_once(self, request: Request, writes: list[tuple[Request, Write]]) -> bool:
+        """Answers a hit; adds a write that is none to ``writes``. False for all else."""
         unique, opcode, number, offset, length, _, data = request
         try:
             if opcode == lanes.READ:
@@ -79,32 +77,31 @@ class Requests:
                     return False
                 self._reply(unique, 0, hit)
                 return True
-            if data is None or not self._cache.try_write(self._handles[number].image, offset, data):
+            if data is None:
                 return False
+            image = self._handles[number].image
+            if not self._cache.try_write(image, offset, data):
+                writes.append((request, (image, offset, data)))
+                return True
         except Exception as exc:
             self._reply(unique, answer(self._state, exc, _NAMES[opcode]).errno, b"")
             return True
         self._reply(unique, 0, _WRITTEN.pack(length, 0))
         return True
 
-    def _written_together(self, requests: list[Request]) -> list[Request]:
+    def _written_together(self, writes: list[tuple[Request, Write]]) -> list[Request]:
         """Answers the writes that need no wait; returns the others."""
-        if not requests:
+        if not writes:
             return []
-        writes = []
-        for request in requests:
-            data = request[6]
-            assert data is not None
-            writes.append((self._handles[request[2]].image, request[3], data))
         try:
-            done = self._cache.write_at_once(writes)
+            done = self._cache.write_at_once([write for _, write in writes])
         except Exception as exc:
             failed = answer(self._state, exc, "write").errno
-            for request in requests:
+            for request, _ in writes:
                 self._reply(request[0], failed, b"")
             return []
         left = []
-        for request, is_done in zip(requests, done, strict=True):
+        for (request, _), is_done in zip(writes, done, strict=True):
             if is_done:
                 self._reply(request[0], 0, _WRITTEN.pack(request[4], 0))
             else:

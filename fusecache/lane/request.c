@@ -81,6 +81,18 @@ static enum request_kind parse_init(const char *message, size_t size, struct req
     return REQUEST_INIT;
 }
 
+static enum request_kind parse_forgets(const char *message, size_t size, struct request *request)
+{
+    struct fuse_batch_forget_in in;
+    size_t before = sizeof(struct fuse_in_header) + sizeof in;
+    if (!body(message, size, &in, sizeof in) ||
+        size - before != (uint64_t)in.count * sizeof(struct fuse_forget_one))
+        return REQUEST_BAD;
+    request->length = in.count;
+    request->data = message + before;
+    return REQUEST_FORGETS;
+}
+
 static enum request_kind parse_getxattr(const char *message, size_t size)
 {
     size_t before = sizeof(struct fuse_in_header) + sizeof(struct fuse_getxattr_in);
@@ -103,6 +115,8 @@ static enum request_kind parse_body(const char *message, size_t size, struct req
         return parse_fallocate(message, size, request);
     case FUSE_LSEEK:
         return parse_lseek(message, size, request);
+    case FUSE_BATCH_FORGET:
+        return parse_forgets(message, size, request);
     case FUSE_GETXATTR:
         return parse_getxattr(message, size);
     case FUSE_GETATTR:
@@ -130,4 +144,20 @@ void request_parse(const void *message, size_t size, struct request *request)
     if (header.len != size)
         return;
     request->kind = parse_body(message, size, request);
+}
+
+size_t request_forgets(const void *message, const struct request *request, uint64_t first,
+                       char *into)
+{
+    struct fuse_in_header header;
+    uint64_t left = request->length - first;
+    struct fuse_batch_forget_in in = {.count = left < FORGETS ? (uint32_t)left : FORGETS};
+    size_t length = in.count * sizeof(struct fuse_forget_one);
+    memcpy(&header, message, sizeof header);
+    header.len = (uint32_t)(sizeof header + sizeof in + length);
+    memcpy(into, &header, sizeof header);
+    memcpy(into + sizeof header, &in, sizeof in);
+    memcpy(into + sizeof header + sizeof in,
+           request->data + first * sizeof(struct fuse_forget_one), length);
+    return header.len;
 }

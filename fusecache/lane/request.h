@@ -7,12 +7,18 @@
 
 #include <linux/fuse.h>
 
+#define FORGETS 1024 /* entries in one part */
+#define FORGETS_SIZE                                                                               \
+    (sizeof(struct fuse_in_header) + sizeof(struct fuse_batch_forget_in) +                         \
+     FORGETS * sizeof(struct fuse_forget_one))
+
 enum request_kind {
     REQUEST_BAD,     /* its lengths do not fit; answered with EIO if it can be answered */
     REQUEST_OTHER,   /* for pyfuse3, unchanged */
     REQUEST_NOTHING, /* needs no work and no answer */
     REQUEST_INIT,
     REQUEST_GETATTR,
+    REQUEST_FORGETS,    /* a FUSE_BATCH_FORGET: for pyfuse3, in parts */
     REQUEST_CAPABILITY, /* the question for security.capability that comes before every write */
     REQUEST_READ,
     REQUEST_WRITE,
@@ -28,12 +34,17 @@ struct request {
     uint64_t node;
     uint64_t handle;
     uint64_t offset;
-    uint64_t length;  /* bytes asked for, written, or to be allocated */
+    uint64_t length;  /* bytes asked for, written, or to be allocated; FORGETS: entries */
     uint32_t detail;  /* FSYNC, INIT: flags; FALLOCATE: mode; LSEEK: whence */
-    const char *data; /* WRITE: length bytes inside the message */
+    const char *data; /* inside the message; WRITE: length bytes, FORGETS: length entries */
 };
 
 /* Reads what is in size bytes at message, which need not be aligned or trusted. */
 void request_parse(const void *message, size_t size, struct request *request);
+
+/* Makes a request of its own of the entries of REQUEST_FORGETS from ``first`` on, FORGETS at most,
+ * in FORGETS_SIZE bytes at ``into``. Returns its size. */
+size_t request_forgets(const void *message, const struct request *request, uint64_t first,
+                       char *into);
 
 #endif

@@ -210,12 +210,26 @@ static void forward(struct lane *lane, const char *message, size_t size)
     }
 }
 
+/* The kernel sends as many as fit into its largest request, which the pair might refuse, and for
+ * which libfuse has no room: then they were lost. */
+static void forward_forgets(struct lane *lane, const char *message, const struct request *request)
+{
+    char part[FORGETS_SIZE];
+    for (uint64_t first = 0; first < request->length; first += FORGETS)
+        forward(lane, part, request_forgets(message, request, first, part));
+}
+
+static uint64_t *question_of(struct lane *lane, uint64_t unique)
+{
+    return &lane->questions[unique / 2 % HANDLES];
+}
+
 static void ask_attributes(struct lane *lane, const struct request *request)
 {
     uint32_t gate = table_get(lane->nodes, request->node);
     if (gate < lane->core.gate_count)
-        __atomic_store_n(&lane->questions[request->unique / 2 % HANDLES],
-                         request->unique << 16 | (gate + 1), __ATOMIC_RELAXED);
+        __atomic_store_n(question_of(lane, request->unique), request->unique << 16 | (gate + 1),
+                         __ATOMIC_RELAXED);
 }
 
 static struct buffer *dispatch(struct lane *lane, const struct request *request, size_t size,
@@ -239,6 +253,9 @@ static struct buffer *dispatch(struct lane *lane, const struct request *request,
             lane_reply(lane, request->unique, ENODATA, NULL, 0);
         else
             forward(lane, buffer->bytes, size);
+        return buffer;
+    case REQUEST_FORGETS:
+        forward_forgets(lane, buffer->bytes, request);
         return buffer;
     case REQUEST_BAD:
         if (request->unique)
@@ -300,6 +317,11 @@ static void widen(struct lane *lane, char *message, size_t size)
     /* Or the kernel asks whether there are privileges to drop before every write. Operations drops
      * them when an image is opened for writing. */
     init.flags |= __atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2;
+    /* Larger requests would be cut off: MESSAGE is our room for them. */
+    if (init.max_write > LARGEST)
+        init.max_write = LARGEST;
+    if (init.max_pages > LARGEST / 4096)
+        init.max_pages = LARGEST / 4096;
     init.max_background = (uint16_t)lane->max_background;
     init.congestion_threshold = (uint16_t)(lane->max_background * 3 / 4);
     memcpy(message + sizeof header, &init, sizeof init);
@@ -315,13 +337,13 @@ void serve_answer(struct lane *lane, char *message, size_t size)
         __atomic_store_n(&lane->init_unique, 0, __ATOMIC_RELAXED);
         widen(lane, message, size);
     }
-    uint64_t question = __atomic_load_n(&lane->questions[header.unique / 2 % HANDLES],
-                                        __ATOMIC_RELAXED);
+    uint64_t *asked = question_of(lane, header.unique);
+    uint64_t question = __atomic_load_n(asked, __ATOMIC_RELAXED);
     if (header.unique && question && question >> 16 == (header.unique & 0xFFFFFFFFFFFF)) {
         uint32_t gate = (uint32_t)(question & 0xFFFF) - 1;
         if (gate < lane->core.gate_count)
             __atomic_store_n(&lane->held_until[gate], now_ns() + OVERTAKING, __ATOMIC_RELAXED);
-        __atomic_store_n(&lane->questions[header.unique / 2 % HANDLES], 0, __ATOMIC_RELAXED);
+        __atomic_store_n(asked, 0, __ATOMIC_RELAXED);
     }
     while (write(lane->fuse, message, size) < 0 && errno == EINTR)
         ;

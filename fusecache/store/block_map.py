@@ -267,7 +267,7 @@ class BlockMap:
         return tables.now.commits
 
     def append(self, rows: Rows) -> int:
-        """A light commit of nothing but rows, at least one; see ``commit``.
+        """A light commit of nothing but rows, or of none; see ``commit``.
 
         A single statement: 7 us of SQLite against 24 (measured).
         """

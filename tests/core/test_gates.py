@@ -81,6 +81,16 @@ def test_marks_are_few_and_all_are_told() -> None:
     assert gates.words32[at : at + MARKS].tolist() == [1] + [NO_BLOCK] * (MARKS - 1)
 
 
+def test_blocks_that_cannot_be_cached_have_no_marks() -> None:
+    gates = Gates(64)
+    gates.used = True
+    gate = gates.open(7, 1 << 50)
+    assert gate is not None
+    gate.mark([*range(NO_BLOCK, NO_BLOCK + MARKS), 1 << 40, NO_BLOCK - 1])
+    at = gate.number * 32 + 4
+    assert gates.words32[at : at + MARKS].tolist() == [NO_BLOCK - 1] + [NO_BLOCK] * (MARKS - 1)
+
+
 def test_there_are_only_so_many() -> None:
     gates = Gates(64)
     gates.used = True

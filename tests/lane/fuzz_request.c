@@ -10,7 +10,8 @@
 #include "core.h"
 #include "request.h"
 
-#define ROOM 8192
+#define DATA 8000
+#define ROOM (DATA + 40 + FORGETS_SIZE * 2)
 
 static uint64_t state;
 
@@ -41,19 +42,27 @@ static size_t make(char *message)
 {
     static const uint32_t opcodes[] = {FUSE_READ,      FUSE_WRITE, FUSE_FSYNC,    FUSE_FALLOCATE,
                                        FUSE_LSEEK,     FUSE_INIT,  FUSE_GETXATTR, FUSE_GETATTR,
-                                       FUSE_INTERRUPT, FUSE_LOOKUP, 0,            UINT32_MAX};
-    uint32_t data = below(3) ? below(100) : below(ROOM - 200);
+                                       FUSE_INTERRUPT, FUSE_LOOKUP, 0,            UINT32_MAX,
+                                       FUSE_BATCH_FORGET};
+    uint32_t data = below(3) ? below(100) : below(DATA);
+    uint32_t forgets = below(8) ? below(6) : below(2 * FORGETS + 2);
     size_t size = sizeof(struct fuse_in_header) + below(2) * 40 + data;
     struct fuse_in_header header = {.len = (uint32_t)size,
                                     .opcode = opcodes[below(sizeof opcodes / sizeof *opcodes)],
                                     .unique = any(),
                                     .nodeid = any()};
+    if (header.opcode == FUSE_BATCH_FORGET) {
+        size = sizeof header + 8 + forgets * sizeof(struct fuse_forget_one);
+        header.len = (uint32_t)size;
+    }
     for (size_t at = 0; at < size; at++)
         message[at] = (char)any();
     if (header.opcode == FUSE_WRITE && size >= sizeof header + 40) {
         struct fuse_write_in in = {.fh = border(), .offset = border(), .size = data};
         memcpy(message + sizeof header, &in, sizeof in);
     }
+    if (header.opcode == FUSE_BATCH_FORGET)
+        memcpy(message + sizeof header, &forgets, sizeof forgets);
     if (header.opcode == FUSE_GETXATTR && size >= sizeof header + 28)
         memcpy(message + sizeof header + 8, "security.capability", 20);
     memcpy(message, &header, sizeof header);
@@ -87,12 +96,34 @@ static size_t spoil(char *message, size_t size)
     return size;
 }
 
+/* Whether its parts are requests that may be sent, and have all of it, in order. */
+static int splits(const char *message, size_t size, const struct request *request)
+{
+    static const size_t before = sizeof(struct fuse_in_header) + 8;
+    const size_t each = sizeof(struct fuse_forget_one);
+    const char *at = message + before;
+    char *part = malloc(FORGETS_SIZE);
+    int right = part && request->data == at && at + request->length * each == message + size;
+    for (uint64_t first = 0; right && first < request->length; first += FORGETS) {
+        struct request parsed;
+        size_t length = request_forgets(message, request, first, part);
+        request_parse(part, length, &parsed);
+        right = parsed.kind == REQUEST_FORGETS && length <= FORGETS_SIZE && parsed.length &&
+                parsed.unique == request->unique && !memcmp(part + before, at, length - before);
+        at += length - before;
+    }
+    free(part);
+    return right && at == message + size;
+}
+
 static void check(const char *message, size_t size, const struct request *request)
 {
     int right = request->kind >= REQUEST_BAD && request->kind <= REQUEST_LSEEK;
     if (request->kind == REQUEST_WRITE)
         right = request->data >= message && request->length <= LARGEST &&
                 request->data + request->length == message + size;
+    else if (request->kind == REQUEST_FORGETS)
+        right = splits(message, size, request);
     else
         right = right && !request->data;
     if (request->kind == REQUEST_READ)

@@ -166,6 +166,24 @@ MUTATIONS = {
         "    if (size > 1u << 30)\n        return 0;\n",
         "test_requests.py and cut_short",
     ),
+    "the number of forgets is believed": Mutation(
+        "request.c",
+        " ||\n        size - before != (uint64_t)in.count * sizeof(struct fuse_forget_one))",
+        ")",
+        "test_requests.py and lie_about",
+    ),
+    "only the first forgets are passed on": Mutation(
+        "serve.c",
+        "first += FORGETS)",
+        "first = request->length)",
+        "test_requests.py and in_parts",
+    ),
+    "the kernel may write more at a time than there is room for": Mutation(
+        "serve.c",
+        "if (init.max_write > LARGEST)",
+        "if (init.max_write == 77)",
+        "test_requests.py and no_room_for",
+    ),
     "whoever is not run is taken for a slow device": Mutation(
         "serve.c",
         "waits() > waited)",

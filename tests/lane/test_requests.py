@@ -8,6 +8,7 @@ import pytest
 
 from tests.lane.rig import (
     ANSWER,
+    BATCH_FORGET,
     BLOCK,
     FALLOCATE,
     FSYNC,
@@ -24,6 +25,7 @@ from tests.lane.rig import (
     READ,
     WRITE,
     Rig,
+    in_thread,
     read_body,
     request,
     until,
@@ -37,6 +39,7 @@ CAPABILITY = b"security.capability\0"
 FSYNC_BODY = struct.pack("<QII", 1, 1, 0)
 FALLOCATE_BODY = struct.pack("<QQQII", 1, PAGE, 3 * PAGE, 3, 0)
 LSEEK_BODY = struct.pack("<QQII", 1, PAGE, 4, 0)
+FORGETS_BODY = struct.pack("<IIQQQQ", 2, 0, 9, 1, 10, 3)
 BODIES = {
     READ: read_body(1, 0, PAGE),
     WRITE: write_body(1, 0, bytes(PAGE)),
@@ -44,6 +47,9 @@ BODIES = {
     FALLOCATE: FALLOCATE_BODY,
     LSEEK: LSEEK_BODY,
 }
+
+
+BAD_BODIES = {**BODIES, BATCH_FORGET: FORGETS_BODY}
 
 
 def works(rig: Rig) -> None:
@@ -121,7 +127,7 @@ def test_requests_of_one_reader_come_in_order(new_rig: Callable[..., Rig]) -> No
 
 def test_all_else_goes_to_pyfuse3_unchanged_and_back(rig: Rig) -> None:
     rng = random.Random(1)
-    for opcode in [LOOKUP, 2, 4, 14, 18, 27, 28, 30, 42, 44, 45, 47, 48, 4096, 2**32 - 1]:
+    for opcode in [LOOKUP, 2, 4, 14, 18, 27, 28, 30, 41, 44, 45, 47, 48, 4096, 2**32 - 1]:
         message = request(opcode, rng.randbytes(rng.randrange(5000)), unique=opcode + 2)
         rig.kernel.send(message)
         assert rig.pyfuse3.recv(LARGEST) == message
@@ -159,6 +165,28 @@ def test_the_answer_to_init_gets_a_larger_background(rig: Rig) -> None:
     )
     rig.pyfuse3.send(answer)  # no answer to INIT
     assert rig.kernel.recv(LARGEST) == answer
+
+
+@pytest.mark.parametrize(
+    ("write", "pages", "expected"),
+    [
+        (LARGEST, 256, (LARGEST, 256)),
+        (LARGEST + 1, 257, (LARGEST, 256)),
+        (2**32 - 1, 2**16 - 1, (LARGEST, 256)),
+        (1 << 17, 32, (1 << 17, 32)),
+        (4096, 0, (4096, 0)),
+    ],
+)
+def test_the_answer_to_init_asks_for_nothing_that_we_have_no_room_for(
+    rig: Rig, write: int, pages: int, expected: tuple[int, int]
+) -> None:
+    unique = rig.send(INIT, bytes(64))
+    assert rig.pyfuse3.recv(LARGEST)
+    init = struct.pack("<IIIIHHIIHHII", 7, 38, 131072, 5, 12, 9, write, 1, pages, 3, 0, 0)
+    rig.pyfuse3.send(ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0"))
+    got = struct.unpack_from("<IIIIHHIIHHII", rig.kernel.recv(LARGEST), ANSWER.size)
+    assert (got[6], got[8]) == expected
+    assert got[:4] + got[7:8] + got[9:] == (7, 38, 131072, 5, 1, 3, 0, 0)
 
 
 @pytest.mark.parametrize("error", [0, -5])
@@ -222,6 +250,35 @@ def test_without_extended_attributes_the_question_is_pyfuse3s(
     assert rig.pyfuse3.recv(LARGEST)
 
 
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 5000, (LARGEST - 48) // 16])
+def test_forgets_go_to_pyfuse3_in_parts_that_it_can_take(rig: Rig, count: int) -> None:
+    """The pair may refuse what is larger, and libfuse has no room for the largest."""
+    entries = b"".join(struct.pack("<QQ", number + 2, number * 7) for number in range(count))
+    message = request(BATCH_FORGET, struct.pack("<II", count, 0) + entries, unique=8)
+    sender = in_thread(lambda: rig.kernel.send(message))
+    came = b""
+    while len(came) < len(entries):
+        part = rig.pyfuse3.recv(LARGEST)
+        inside = len(part) - HEADER.size - 8
+        assert len(part) <= 20000
+        assert HEADER.unpack_from(part) == (len(part), BATCH_FORGET, 8, NODE, 0, 0, 0, 0, 0)
+        assert struct.unpack_from("<II", part, HEADER.size) == (inside // 16, 0)
+        came += part[HEADER.size + 8 :]
+    assert came == entries
+    sender.join()
+    works(rig)  # they have no answer
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 1024, 2**28, 2**28 + 2, 2**31, 2**32 - 1])
+def test_forgets_that_lie_about_their_number_go_nowhere(rig: Rig, count: int) -> None:
+    """2**28 of them have no bytes, if one counts in 32 bits."""
+    for entries in (FORGETS_BODY[8:], FORGETS_BODY[8:-1]):
+        body = struct.pack("<II", count, 0) + entries
+        assert rig.answer_to(rig.send(BATCH_FORGET, body)) == (EIO, b"")
+    works(rig)
+    assert rig.lane.counters()["forwarded"] == 0
+
+
 def test_without_pyfuse3_its_requests_fail(rig: Rig) -> None:
     rig.pyfuse3.close()
     until(lambda: rig.lane.ended, "the lane to notice")
@@ -230,10 +287,10 @@ def test_without_pyfuse3_its_requests_fail(rig: Rig) -> None:
 # -- malformed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opcode", BODIES)
+@pytest.mark.parametrize("opcode", BAD_BODIES)
 def test_a_request_cut_short_anywhere_fails(rig: Rig, opcode: int) -> None:
     """In the body: an error. In the header: nobody to tell it to."""
-    whole = request(opcode, BODIES[opcode], unique=2)
+    whole = request(opcode, BAD_BODIES[opcode], unique=2)
     for size in [*range(1, min(len(whole), 200)), len(whole) - 1]:
         cut = whole[:size]
         if size >= HEADER.size:
@@ -246,9 +303,9 @@ def test_a_request_cut_short_anywhere_fails(rig: Rig, opcode: int) -> None:
     assert not rig.lane.take()
 
 
-@pytest.mark.parametrize("opcode", [*BODIES, LOOKUP, GETATTR, GETXATTR, INIT, INTERRUPT, 9999])
+@pytest.mark.parametrize("opcode", [*BAD_BODIES, LOOKUP, GETATTR, GETXATTR, INIT, INTERRUPT, 9999])
 def test_a_request_with_a_wrong_length_fails(rig: Rig, opcode: int) -> None:
-    body = BODIES.get(opcode, bytes(100))
+    body = BAD_BODIES.get(opcode, bytes(100))
     size = HEADER.size + len(body)
     for length in (0, 1, HEADER.size - 1, HEADER.size, size - 1, size + 1, 2**31, 2**32 - 1):
         rig.kernel.send(request(opcode, body, unique=2, length=length))
@@ -290,11 +347,11 @@ def test_numbers_at_their_limits(rig: Rig) -> None:
 def test_the_lane_survives_anything(rig: Rig, seed: int) -> None:
     """Random requests, near the border between good and bad."""
     rng = random.Random(seed)
-    opcodes = [*BODIES, LOOKUP, GETATTR, GETXATTR, INIT, INTERRUPT, 77]
+    opcodes = [*BAD_BODIES, LOOKUP, GETATTR, GETXATTR, INIT, INTERRUPT, 77]
     numbers = [0, 1, 2, PAGE - 1, PAGE, BLOCK, LARGEST, LARGEST + 1, 2**32 - 1, 2**63, 2**64 - 1]
     for _ in range(3000):
         opcode = rng.choice(opcodes)
-        body = bytearray(BODIES.get(opcode, bytes(64)))
+        body = bytearray(BAD_BODIES.get(opcode, bytes(64)))
         for _ in range(rng.randrange(4)):
             at = rng.randrange(0, 40, 8)
             body[at : at + 8] = struct.pack("<Q", rng.choice(numbers))

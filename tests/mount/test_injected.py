@@ -1,10 +1,13 @@
 """A real mount whose parts fail or hang: nothing ends it, nothing holds up the others (P6)."""
 
+import ctypes
 import errno
 import mmap
 import os
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +270,66 @@ _READ = (
     "import mmap, os, sys; f = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT); "
     "print(os.preadv(f, [mmap.mmap(-1, 4096)], int(sys.argv[2])))"
 )
+
+
+# -- directories -------------------------------------------------------------------------------
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _entries(fd: int, room: int) -> list[bytes]:
+    """One getdents64 with so much room."""
+    into = ctypes.create_string_buffer(room)
+    length = _LIBC.getdents64(fd, into, room)
+    assert length >= 0, os.strerror(ctypes.get_errno())
+    found, at = [], 0
+    while at < length:
+        (size,) = struct.unpack_from("<H", into, at + 16)
+        found.append(into.raw[at + 19 : at + size].split(b"\0", 1)[0])
+        at += size
+    return found
+
+
+def _names(mount: InjectedMount, count: int) -> list[bytes]:
+    names = [b"%04d-" % number + b"n" * 250 for number in range(count)]
+    for name in names:
+        (mount.origin / os.fsdecode(name)).touch()
+    return names
+
+
+def test_a_listing_with_room_for_a_megabyte_is_answered(faulty: InjectedMount) -> None:
+    """Newer kernels ask for as much at once; the way to pyfuse3 takes less in one message."""
+    names = _names(faulty, 3000)
+    faulty.start()
+    found: list[bytes] = []
+
+    def listing() -> None:
+        with opened(faulty.mountpoint, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            while part := _entries(fd, 1 << 20):
+                found.extend(part)
+
+    lister = threading.Thread(target=listing, daemon=True)  # if it hangs, no signal ends it
+    lister.start()
+    lister.join(20)
+    assert not lister.is_alive(), f"hangs after {len(found)} entries"
+    assert sorted(found) == sorted([b".", b"..", *names])
+    faulty.stop()
+
+
+def test_names_that_are_gone_do_not_end_a_listing(faulty: InjectedMount) -> None:
+    """However many follow each other: an answer without any entry would be the end."""
+    names = _names(faulty, 1000)
+    faulty.start()
+    with opened(faulty.mountpoint, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        found = _entries(fd, 4096)
+        *others, last = names  # they are listed in this order
+        for name in set(others) - set(found):
+            (faulty.origin / os.fsdecode(name)).unlink()
+        while part := _entries(fd, 1 << 20):
+            found += part
+    assert 2 < len(found) < 100
+    assert found[-1] == last
+    faulty.stop()
 
 
 def test_a_truncate_during_an_evict_does_not_wait_for_it_forever(faulty: InjectedMount) -> None:

@@ -1,0 +1,88 @@
+"""The handlers over a real cache and real files, without a kernel."""
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import pyfuse3
+import pytest
+from pyfuse3 import ROOT_INODE, RequestContext
+
+from fusecache.config import Tuning, WriteMode
+from fusecache.engine.block_cache import BlockCache, open_cache
+from fusecache.fuse.operations import Operations
+from fusecache.store.block_map import BlockMap
+from fusecache.store.cache_device import CacheDevice, open_locked, write_superblock
+from fusecache.store.superblock import DATA_OFFSET, Superblock
+from fusecache.store.tree import Tree
+
+BLOCK = 65536
+SLOTS = 64
+NOBODY = RequestContext()
+
+
+@dataclass
+class Served:
+    """What is served, and the origin it comes from."""
+
+    operations: Operations
+    cache: BlockCache
+    tree: Tree
+    origin: Path
+
+    async def inode(self, name: str) -> int:
+        """As the kernel looks it up."""
+        entry = await self.operations.lookup(ROOT_INODE, os.fsencode(name), NOBODY)
+        return entry.st_ino
+
+    async def open(self, inode: int, flags: int = os.O_RDWR) -> int:
+        """The number of a new handle."""
+        return (await self.operations.open(inode, flags, NOBODY)).fh
+
+    async def chmod(self, inode: int, mode: int) -> None:
+        """As the kernel asks for it."""
+        asked = pyfuse3.EntryAttributes()
+        asked.st_mode = mode
+        names = ("size", "atime", "mtime", "ctime", "mode", "uid", "gid")
+        fields: Any = SimpleNamespace(**{f"update_{name}": name == "mode" for name in names})
+        await self.operations.setattr(inode, asked, fields, None, NOBODY)
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    """In write-back."""
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    superblock = Superblock(BLOCK, SLOTS, uuid4())
+    store = tmp_path / "cache"
+    store.touch()
+    os.truncate(store, DATA_OFFSET + SLOTS * BLOCK)
+    fd = open_locked(store)
+    write_superblock(fd, store, superblock)
+    BlockMap.create(tmp_path / "map.sqlite", superblock).close()
+    block_map = BlockMap.open(tmp_path / "map.sqlite", superblock)
+    device = CacheDevice(store, fd, superblock)
+    tree = Tree(origin)
+    try:
+        async with open_cache(
+            device,
+            block_map,
+            pid=os.getpid(),
+            mountpoint=b"/mnt",
+            origin=bytes(origin),
+            write_mode=WriteMode.BACK,
+            tuning=Tuning(settle_age=0.1),
+        ) as cache:
+            operations = Operations(cache, tree)
+            yield Served(operations, cache, tree, origin)
+            for number in list(operations.handles):
+                await operations.release(number)
+            operations.inodes.close()
+    finally:
+        tree.close()
+        block_map.close()
+        device.close()
