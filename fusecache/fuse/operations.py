@@ -334,8 +334,8 @@ class Operations(pyfuse3.Operations):
             await self._truncate(node, attr.st_size, fh)
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
-            self._cache.images.attributes_changed(node.identity)
-            await self._metadata(self._set, node, attr, fields)
+            with self._cache.images.setting_attributes(node.identity):
+                await self._metadata(self._set, node, attr, fields)
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
                 await self._metadata(self._set, node, attr, fields)
