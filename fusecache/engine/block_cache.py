@@ -336,7 +336,14 @@ class BlockCache:
     @property
     def dirty_bytes(self) -> int:
         """What the origin has not, of all images."""
-        return self.core.dirty.all_pages << self.core.geometry.page_shift
+        if self.state.usable:
+            return self.core.dirty.all_pages << self.core.geometry.page_shift
+        return sum(map(self.dirty_bytes_of, self.images.all()))
+
+    def dirty_bytes_of(self, image: Image) -> int:
+        """What the origin has not of an image. In a broken cache what was brought there stays dirty
+        in its slots, and counts no more."""
+        return 0 if image.rescued or self.state.emptied else self.core.dirty_bytes(image.id)
 
     async def set_write_mode(self, image: Image, mode: WriteMode | None) -> None:
         """From now on the image is written in this mode; None means the mount's own.

@@ -155,8 +155,10 @@ class Discards:
 
     def _outlives(self, image: Image) -> bool:
         """Whether whoever has it open goes on with it after its removal, and has dirty data: that
-        must be where they will read it."""
-        return bool(image.handles and self._core.dirty.pages(image.id))
+        must be where they will read it. It is there already if a broken cache's slots count no
+        more."""
+        counts = self._state.usable or self._degraded.holds(image)
+        return bool(counts and image.handles and self._core.dirty.pages(image.id))
 
     async def _removed(self, image: Image) -> None:
         image.detached = image.gone = True
