@@ -18,7 +18,7 @@ from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_writes import DirtyWrites
-from fusecache.engine.discards import Discards
+from fusecache.engine.discards import Discards, Removal
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
 from fusecache.engine.holes import Holes
@@ -429,7 +429,7 @@ class BlockCache:
         """See ``Discards.evict_closed``."""
         return await self._discards.evict_closed(image, path_fd)
 
-    def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
+    def removing(self, identity: bytes) -> AbstractAsyncContextManager[Removal | None]:
         """See ``Discards.removing``."""
         return self._discards.removing(identity)
 

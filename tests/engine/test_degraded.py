@@ -13,7 +13,7 @@ from fusecache.engine.image import Image
 from fusecache.engine.snapshot import cache_snapshot
 from fusecache.errors import DatabaseError, FusecacheError, LostDataError
 from tests.engine.conftest import BLOCK, BLOCKS
-from tests.engine.handles import fail, on_origin, opened, tune, versions, write
+from tests.engine.handles import fail, on_origin, opened, remove, tune, versions, write
 from tests.support.world import PAGE, World
 
 BREAKS = [("database",), ("database", "device.fence")]
@@ -221,7 +221,6 @@ async def test_what_became_dirty_after_the_fence_holds_up_no_removal_and_is_not_
         assert cache.dirty_bytes == 0 and kept_by(cache) is None
         status = cache_snapshot(cache)
         assert (status["dirty_bytes"], status["dirty_age"]) == (0, None)
-        async with cache.removing(b"id1") as known:
-            assert known
+        await remove(cache)
         assert set(await versions(cache, image, 0, 10 * BLOCK)) == {2}
         await cache.close(image, write=True)
