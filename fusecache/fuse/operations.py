@@ -495,14 +495,21 @@ class Operations(pyfuse3.Operations):
             private = mode
         entry = self._entry(found)
         node = self.inodes[entry.st_ino]
+        info: FileInfo | None = None
         try:
             info = await self._open(node, flags, ctx)
             if private != mode:
-                await self._metadata(self._tree.chmod, node.fd, mode)
+                with self._cache.images.setting_attributes(node.identity):
+                    await self._metadata(self._tree.chmod, node.fd, mode)
                 st = await self._metadata(os.fstat, node.fd)
                 entry = entry_of(node.id, st, self._timeout)
         except BaseException:
-            self.inodes.forget(node.id, 1)
+            try:
+                if info is not None:  # the kernel, told of an error, sends no release
+                    with trio.CancelScope(shield=True):
+                        await self._end_handle(info.fh)
+            finally:
+                self.inodes.forget(node.id, 1)
             raise
         return info, entry
 
@@ -550,6 +557,9 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def release(self, fh: int) -> None:
         """The last close of a handle."""
+        await self._end_handle(fh)
+
+    async def _end_handle(self, fh: int) -> None:
         handle = self.handles.pop(fh)
         if self.lane is not None:
             self.lane.close(fh)

@@ -200,6 +200,36 @@ async def test_an_image_that_got_another_name_while_its_removal_waited_keeps_wha
 # -- the others ------------------------------------------------------------------------------------
 
 
+async def test_a_create_whose_mode_cannot_be_set_leaves_no_handle(
+    back: World, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel was told that it failed, and sends no release: the lock would be held, and an
+    unmount refused, for good."""
+    async with _mounted(back, tmp_path / "origin", monkeypatch) as mounted:
+        created: list[Image] = []
+        create, opened = Tree.create, mounted.cache.open
+
+        def named(*args: Any) -> Any:
+            found = create(*args)
+            mounted.numbers[found.st.st_ino] = 2
+            return found
+
+        async def noted(*args: Any, **kwargs: Any) -> Image:
+            created.append(await opened(*args, **kwargs))
+            assert created[0].writers == 1 and created[0].origin.locked
+            return created[0]
+
+        monkeypatch.setattr(Tree, "create", named)
+        monkeypatch.setattr(Tree, "chmod", _fails)
+        monkeypatch.setattr(mounted.cache, "open", noted)
+        with pytest.raises(FUSEError):
+            await mounted.operations.create(ROOT_ID, b"new", 0o400, os.O_RDWR, _CALLER)
+        (image,) = created
+        assert not image.handles and not image.origin.locked
+        assert not mounted.operations.handles
+        assert mounted.operations.inodes.find(image.row.identity) is None
+
+
 async def test_an_fsync_covers_times_that_were_being_set_during_the_sync_before(
     back: World, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
