@@ -14,7 +14,7 @@ import trio
 from fusecache.config import Policy, Rule, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
-from fusecache.engine.cleaner import Cleaner
+from fusecache.engine.cleaner import UNEXPECTED, Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_writes import DirtyWrites
@@ -312,7 +312,6 @@ class BlockCache:
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
                 nursery.start_soon(self._flush_one, image, failed)
-        await self._barrier_for_guest()
         return failed
 
     async def _flush_one(self, image: Image, failed: list[tuple[Image, FusecacheError]]) -> None:
@@ -399,15 +398,18 @@ class BlockCache:
     async def _distrust(self, image: Image) -> None:
         """After a failed origin sync the kernel may have dropped what was written: the cache
         would be newer than the origin, and go back in time when a block leaves it."""
-        async with image.opening, image.lock.everything():
-            await self.images.drop(image, 0, dirty=False)
-
-    async def _barrier_for_guest(self) -> None:
-        try:
-            await self.committer.barrier()
-        except FusecacheError as exc:
-            # Clean data alone: the origin has it all, the guest's fsync stands.
-            log.debug("no barrier: %s", exc)
+        pause = self.tuning.clean_pause
+        while True:
+            try:
+                async with image.opening, image.lock.everything():
+                    await self.images.drop(image, 0, dirty=False)
+                return
+            except Exception as exc:
+                self.state.unexpected(exc, "dropping blocks after a failed sync")
+            await trio.sleep(pause)
+            pause = min(self.tuning.clean_pause_most, pause * 2)
+            if self.images.find(image.row.identity) is not image:
+                return
 
     # -- discarding --------------------------------------------------------------------------------
 
@@ -482,8 +484,11 @@ class BlockCache:
                 for image in self.images.all():
                     if self._counts(image):
                         nursery.start_soon(self._rescue, image)
-            empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
-            self.state.emptied = await self.committer.fence(empty)
+            try:
+                empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
+                self.state.emptied = await self.committer.fence(empty)
+            except Exception as exc:
+                self.state.unexpected(exc, "fencing an empty cache")
             if self.state.emptied:
                 log.warning("everything that was dirty is on the origin")
 
@@ -496,10 +501,14 @@ class BlockCache:
         while not image.rescued and self._counts(image):
             try:
                 await self._degraded.rescue(image)
+                continue
             except FusecacheError as exc:
                 self.cleaner.failed(image, exc)
-                await trio.sleep(pause)
-                pause = min(self.tuning.clean_pause_most, pause * 2)
+            except Exception as exc:
+                self.state.unexpected(exc, "rescuing what is dirty")
+                self.cleaner.failed(image, OriginError(5, UNEXPECTED))
+            await trio.sleep(pause)
+            pause = min(self.tuning.clean_pause_most, pause * 2)
 
     async def aclose(self) -> None:
         """The clean stop; nobody uses the cache any more. Never raises for a cache in trouble.
