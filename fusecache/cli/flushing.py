@@ -131,17 +131,13 @@ def unflushed(cache: BlockCache, failures: Failures) -> Failures:
     return [
         (image, exc)
         for image, exc in failures
-        if isinstance(exc, LostDataError) or cache.core.dirty_bytes(image.id)
+        if isinstance(exc, LostDataError) or cache.dirty_bytes_of(image)
     ]
 
 
 def kept_by(cache: BlockCache) -> dict[str, Any] | None:
     """What stays on the cache at an end, for ``kept_text``; None if nothing does."""
-    dirty = [
-        size
-        for image in cache.images.all()
-        if (size := cache.core.dirty_bytes(image.id)) and not image.rescued
-    ]
+    dirty = [size for image in cache.images.all() if (size := cache.dirty_bytes_of(image))]
     if not dirty:
         return None
     return {

@@ -121,7 +121,7 @@ class _Work:
                 {
                     "image": os.fsdecode(image.row.path),
                     "error": exc.strerror if isinstance(exc, OSError) else str(exc),
-                    "dirty_bytes": cache.core.dirty_bytes(image.id),
+                    "dirty_bytes": cache.dirty_bytes_of(image),
                     "lost": isinstance(exc, LostDataError),
                 }
             )
@@ -145,10 +145,10 @@ class _Work:
                 os.close(path_fd)
 
     async def _show(self, cache: BlockCache, line: Progress) -> None:
-        of = sum(map(cache.core.dirty_bytes, self._left))
+        of = sum(map(cache.dirty_bytes_of, self._left.values()))
         verb = "evict" if self._evict else "flush"
         while True:
-            line.write_back(verb, sum(map(cache.core.dirty_bytes, self._left)), of)
+            line.write_back(verb, sum(map(cache.dirty_bytes_of, self._left.values())), of)
             await trio.sleep(_LOOK)
 
     async def _obey_signals(self, scope: trio.CancelScope) -> None:

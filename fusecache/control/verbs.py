@@ -236,7 +236,7 @@ class Verbs:
             del left[image.id]
 
         def progress() -> dict[str, Any]:
-            dirty = sum(map(self._cache.core.dirty_bytes, left))
+            dirty = sum(map(self._cache.dirty_bytes_of, left.values()))
             return {"done": len(todo) - len(left), "of": len(todo), "left": dirty}
 
         of = progress()["left"]
@@ -283,7 +283,7 @@ class Verbs:
         return {
             "image": os.fsdecode(image.row.path),
             "error": reason,
-            "dirty_bytes": self._cache.core.dirty_bytes(image.id),
+            "dirty_bytes": self._cache.dirty_bytes_of(image),
             "lost": isinstance(exc, LostDataError),
             "open": isinstance(exc, ImageOpenError),
         }

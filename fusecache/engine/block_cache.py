@@ -14,11 +14,11 @@ import trio
 from fusecache.config import Policy, Rule, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
-from fusecache.engine.cleaner import Cleaner
+from fusecache.engine.cleaner import UNEXPECTED, Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_writes import DirtyWrites
-from fusecache.engine.discards import Discards
+from fusecache.engine.discards import Discards, Removal
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
 from fusecache.engine.holes import Holes
@@ -315,7 +315,6 @@ class BlockCache:
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
                 nursery.start_soon(self._flush_one, image, failed)
-        await self._barrier_for_guest()
         return failed
 
     async def _flush_one(self, image: Image, failed: list[tuple[Image, FusecacheError]]) -> None:
@@ -339,7 +338,14 @@ class BlockCache:
     @property
     def dirty_bytes(self) -> int:
         """What the origin has not, of all images."""
-        return self.core.dirty.all_pages << self.core.geometry.page_shift
+        if self.state.usable:
+            return self.core.dirty.all_pages << self.core.geometry.page_shift
+        return sum(map(self.dirty_bytes_of, self.images.all()))
+
+    def dirty_bytes_of(self, image: Image) -> int:
+        """What the origin has not of an image. In a broken cache what was brought there stays dirty
+        in its slots, and counts no more."""
+        return 0 if image.rescued or self.state.emptied else self.core.dirty_bytes(image.id)
 
     async def set_write_mode(self, image: Image, mode: WriteMode | None) -> None:
         """From now on the image is written in this mode; None means the mount's own.
@@ -395,15 +401,18 @@ class BlockCache:
     async def _distrust(self, image: Image) -> None:
         """After a failed origin sync the kernel may have dropped what was written: the cache
         would be newer than the origin, and go back in time when a block leaves it."""
-        async with image.opening, image.lock.everything():
-            await self.images.drop(image, 0, dirty=False)
-
-    async def _barrier_for_guest(self) -> None:
-        try:
-            await self.committer.barrier()
-        except FusecacheError as exc:
-            # Clean data alone: the origin has it all, the guest's fsync stands.
-            log.debug("no barrier: %s", exc)
+        pause = self.tuning.clean_pause
+        while True:
+            try:
+                async with image.opening, image.lock.everything():
+                    await self.images.drop(image, 0, dirty=False)
+                return
+            except Exception as exc:
+                self.state.unexpected(exc, "dropping blocks after a failed sync")
+            await trio.sleep(pause)
+            pause = min(self.tuning.clean_pause_most, pause * 2)
+            if self.images.find(image.row.identity) is not image:
+                return
 
     # -- discarding --------------------------------------------------------------------------------
 
@@ -425,7 +434,7 @@ class BlockCache:
         """See ``Discards.evict_closed``."""
         return await self._discards.evict_closed(image, path_fd)
 
-    def removing(self, identity: bytes) -> AbstractAsyncContextManager[bool]:
+    def removing(self, identity: bytes) -> AbstractAsyncContextManager[Removal | None]:
         """See ``Discards.removing``."""
         return self._discards.removing(identity)
 
@@ -478,8 +487,11 @@ class BlockCache:
                 for image in self.images.all():
                     if self._counts(image):
                         nursery.start_soon(self._rescue, image)
-            empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
-            self.state.emptied = await self.committer.fence(empty)
+            try:
+                empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
+                self.state.emptied = await self.committer.fence(empty)
+            except Exception as exc:
+                self.state.unexpected(exc, "fencing an empty cache")
             if self.state.emptied:
                 log.warning("everything that was dirty is on the origin")
 
@@ -492,10 +504,14 @@ class BlockCache:
         while not image.rescued and self._counts(image):
             try:
                 await self._degraded.rescue(image)
+                continue
             except FusecacheError as exc:
                 self.cleaner.failed(image, exc)
-                await trio.sleep(pause)
-                pause = min(self.tuning.clean_pause_most, pause * 2)
+            except Exception as exc:
+                self.state.unexpected(exc, "rescuing what is dirty")
+                self.cleaner.failed(image, OriginError(5, UNEXPECTED))
+            await trio.sleep(pause)
+            pause = min(self.tuning.clean_pause_most, pause * 2)
 
     async def aclose(self) -> None:
         """The clean stop; nobody uses the cache any more. Never raises for a cache in trouble.

@@ -37,6 +37,8 @@ from fusecache.observe.logs import fields
 
 log = logging.getLogger(__name__)
 
+UNEXPECTED = "an unexpected error in fusecache, see its log"
+"""What people are told of an exception nobody foresaw."""
 _BATCH = 32 << 20
 """Bytes of one image that share two barriers and one origin sync."""
 _BY_CLOCK = 8 << 20
@@ -139,7 +141,7 @@ class Cleaner:
             self.failed(image, exc)
         except Exception as exc:
             self._state.unexpected(exc, "writing back")
-            self.failed(image, OriginError(5, "an unexpected error in fusecache, see its log"))
+            self.failed(image, OriginError(5, UNEXPECTED))
         finally:
             self._busy.discard(image.id)
 

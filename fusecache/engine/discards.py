@@ -7,6 +7,7 @@ database stably, and only then lets anything past the cache.
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import trio
 
@@ -22,6 +23,15 @@ from fusecache.engine.state import CacheState
 from fusecache.errors import DatabaseError, ImageOpenError, OriginError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Removal:
+    """The removal of an image's last name, while it is under way."""
+
+    happened: bool = False
+    """The image has no name any more. Whoever removes it says so at once: its blocks go then,
+    whatever fails afterwards."""
 
 
 class Discards:
@@ -129,11 +139,11 @@ class Discards:
         await self._images.lasting.sync(image)
 
     @asynccontextmanager
-    async def removing(self, identity: bytes) -> AsyncIterator[bool]:
-        """Around the removal of an image's last name: its blocks go, stably.
+    async def removing(self, identity: bytes) -> AsyncIterator[Removal | None]:
+        """Around the removal of an image's last name: if it has happened its blocks go, stably.
 
-        Gives whether the image is known, so that the removal must be synced first. Handles that
-        are open keep working, uncached.
+        Gives None if the image is not known; if it is, the removal must be synced as well. Handles
+        that are open keep working, uncached.
         """
         while (image := self._images.find(identity)) is not None:
             if self._outlives(image):
@@ -148,15 +158,21 @@ class Discards:
                         continue  # opened, or the cache broke, while we waited
                     if self._state.usable:
                         await self._cleaner.finish(image)
-                yield True
-                await self._removed(image)
+                removal = Removal()
+                try:
+                    yield removal
+                finally:
+                    if removal.happened:
+                        await self._removed(image)
                 return
-        yield False
+        yield None
 
     def _outlives(self, image: Image) -> bool:
         """Whether whoever has it open goes on with it after its removal, and has dirty data: that
-        must be where they will read it."""
-        return bool(image.handles and self._core.dirty.pages(image.id))
+        must be where they will read it. It is there already if a broken cache's slots count no
+        more."""
+        counts = self._state.usable or self._degraded.holds(image)
+        return bool(counts and image.handles and self._core.dirty.pages(image.id))
 
     async def _removed(self, image: Image) -> None:
         image.detached = image.gone = True

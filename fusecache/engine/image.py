@@ -153,8 +153,10 @@ class Image:
     """Origin writes ended, ever, and one for what an earlier life may have left unsynced."""
     synced: int = 0
     """``written`` as of before the last origin sync that succeeded began."""
+    attributes_set: int = 0
+    """How many of ``written`` set attributes, and touched no data."""
     closing: tuple[int, Attributes] | None = None
-    """``written`` and the attributes as of a guest's last close(2)."""
+    """``data_written`` and the attributes as of a guest's last close(2)."""
     kernel_true: bool = False
     """What the kernel has cached of the image is true, as of the last open."""
     wrote: bool = False
@@ -188,6 +190,11 @@ class Image:
     def changes(self) -> int:
         """Writes that changed the cache of this image and were acknowledged, ever."""
         return self._changes if self.gate is None else self._changes + self.gate.changes
+
+    @property
+    def data_written(self) -> int:
+        """As ``written``, of data and sizes alone."""
+        return self.written - self.attributes_set
 
     def changed(self) -> None:
         """One more of these."""

@@ -2,8 +2,8 @@
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import numpy as np
@@ -275,7 +275,7 @@ class Images:
     async def _attributes_at_close(self, image: Image) -> Attributes:
         """As of the last close(2). The kernel tells us of the end of a handle only later, and
         what others did in between must not be taken for ours."""
-        if image.closing is not None and image.closing[0] == image.written:
+        if image.closing is not None and image.closing[0] == image.data_written:
             return image.closing[1]
         return await self._threads.harmless(image.limiter, image.origin.attributes)
 
@@ -314,7 +314,7 @@ class Images:
         since = self._clock.monotonic() - image.last_write
         if since < self._tuning.tick:
             await trio.sleep(self._tuning.tick - since)
-        written = image.written
+        written = image.data_written
         try:
             seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         except OriginError as exc:
@@ -475,18 +475,23 @@ class Images:
 
     @asynccontextmanager
     async def own_change(self, identity: bytes, path_fd: int) -> AsyncIterator[None]:
-        """Around a change of owner, mode or names that we make ourselves.
+        """Around a change of owner, mode or names that we make ourselves: its change time is
+        recorded as ours, and the next fsync covers it."""
+        with self.setting_attributes(identity):
+            async with self._recorded(identity, path_fd):
+                yield
 
-        It moves the change time, which is then recorded as ours, so that libvirt's chown at a
-        guest's start does not cost the guest its cache. The wait of one tick afterwards makes
-        sure that whatever follows this call has a change time of its own.
+    @asynccontextmanager
+    async def _recorded(self, identity: bytes, path_fd: int) -> AsyncIterator[None]:
+        """Such a change moves the change time. Were that not recorded, libvirt's chown at a guest's
+        start would cost the guest its cache. The wait of one tick afterwards makes sure that
+        whatever follows this call has a change time of its own.
 
         libvirt has the image open for writing meanwhile, without writing, to lock it. At a guest's
         end the kernel may not yet have told of the end of QEMU's handle: then what was noted at
-        its close(2) is brought up to date.
+        its close(2) is brought up to date, if nothing has changed since then.
         """
         image = self.find(identity)
-        self.attributes_changed(identity)
         if image is None:
             yield
             return
@@ -590,9 +595,15 @@ class Images:
         except DatabaseError:
             log.debug("new names are not recorded: the cache is unusable")
 
-    def attributes_changed(self, identity: bytes) -> None:
-        """Owner, mode or times were set on the origin: the next fsync has something to sync."""
-        image = self.find(identity)
-        if image is not None:
-            image.written += 1
-            image.guest_written = image.written
+    @contextmanager
+    def setting_attributes(self, identity: bytes) -> Iterator[None]:
+        """Around a change of owner, mode, names or times on the origin: the next fsync has
+        something to sync. Counted when it is over: a sync that ran meanwhile may have missed it."""
+        try:
+            yield
+        finally:
+            image = self.find(identity)
+            if image is not None:
+                image.attributes_set += 1
+                image.written += 1
+                image.guest_written = image.written

@@ -102,9 +102,9 @@ def _cleaner(cache: BlockCache) -> dict[str, Any]:
     """
     images = cache.images.counted()
     writing = [image for image in images if image.cleaning.locked()]
-    failed = [image for image in images if image.clean_error and _dirty_bytes(cache, image)]
+    failed = [image for image in images if image.clean_error and cache.dirty_bytes_of(image)]
     next_seconds: float | None = None
-    if not any(_dirty_bytes(cache, image) for image in images):
+    if not cache.dirty_bytes:
         doing = "idle"
     elif not cache.state.usable:
         doing = "rescuing"
@@ -216,7 +216,7 @@ def _quantiles(
 
 def image_snapshots(cache: BlockCache, images: Iterable[Image]) -> Iterator[dict[str, Any]]:
     """Entries of ``images``; what looks at every slot does so once for all of them."""
-    ages, losers = cache.core.dirty.ages(), cache.core.dirty.losers()
+    ages, losers = _dirty_ages(cache), cache.core.dirty.losers()
     for image in images:
         image.count_lane()
         yield image_snapshot(cache, image, ages.get(image.id), lost=image.id in losers)
@@ -235,8 +235,8 @@ def cache_snapshot(cache: BlockCache) -> dict[str, Any]:
         "cached_bytes": sum(
             core.usage(image.id).pages << core.geometry.page_shift for image in cache.images.all()
         ),
-        "dirty_bytes": sum(_dirty_bytes(cache, image) for image in cache.images.all()),
-        "dirty_age": max(core.dirty.ages().values(), default=None),
+        "dirty_bytes": cache.dirty_bytes,
+        "dirty_age": max(_dirty_ages(cache).values(), default=None),
         "state": cache.state.name,
         "trouble": cache.state.trouble,
         "stored_bytes": counters.stored_bytes,
@@ -269,7 +269,7 @@ def image_snapshot(
         "size": image.size,
         "cached_bytes": usage.pages << cache.core.geometry.page_shift,
         "cached_blocks": usage.blocks,
-        "dirty_bytes": _dirty_bytes(cache, image),
+        "dirty_bytes": cache.dirty_bytes_of(image),
         "dirty_age": dirty_age,
         "write_mode": image.write_mode.value,
         "own_write_mode": image.row.write_mode,
@@ -297,6 +297,10 @@ def image_snapshot(
     }
 
 
-def _dirty_bytes(cache: BlockCache, image: Image) -> int:
-    """What only the cache has; what a broken cache gave back to the origin no longer counts."""
-    return 0 if image.rescued else cache.core.dirty_bytes(image.id)
+def _dirty_ages(cache: BlockCache) -> dict[int, float]:
+    """By the number of every image of which the origin has not all: how old that is, in seconds."""
+    ages = cache.core.dirty.ages()
+    if cache.state.usable:
+        return ages
+    dirty = {image.id for image in cache.images.all() if cache.dirty_bytes_of(image)}
+    return {number: age for number, age in ages.items() if number in dirty}

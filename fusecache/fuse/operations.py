@@ -14,6 +14,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.discards import Removal
 from fusecache.engine.image import Image
 from fusecache.fuse.attributes import entry_of, statvfs_of, without_privileges
 from fusecache.fuse.guard import answer, guarded
@@ -53,6 +54,15 @@ class Listing:
 
     node: Node
     names: list[bytes] = field(default_factory=list)
+
+
+def _nameless(found: Found) -> bool:
+    """Whether a file whose last name was just removed has none that somebody gave it meanwhile. A
+    network's filesystem may keep the number of names as it was while the file is open."""
+    try:
+        return not found.local or os.fstat(found.fd).st_nlink == 0
+    except OSError:
+        return True
 
 
 class Operations(pyfuse3.Operations):
@@ -169,21 +179,22 @@ class Operations(pyfuse3.Operations):
         found = await self._metadata(self._tree.find, parent.fd, name)
         try:
             async with AsyncExitStack() as stack:
-                known = await self._losing_a_name(stack, found)
+                removal = await self._losing_a_name(stack, found)
                 await self._metadata(self._tree.unlink, parent.fd, name)
-                if known:
+                if removal is not None:
+                    removal.happened = _nameless(found)
                     await self._metadata(self._tree.sync_directory, parent.fd)
         finally:
             os.close(found.fd)
 
-    async def _losing_a_name(self, stack: AsyncExitStack, found: Found) -> bool:
-        """Enters what goes around the removal of a name; True if an image's last one goes."""
+    async def _losing_a_name(self, stack: AsyncExitStack, found: Found) -> Removal | None:
+        """Enters what goes around the removal of a name; gives that of a known image's last one."""
         if not stat.S_ISREG(found.st.st_mode):
-            return False
+            return None
         if found.st.st_nlink == 1:
             return await stack.enter_async_context(self._cache.removing(found.identity))
         await stack.enter_async_context(self._cache.images.own_change(found.identity, found.fd))
-        return False
+        return None
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -206,7 +217,7 @@ class Operations(pyfuse3.Operations):
         replaced = await self._find_or_none(new, name_new)
         try:
             async with AsyncExitStack() as stack:
-                known = False
+                removal: Removal | None = None
                 # In one order for all: two renames must not wait for each other.
                 for found in sorted(filter(None, (moved, replaced)), key=lambda f: f.identity):
                     if found is replaced and replaced.identity == moved.identity:
@@ -215,13 +226,15 @@ class Operations(pyfuse3.Operations):
                         change = self._cache.images.own_change(found.identity, found.fd)
                         await stack.enter_async_context(change)
                     elif not flags:
-                        known = await self._losing_a_name(stack, found)
+                        removal = await self._losing_a_name(stack, found)
                 both = [moved, replaced] if replaced and flags & RENAME_EXCHANGE else [moved]
                 before = [self._tree.path_of(found.fd) for found in both]
                 names = (old.fd, name_old, new.fd, name_new, flags)
                 await self._metadata(self._tree.rename, *names)
+                if removal is not None and replaced is not None:
+                    removal.happened = _nameless(replaced)
                 await self._moved(both, before)
-                if known:
+                if removal is not None:
                     await self._metadata(self._tree.sync_directory, new.fd)
         finally:
             os.close(moved.fd)
@@ -340,8 +353,8 @@ class Operations(pyfuse3.Operations):
             await self._truncate(node, attr.st_size, fh)
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
-            self._cache.images.attributes_changed(node.identity)
-            await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
+            with self._cache.images.setting_attributes(node.identity):
+                await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
                 await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
@@ -507,14 +520,21 @@ class Operations(pyfuse3.Operations):
             private = mode
         entry = self._entry(found)
         node = self.inodes[entry.st_ino]
+        info: FileInfo | None = None
         try:
             info = await self._open(node, flags, ctx)
             if private != mode:
-                await self._metadata(self._tree.chmod, node.fd, mode)
+                with self._cache.images.setting_attributes(node.identity):
+                    await self._metadata(self._tree.chmod, node.fd, mode)
                 st = await self._metadata(os.fstat, node.fd)
                 entry = entry_of(node.id, st, self._timeout)
         except BaseException:
-            self.inodes.forget(node.id, 1)
+            try:
+                if info is not None:  # the kernel, told of an error, sends no release
+                    with trio.CancelScope(shield=True):
+                        await self._end_handle(info.fh)
+            finally:
+                self.inodes.forget(node.id, 1)
             raise
         return info, entry
 
@@ -562,6 +582,9 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def release(self, fh: int) -> None:
         """The last close of a handle."""
+        await self._end_handle(fh)
+
+    async def _end_handle(self, fh: int) -> None:
         handle = self.handles.pop(fh)
         if self.lane is not None:
             self.lane.close(fh)

@@ -174,8 +174,10 @@ class Play:
 
     async def remove(self) -> None:
         """Removes the image; another one has its name then."""
-        async with self.cache.removing(b"id%d" % self.number):
+        async with self.cache.removing(b"id%d" % self.number) as removal:
             del self.world.files[self.number]
+            if removal is not None:
+                removal.happened = True
             self._new_file(self.number + 1)
         self.removed = True
 

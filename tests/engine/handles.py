@@ -1,5 +1,6 @@
 """A guest's few words, for tests of one behaviour at a time."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,17 @@ async def write(
 ) -> None:
     """Stamped data."""
     await cache.write(image, offset, stamped(number, offset, length, version))
+
+
+async def remove(
+    cache: BlockCache, number: int = 1, during: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Removes the last name of a known image."""
+    async with cache.removing(b"id%d" % number) as removal:
+        assert removal is not None
+        removal.happened = True
+        if during is not None:
+            await during()
 
 
 async def versions(

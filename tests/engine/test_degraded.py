@@ -6,10 +6,14 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from fusecache.cli.flushing import kept_by
 from fusecache.config import WriteMode
+from fusecache.engine.degraded import Degraded
+from fusecache.engine.image import Image
+from fusecache.engine.snapshot import cache_snapshot
 from fusecache.errors import DatabaseError, FusecacheError, LostDataError
 from tests.engine.conftest import BLOCK, BLOCKS
-from tests.engine.handles import fail, on_origin, opened, tune, versions, write
+from tests.engine.handles import fail, on_origin, opened, remove, tune, versions, write
 from tests.support.world import PAGE, World
 
 BREAKS = [("database",), ("database", "device.fence")]
@@ -186,4 +190,37 @@ async def test_a_degraded_cache_says_so_once(
         said = [record.message for record in caplog.records]
         assert sum(text.startswith("the cache is degraded") for text in said) == 1
         assert sum("dirty is on the origin" in text for text in said) == 1
+        await cache.close(image, write=True)
+
+
+async def test_what_became_dirty_after_the_fence_holds_up_no_removal_and_is_not_counted(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache breaks while the first dirty write is on its way to its slot: there was nothing to
+    rescue, the fence says that no slot counts, and the write goes to the origin as well."""
+    tune(back, dirty_age=600.0)
+    rescue, asked = Degraded.rescue, 0
+
+    async def counted(self: Degraded, image: Image) -> None:
+        nonlocal asked
+        asked += 1
+        assert asked < 100, "again and again, and nothing else runs"
+        await rescue(self, image)
+
+    monkeypatch.setattr(Degraded, "rescue", counted)
+    async with back.open() as cache:
+        image = await opened(cache)
+        back.before = {"_write_all": 3.0}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, cache, image, 0, 10 * BLOCK, 2)
+            await trio.sleep(0.1)
+            fail(back, "database")
+        fail(back)
+        assert cache.state.emptied and cache.core.dirty_bytes(image.id) == 10 * BLOCK
+        assert set(on_origin(back, 0, 10 * BLOCK)) == {2}
+        assert cache.dirty_bytes == 0 and kept_by(cache) is None
+        status = cache_snapshot(cache)
+        assert (status["dirty_bytes"], status["dirty_age"]) == (0, None)
+        await remove(cache)
+        assert set(await versions(cache, image, 0, 10 * BLOCK)) == {2}
         await cache.close(image, write=True)

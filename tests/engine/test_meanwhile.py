@@ -12,7 +12,7 @@ from fusecache.engine.image import Image
 from fusecache.engine.reads import Reads
 from fusecache.errors import CacheDeviceError, LockedElsewhereError, OriginError
 from tests.engine.conftest import BLOCK, BLOCKS
-from tests.engine.handles import fail, on_origin, opened, tune, versions, write
+from tests.engine.handles import fail, on_origin, opened, remove, tune, versions, write
 from tests.support.world import PAGE, DeviceDouble, OriginDouble, World
 
 
@@ -100,18 +100,15 @@ async def test_an_image_that_became_another_one_while_its_removal_waited_is_remo
             again.append(await opened(cache))
             await write(cache, again[0], 0, PAGE, 3)
 
-        async def remove() -> None:
-            async with cache.removing(b"id1"):
-                await trio.sleep(1)
-
         back.before = {"close": 1.0}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(cache.evict, image, 1))
             while not (image.detached and image.opening.locked()):
                 await trio.sleep(0.01)
-            for work in (open_again, remove):
-                await trio.sleep(0.01)
-                nursery.start_soon(work)
+            await trio.sleep(0.01)
+            nursery.start_soon(open_again)
+            await trio.sleep(0.01)
+            nursery.start_soon(remove, cache, 1, partial(trio.sleep, 1))
         assert again[0] is not image
         assert again[0].gone and again[0].detached
         await cache.close(again[0], write=True)
@@ -182,8 +179,7 @@ async def test_a_removed_image_is_not_rescued_for_ever(
                 async with cache.removing(b"id1"):
                     raise AssertionError("whoever has it open would lose what he wrote")
             fail(back, "database")
-        async with cache.removing(b"id1"):
-            pass
+        await remove(cache)
         await trio.sleep(100)
         assert cache.state.emptied
         if not closed:

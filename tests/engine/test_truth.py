@@ -281,7 +281,8 @@ async def test_a_failed_writeback_fails_no_fsync_of_a_guest_whose_data_is_dirty(
     world.failed_syncs_lose = True
     async with world.open() as cache:
         image = await cache.open(b"1", b"a", 1, write=True)
-        cache.images.attributes_changed(b"1")
+        with cache.images.setting_attributes(b"1"):
+            pass
         first = (BLOCKS if grows else 0) * BLOCK
         await cache.write(image, first, stamped(1, first, BLOCK, 2))
         world.faults.fail = lambda kind, number: kind == "origin.sync"

@@ -13,7 +13,7 @@ from fusecache.engine.image import Image
 from fusecache.errors import CacheDeviceError, LockedElsewhereError, LostDataError
 from tests.engine.calls import Calls
 from tests.engine.conftest import BLOCK, BLOCKS
-from tests.engine.handles import fail, on_origin, opened, tune, versions, write
+from tests.engine.handles import fail, on_origin, opened, remove, tune, versions, write
 from tests.support.stamps import stamped
 from tests.support.world import PAGE, DeviceDouble, OriginDouble, World
 
@@ -189,9 +189,8 @@ async def test_unlink_drops_dirty_data(back: World, autojump_clock: MockClock) -
         image = await opened(cache)
         await write(cache, image, 0, BLOCK, 2)
         await cache.close(image, write=True)
-        async with cache.removing(b"id1") as known:
-            assert known
-            del back.files[1]
+        await remove(cache)
+        del back.files[1]
         assert cache.images.find(b"id1") is None
         assert not cache.core.dirty.any_held and not cache.core.used
         assert not image.counters.origin_writes
@@ -204,8 +203,7 @@ async def test_unlink_with_an_open_handle_keeps_what_was_written_readable(
     async with back.open() as cache:
         image = await opened(cache)
         await write(cache, image, 512, BLOCK, 2)
-        async with cache.removing(b"id1") as known:
-            assert known
+        await remove(cache)
         assert await versions(cache, image, 0, 1024) == [1, 2]
         await write(cache, image, 0, 512, 3)
         assert await versions(cache, image, 0, 1024) == [3, 2]

@@ -206,6 +206,17 @@ def test_handlers_without_an_answer_survive_an_error_nobody_foresaw(
     assert (mount.mountpoint / "image").read_bytes() == data
 
 
+def test_a_create_that_fails_after_its_open_leaves_nothing_open(faulty: InjectedMount) -> None:
+    """The kernel sends no release for what it was told has failed."""
+    mount = faulty.start()
+    faulty.fail("Tree.chmod")
+    with pytest.raises(OSError):
+        os.open(mount.mountpoint / "new", os.O_RDWR | os.O_CREAT, 0o400)
+    faulty.fail(None)
+    assert mount.image("new")["open_handles"] == 0
+    mount.stop()
+
+
 # -- a stalled origin --------------------------------------------------------------------------
 
 
