@@ -539,7 +539,7 @@ class BlockCache:
                 log.error("the cache could not be closed cleanly: %s", exc)
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
-                nursery.start_soon(self.threads.harmless, image.limiter, image.origin.closer())
+                nursery.start_soon(self._lasting.close, image)
 
 
 @asynccontextmanager

@@ -63,7 +63,6 @@ class Images:
         self.committer: Committer
         self.ownership: Ownership
         self.lasting: Lasting
-        """Has the clean blocks of an image dropped, soon: a sync of its origin failed."""
 
     def load(self, rows: Iterable[ImageRow], intents: Iterable[tuple[int, int, int]]) -> None:
         """Takes over what the database knows."""

@@ -25,7 +25,7 @@ class Lasting:
 
     Args:
         nursery: the engine's.
-        distrust: told of images of which a sync failed.
+        distrust: told of images of which a sync failed; has their clean blocks dropped, soon.
     """
 
     def __init__(
