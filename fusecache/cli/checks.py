@@ -134,17 +134,17 @@ def _check_mountpoint(path: Path) -> None:
 
 def _free_mountpoint(path: Path) -> None:
     """Whatever is mounted there must be a dead fusecache; it is detached."""
-    running = client.daemons()
+    running, silent = client.around(path)
     for daemon in running:
         if daemon.mountpoint == path and daemon.mounted:
             raise MountError(
                 f"{path} is busy: fusecache pid {daemon.pid} serves {daemon.origin} there. "
                 f"To end it: fusecache umount {path}"
             )
-    if (pid := client.silent_holder(path, running)) is not None:
+    if silent is not None:
         raise MountError(
-            f"{path} is busy: process {pid} still has this mount but does not answer. "
-            f"End it with kill -9 {pid}, then mount again."
+            f"{path} is busy: process {silent} still has this mount but does not answer. "
+            f"If it stays so, end it with kill -9 {silent}, then mount again."
         )
     mounts.clear_dead_mount(path)
     click.echo(f"fusecache: detached the dead mount at {path}", err=True)

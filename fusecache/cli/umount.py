@@ -35,7 +35,7 @@ def umount(mountpoint: Path, keep_dirty: bool, force: bool) -> None:
     If not everything can be brought to the origin, the mount stays and goes on serving.
     """
     path = mount_path(mountpoint)
-    running = client.daemons()
+    running, silent = client.around(path)
     here = [daemon for daemon in running if daemon.mountpoint == path]
     if here:
         # One that is mounted comes before one that only flushes on.
@@ -43,9 +43,10 @@ def umount(mountpoint: Path, keep_dirty: bool, force: bool) -> None:
         return
     if mounts.mount_at(path) is None:
         raise MountError(f"Nothing is mounted at {path}.")
-    if (pid := client.silent_holder(path, running)) is not None:
+    if silent is not None:
         raise MountError(
-            f"{path} is served by process {pid}, which does not answer. End it with kill -9 {pid}, "
+            f"{path} is served by process {silent}, which does not answer. If it stays so, end it "
+            f"with kill -9 {silent}, "
             f"then: fusecache umount {path}"
         )
     mounts.clear_dead_mount(path)

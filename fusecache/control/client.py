@@ -13,6 +13,8 @@ from fusecache.control import protocol
 from fusecache.errors import ControlError
 
 _CONNECT_TIMEOUT = 3.0
+_PATIENCE = 10.0
+"""Seconds for a daemon that lives and is meant: on a busy host it may just be slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,15 @@ def silent_holder(mountpoint: Path, answered: list[Daemon]) -> int | None:
     return None
 
 
+def around(mountpoint: Path) -> tuple[list[Daemon], int | None]:
+    """Every daemon that answers, and the pid of a living one that has this mount and does not, with
+    more time than the others get."""
+    running = daemons()
+    if silent_holder(mountpoint, running) is not None:
+        running = daemons(_PATIENCE)
+    return running, silent_holder(mountpoint, running)
+
+
 def choose(mountpoint: Path | None) -> list[Daemon]:
     """The daemons a command is meant for: the one of ``mountpoint``, or all.
 
@@ -145,9 +156,16 @@ def choose(mountpoint: Path | None) -> list[Daemon]:
     Raises:
         ControlError: there is none.
     """
-    running = daemons()
-    if mountpoint is not None:
+    if mountpoint is None:
+        running = daemons()
+    else:
+        running, silent = around(mountpoint)
         running = [daemon for daemon in running if daemon.mountpoint == mountpoint]
+        if not running and silent is not None:
+            raise ControlError(
+                f"The fusecache at {mountpoint}, process {silent}, does not answer: it hangs, or "
+                "this host is very busy. Nothing was done; try again."
+            )
         if not running:
             raise ControlError(
                 f"No fusecache is mounted at {mountpoint}. Mounted ones: fusecache status"
