@@ -392,6 +392,14 @@ bool lane_stop(struct lane *lane, unsigned milliseconds)
     return all;
 }
 
+void lane_abandon(struct lane *lane)
+{
+    for (unsigned i = 0; i < lane->started; i++)
+        pthread_detach(lane->ids[i]);
+    if (lane->returner_started)
+        pthread_detach(lane->returner);
+}
+
 void lane_free(struct lane *lane)
 {
     for (unsigned i = 0; i < lane->buffer_count; i++)

@@ -96,6 +96,9 @@ int lane_start(struct lane *lane);
  * request is not answered any more, even if it comes back. */
 bool lane_stop(struct lane *lane, unsigned milliseconds);
 
+/* Instead of another lane_stop: nobody will wait for its threads any more. */
+void lane_abandon(struct lane *lane);
+
 /* Gives back all memory, once no thread is left. */
 void lane_free(struct lane *lane);
 

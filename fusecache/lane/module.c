@@ -163,6 +163,7 @@ static void lane_dealloc(LaneObject *self)
     } else if (stop(self, 1000)) {
         lane_free(&self->lane);
     } else {
+        lane_abandon(&self->lane);
         return;
     }
     Py_TYPE(self)->tp_free((PyObject *)self);
