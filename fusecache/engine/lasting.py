@@ -58,15 +58,18 @@ class Lasting:
         image.running_sync, image.next_sync = image.next_sync, None
 
     async def _run(self, image: Image) -> None:
-        while (current := image.running_sync) is not None:
-            try:
+        try:
+            while (current := image.running_sync) is not None:
                 await self._sync(image, current)
-            finally:
                 self._begin_next(image)
                 current.done.set()
+        finally:  # if this is cancelled nobody must wait for ever
+            for left in filter(None, (image.running_sync, image.next_sync)):
+                left.error = OriginError(5, "fusecache is stopping")
+                left.done.set()
+            image.running_sync = image.next_sync = None
 
     async def _sync(self, image: Image, current: OriginSync) -> None:
-        current.error = OriginError(5, "fusecache is stopping")  # if this is cancelled
         covered = image.written
         spans: list[float] = []
         try:
@@ -78,7 +81,6 @@ class Lasting:
             image.sync_failed()
             self._distrust(image)
         else:
-            current.error = None
             image.synced = max(image.synced, covered)
         finally:
             image.counters.latency.add(Call.SYNC, spans)

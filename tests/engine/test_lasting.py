@@ -169,6 +169,31 @@ async def test_syncs_that_wait_for_each_other_are_one(
         assert trio.current_time() - began == pytest.approx(2.0)
 
 
+async def test_at_the_end_nobody_waits_for_a_sync_that_hangs(
+    back: World, autojump_clock: MockClock
+) -> None:
+    """Neither for the one under way nor for the next."""
+    failed = 0
+
+    async def wait(cache: BlockCache, image: Image) -> None:
+        nonlocal failed
+        with trio.CancelScope(shield=True), pytest.raises(OriginError, match="stopping"):
+            await cache.images.lasting.sync(image)
+        failed += 1
+
+    async with trio.open_nursery() as nursery:
+        with suppress(ExceptionGroup):
+            async with back.open() as cache:
+                image = await opened(cache)
+                back.before = {"~sync": 1e6}
+                for _ in range(3):
+                    nursery.start_soon(wait, cache, image)
+                    await trio.sleep(1)
+                raise ValueError("the end")
+        back.kill()
+    assert failed == 3 and trio.current_time() < 1e5
+
+
 async def test_a_lock_that_is_on_its_way_out_is_waited_for(
     back: World, autojump_clock: MockClock
 ) -> None:
