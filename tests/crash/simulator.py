@@ -179,10 +179,14 @@ class Simulation:
                 first -= first % 8
             data = model.begin_write(first, count)
             if self.lane:
-                await lane.write(cache, image, first * STAMP, data)
+
+                def answered(offset: int, length: int) -> None:
+                    model.end_write(offset // STAMP, length // STAMP)
+
+                await lane.write(cache, image, first * STAMP, data, answered)
             else:
                 await cache.write(image, first * STAMP, data)
-            model.end_write(first, count)
+                model.end_write(first, count)
         elif kind < 0.85:
             await self._free(cache, image, model, begin, end)
         elif kind < 0.92:

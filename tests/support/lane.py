@@ -4,6 +4,8 @@ It has no descriptor to write to and no threads there; all it shares with the en
 gates, the slot table, the list of soiled slots. ``tests/lane`` has the compiled one.
 """
 
+from collections.abc import Callable
+
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import CacheDeviceError
@@ -18,15 +20,28 @@ def admit(cache: BlockCache) -> None:
     cache.core.gates.used = True
 
 
-async def write(cache: BlockCache, image: Image, offset: int, data: bytes) -> None:
+async def write(
+    cache: BlockCache,
+    image: Image,
+    offset: int,
+    data: bytes,
+    answered: Callable[[int, int], None],
+) -> None:
     """As the lane does it, and ``Requests`` what the lane leaves: an overwrite, or requests of a
-    page each that come together."""
+    page each that come together, each of which is answered (offset, length) by itself."""
     if overwrite(cache, image, offset, data):
+        answered(offset, len(data))
         return
     parts = [(image, offset + at, data[at : at + _REQUEST]) for at in range(0, len(data), _REQUEST)]
+    slowly = []
     for part, done in zip(parts, cache.write_at_once(parts), strict=True):
-        if not done:
-            await cache.write(*part)
+        if done:
+            answered(part[1], len(part[2]))
+        else:
+            slowly.append(part)
+    for part in slowly:
+        await cache.write(*part)
+        answered(part[1], len(part[2]))
 
 
 def overwrite(cache: BlockCache, image: Image, offset: int, data: bytes) -> bool:
