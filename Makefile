@@ -48,7 +48,7 @@ test: $(VENV)/.installed guests
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --lane off tests/mount
 
 test-slow: $(VENV)/.installed guests
-	@sh .ci/install-packages mmdebstrap libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
+	@sh .ci/install-packages prometheus mmdebstrap libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 	$(BIN)/pytest -m slow
 
 lint: $(VENV)/.installed
