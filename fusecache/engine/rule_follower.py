@@ -135,6 +135,8 @@ class RuleFollower:
         elif image.bypassed:
             async with image.opening:
                 if self._images.find(image.row.identity) is image and not image.handles:
+                    if image.origin_open and image.synced < image.written:
+                        await self._images.lasting.sync(image)  # its last close could not
                     await self._images.forget(image)
         else:
             await self._change_mode(image, self._images.policy.mode_of(image.row.path))
