@@ -53,7 +53,11 @@ class OriginImage:
         self._at_once = _READAHEAD
         """Bytes the kernel reads at a time."""
         self._mutex = threading.Lock()
-        """Over the numbers: of what was closed, one may be another file's."""
+        """Over the numbers: of what was closed, one may be another file's. Never held during a call
+        that could block, since the event loop takes it, too."""
+        self._replacing: list[int] = []
+        """Numbers whose file another thread is about to replace: it will also close them, if they
+        are to be closed meanwhile."""
         self._era = 0
         """Closed so often: what began before a close takes no effect after it."""
 
@@ -88,17 +92,30 @@ class OriginImage:
     def _take(self, fd: int, *, write: bool, era: int) -> None:
         with self._mutex:
             old = self._write_fd if write else self._read_fd
-            if era == self._era and old < 0:
+            valid = era == self._era
+            if valid and old < 0:
                 if write:
                     self._write_fd = fd
                 else:
                     self._read_fd = fd
                 return
-            if era == self._era:
-                # In place, so that a read under way in another thread never meets a closed
-                # descriptor or, worse, its number given to another file.
-                os.dup2(fd, old, inheritable=False)
+            if valid:
+                self._replacing.append(old)
+        if valid:
+            self._replace(fd, old, era)
         os.close(fd)
+
+    def _replace(self, fd: int, old: int, era: int) -> None:
+        """In place, so that a read under way in another thread never meets a closed descriptor or,
+        worse, its number given to another file. Closes the old file, which asks the server."""
+        try:
+            os.dup2(fd, old, inheritable=False)
+        finally:
+            with self._mutex:
+                self._replacing.remove(old)
+                ours = era != self._era and old not in self._replacing
+            if ours:
+                os.close(old)
 
     def opener(self, path_fd: int, *, write: bool) -> Callable[[], Attributes]:
         """``open`` for a thread that may be left behind: it has a descriptor of its own, since
@@ -287,7 +304,8 @@ class OriginImage:
         """``close`` for a thread that may be left behind, see ``unlocker``."""
         with self._mutex:
             self._era += 1
-            mine = [self._lock_fd, self._read_fd, self._write_fd]
+            numbers = (self._lock_fd, self._read_fd, self._write_fd)
+            mine = [fd for fd in numbers if fd not in self._replacing]
             self._lock_fd = self._read_fd = self._write_fd = -1
         return partial(_close, mine)
 

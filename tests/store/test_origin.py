@@ -343,6 +343,41 @@ def test_what_is_closed_later_is_nobody_elses_number(tmp_path: Path, image: Orig
     image.close()
 
 
+@pytest.mark.parametrize("openers", [1, 2])
+def test_a_close_does_not_wait_for_an_open_that_the_server_holds_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: OriginImage, openers: int
+) -> None:
+    """The event loop asks for it, and would hang with all guests (P6). What the open has replaced
+    by the end is closed by it."""
+    (tmp_path / "image").touch()
+    held, replaced, dup2 = threading.Event(), threading.Semaphore(0), os.dup2
+
+    def stalling(fd: int, old: int, inheritable: bool) -> int:
+        done = dup2(fd, old, inheritable)
+        replaced.release()
+        assert held.wait(20)
+        return done
+
+    before = count_descriptors()
+    with pinned(tmp_path / "image") as path_fd, monkeypatch.context() as patch:
+        image.open(path_fd, write=False)
+        patch.setattr(os, "dup2", stalling)
+        again = [image.opener(path_fd, write=False) for _ in range(openers)]
+        threads = [threading.Thread(target=each) for each in again]
+        for thread in threads:
+            thread.start()
+            assert replaced.acquire(timeout=20)
+        closing = threading.Thread(target=lambda: image.closer()())
+        closing.start()
+        closing.join(5)
+        hung = closing.is_alive()
+        held.set()
+        for thread in [closing, *threads]:
+            thread.join(20)
+        assert not hung and not image.readable
+    assert count_descriptors() == before
+
+
 def test_a_close_that_fails_has_closed_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: OriginImage
 ) -> None:
