@@ -14,7 +14,7 @@ import trio
 from fusecache.config import Policy, Rule, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
-from fusecache.engine.cleaner import UNEXPECTED, Cleaner
+from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_writes import DirtyWrites
@@ -38,7 +38,7 @@ from fusecache.engine.rule_follower import RuleFollower
 from fusecache.engine.sampler import Sampler
 from fusecache.engine.seeks import Seeks
 from fusecache.engine.slot_io import SlotIO
-from fusecache.engine.state import CacheState
+from fusecache.engine.state import UNEXPECTED, CacheState
 from fusecache.engine.writes import Write, Writes
 from fusecache.errors import CacheDeviceError, FusecacheError, OriginError
 from fusecache.store.block_map import Batch, BlockMap
@@ -97,7 +97,9 @@ class BlockCache:
             self.state.unusable,
         )
         self.images.committer = self.committer
-        self._lasting = self.images.lasting = Lasting(nursery, threads, self._begin_distrust)
+        self._lasting = self.images.lasting = Lasting(
+            nursery, self.state, threads, self._begin_distrust
+        )
         self.images.ownership = Ownership(
             self.images, core, self.state, threads, clock, tuning, pin
         )

@@ -30,15 +30,13 @@ from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.pace import Pace
 from fusecache.engine.ports import Clock, Threads
-from fusecache.engine.state import CacheState
+from fusecache.engine.state import UNEXPECTED, CacheState
 from fusecache.errors import FusecacheError, LostDataError, OriginError
 from fusecache.observe.latency import Call, timed
 from fusecache.observe.logs import fields
 
 log = logging.getLogger(__name__)
 
-UNEXPECTED = "an unexpected error in fusecache, see its log"
-"""What people are told of an exception nobody foresaw."""
 _BATCH = 32 << 20
 """Bytes of one image that share two barriers and one origin sync."""
 _BY_CLOCK = 8 << 20

@@ -88,8 +88,8 @@ class Image:
     running_sync: OriginSync | None = None
     """Of the origin's file, and the one that begins after it."""
     next_sync: OriginSync | None = None
-    letting_go: trio.Event | None = None
-    """Descriptors or the lock are being closed."""
+    giving_up: trio.Event | None = None
+    """Set when the origin's descriptors or the lock, on their way out now, are closed."""
     fetches: dict[int, Fetch] = field(default_factory=dict)
     """By block: fetches under way or being stored."""
     streams: list[Stream] = field(default_factory=list)

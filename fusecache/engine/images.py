@@ -256,7 +256,10 @@ class Images:
             if image.handles == 0:
                 image.close_gate(self._core.gates)
             if image.handles == 0 and image.detached:
-                await self._end_detached(image)
+                try:
+                    await self.end_detached(image)
+                except OriginError as exc:
+                    log.warning("%s could not be synced at its last close: %s", image.name, exc)
 
     async def _end_writing(self, image: Image) -> None:
         # What we did not write is not taken for ours: the next open will see it (P3).
@@ -286,20 +289,23 @@ class Images:
         if image.own_pending:
             await self.ownership.cleaned(image)
 
-    async def _end_detached(self, image: Image) -> None:
-        """The last handle of an evicted or unlinked image is closed: nothing is kept of it.
+    async def end_detached(self, image: Image) -> None:
+        """Nobody has an evicted, bypassed or unlinked image open any more: nothing is kept of it.
 
-        What was written since the eviction is synced: nobody will do it later. If that fails the
-        image stays as it is, for ``close_idle`` and for a flush to try again.
+        What was written past the cache is synced: once it is forgotten nobody would do so. For a
+        caller that holds ``image.opening``.
+
+        Raises:
+            OriginError: that failed. The image stays as it is, for ``close_idle``, a flush or a
+                clean stop to try again.
         """
         covered = image.written
-        if image.synced < covered:
+        if image.origin_open and image.synced < covered:
             try:
                 await self.lasting.sync(image)
-            except OriginError as exc:
-                log.warning("%s could not be synced at its last close: %s", image.name, exc)
+            except OriginError:
                 if covered > 1 and not image.gone:
-                    return
+                    raise
         await self.forget(image, gone=image.gone)
 
     async def before_close(self, image: Image) -> None:
@@ -542,20 +548,18 @@ class Images:
         if image.opening.locked() or not (image.origin_open or image.origin.locked):
             return
         async with image.opening:
-            if not self._needs_origin(image) and await self._synced(image):
-                if image.detached and image.written > 1:
-                    await self.forget(image)  # its last close could not
-                else:
-                    await self.lasting.close(image)
-
-    async def _synced(self, image: Image) -> bool:
-        """Whether the origin has all we wrote, synced: nobody could do it later."""
-        if image.synced < image.written and image.written > 1:
+            if self._needs_origin(image):
+                return
             try:
-                await self.lasting.sync(image)
+                if image.detached:
+                    await self.end_detached(image)
+                    return
+                if image.synced < image.written and image.written > 1:
+                    await self.lasting.sync(image)  # nobody could do so later
             except OriginError:
-                return False
-        return not self._needs_origin(image)
+                return
+            if not self._needs_origin(image):
+                await self.lasting.close(image)
 
     def _needs_origin(self, image: Image) -> bool:
         dirty = self._core.dirty.pages(image.id) or image.own_pending

@@ -2,8 +2,9 @@
 
 A sync, because the kernel tells of a lost write once, to whichever sync of the file comes first:
 its failure must be noted, and no other sync believed meanwhile. A close and the end of a lock,
-because whoever opens or locks next must find them done. Each runs in a task of the engine; at the
-engine's end they are left behind like everything that a stalled origin holds up.
+because whoever opens or locks next must find them done. Each runs in a task of the engine, which
+survives an exception nobody foresaw; at the engine's end they are left behind like everything that
+a stalled origin holds up.
 """
 
 import logging
@@ -14,6 +15,7 @@ import trio
 
 from fusecache.engine.image import Image, OriginSync
 from fusecache.engine.ports import Threads
+from fusecache.engine.state import UNEXPECTED, CacheState
 from fusecache.errors import OriginError
 from fusecache.observe.latency import Call, timed
 
@@ -29,9 +31,14 @@ class Lasting:
     """
 
     def __init__(
-        self, nursery: trio.Nursery, threads: Threads, distrust: Callable[[Image], None]
+        self,
+        nursery: trio.Nursery,
+        state: CacheState,
+        threads: Threads,
+        distrust: Callable[[Image], None],
     ) -> None:
         self._nursery = nursery
+        self._state = state
         self._threads = threads
         self._distrust = distrust
 
@@ -49,7 +56,7 @@ class Lasting:
         mine.metadata = mine.metadata or metadata
         if image.running_sync is None:
             self._begin_next(image)
-            self._nursery.start_soon(self._run, image)
+            self._nursery.start_soon(self._run_syncs, image)
         await mine.done.wait()
         if mine.error is not None:
             raise mine.error
@@ -57,7 +64,7 @@ class Lasting:
     def _begin_next(self, image: Image) -> None:
         image.running_sync, image.next_sync = image.next_sync, None
 
-    async def _run(self, image: Image) -> None:
+    async def _run_syncs(self, image: Image) -> None:
         try:
             while (current := image.running_sync) is not None:
                 await self._sync(image, current)
@@ -76,14 +83,20 @@ class Lasting:
             sync = partial(timed(image.origin.sync, spans), metadata=current.metadata)
             await self._threads.harmless(image.limiter, sync)
         except OriginError as exc:
-            current.error = exc
-            image.counters.failed(exc)
-            image.sync_failed()
-            self._distrust(image)
+            self._sync_failed(image, current, exc)
+        except Exception as exc:
+            self._state.unexpected(exc, "syncing the origin")
+            self._sync_failed(image, current, OriginError(5, UNEXPECTED))
         else:
             image.synced = max(image.synced, covered)
         finally:
             image.counters.latency.add(Call.SYNC, spans)
+
+    def _sync_failed(self, image: Image, current: OriginSync, error: OriginError) -> None:
+        current.error = error
+        image.counters.failed(error)
+        image.sync_failed()
+        self._distrust(image)
 
     async def close(self, image: Image) -> None:
         """Closes the origin's descriptors, after a sync that is under way, and gives up the lock.
@@ -92,23 +105,24 @@ class Lasting:
         """
         while image.running_sync is not None:
             await image.running_sync.done.wait()
-        await self._let_go(image, image.origin.closer())
+        await self._give_up(image, image.origin.closer())
 
     async def unlock(self, image: Image) -> None:
         """Gives up the lock."""
-        await self._let_go(image, image.origin.unlocker())
+        await self._give_up(image, image.origin.unlocker())
 
-    async def let_go(self, image: Image) -> None:
+    async def unlocked(self, image: Image) -> None:
         """Returns once no lock of ours is on its way out: it would keep us from taking it anew."""
-        while image.letting_go is not None:
-            await image.letting_go.wait()
+        while image.giving_up is not None:
+            await image.giving_up.wait()
 
-    async def _let_go(self, image: Image, close: Callable[[], None]) -> None:
-        before, image.letting_go = image.letting_go, trio.Event()
-        self._nursery.start_soon(self._close, image, close, before, image.letting_go)
-        await image.letting_go.wait()
+    async def _give_up(self, image: Image, close: Callable[[], None]) -> None:
+        before, done = image.giving_up, trio.Event()
+        image.giving_up = done
+        self._nursery.start_soon(self._run_close, image, close, before, done)
+        await done.wait()
 
-    async def _close(
+    async def _run_close(
         self,
         image: Image,
         close: Callable[[], None],
@@ -122,7 +136,9 @@ class Lasting:
         except OriginError as exc:
             image.counters.failed(exc)
             log.warning("%s was not closed well on the origin: %s", image.name, exc)
+        except Exception as exc:
+            self._state.unexpected(exc, "closing on the origin")
         finally:
-            if image.letting_go is done:
-                image.letting_go = None
+            if image.giving_up is done:
+                image.giving_up = None
             done.set()

@@ -54,7 +54,7 @@ class Ownership:
         Raises:
             LockedElsewhereError: one does.
         """
-        await self._images.lasting.let_go(image)
+        await self._images.lasting.unlocked(image)
         try:
             await self._threads.harmless(image.limiter, image.origin.locker(path_fd))
         except LockedElsewhereError as exc:

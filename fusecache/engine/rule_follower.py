@@ -135,9 +135,7 @@ class RuleFollower:
         elif image.bypassed:
             async with image.opening:
                 if self._images.find(image.row.identity) is image and not image.handles:
-                    if image.origin_open and image.synced < image.written:
-                        await self._images.lasting.sync(image)  # its last close could not
-                    await self._images.forget(image)
+                    await self._images.end_detached(image)
         else:
             await self._change_mode(image, self._images.policy.mode_of(image.row.path))
 

@@ -19,6 +19,9 @@ from fusecache.store.cache_device import CacheDevice
 
 log = logging.getLogger(__name__)
 
+UNEXPECTED = "an unexpected error in fusecache, see its log"
+"""What is told of an exception that nobody foresaw."""
+
 
 class CacheState:
     """Flags of one running cache."""

@@ -204,12 +204,12 @@ async def test_a_lock_that_is_on_its_way_out_is_waited_for(
         back.before = {"unlock": 3.0}
         with trio.move_on_after(1):
             await cache.close(image, write=True)
-        assert not image.origin.locked and image.letting_go is not None
+        assert not image.origin.locked and image.giving_up is not None
         image.writers = 0
         began = trio.current_time()
         again = await opened(cache)
         assert trio.current_time() - began == pytest.approx(2.0)
-        assert again.origin.locked and again.letting_go is None
+        assert again.origin.locked and again.giving_up is None
         back.before = {}
         await cache.close(again, write=True)
 

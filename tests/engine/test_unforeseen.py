@@ -1,6 +1,7 @@
 """An exception nobody foresaw, in what runs by itself beside the requests, does not end the daemon,
 and what it kept from being done is done later."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from fusecache.engine.images import Images
 from fusecache.errors import OriginError
 from tests.engine.conftest import BLOCK
 from tests.engine.handles import fail, on_origin, opened, versions, write
-from tests.support.world import PAGE, World
+from tests.support.world import PAGE, OriginDouble, World
 
 
 def _fails_first(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, times: int) -> None:
@@ -91,4 +92,50 @@ async def test_while_blocks_are_dropped_after_a_failed_sync(
         await trio.sleep(60)
         assert cache.state.counters.unexpected == 2 and not cache.core.used
         assert set(await versions(cache, image, 0, BLOCK)) == {2}
+        await cache.close(image, write=True)
+
+
+async def test_in_a_sync_of_the_origin(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a failed one, for all who wait for it and for what they believe of the cache."""
+    async with world.open() as cache:
+        image = await opened(cache)
+        await write(cache, image, 0, BLOCK, 2)
+        _fails_first(monkeypatch, OriginDouble, "sync", 1)
+        with pytest.raises(OriginError, match="unexpected"):
+            await cache.fsync(image, metadata=False)
+        await trio.sleep(1)
+        assert cache.state.counters.unexpected == 1 and not cache.core.used
+        await cache.fsync(image, metadata=False)
+        assert image.synced == image.written
+        await cache.close(image, write=True)
+
+
+async def test_in_a_close_of_the_origin(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opens the image next does not wait for ever."""
+    async with world.open() as cache:
+        image = await opened(cache)
+        inner, left = OriginDouble.unlocker, 1
+
+        def unlocker(origin: OriginDouble) -> Callable[[], None]:
+            unlock = inner(origin)
+
+            def run() -> None:
+                nonlocal left
+                unlock()
+                if left:
+                    left -= 1
+                    raise KeyError("injected")
+
+            return run
+
+        monkeypatch.setattr(OriginDouble, "unlocker", unlocker)
+        await cache.close(image, write=True)
+        assert cache.state.counters.unexpected == 1
+        with trio.fail_after(10):
+            image = await opened(cache)
+        assert image.origin.locked and image.giving_up is None
         await cache.close(image, write=True)
