@@ -56,6 +56,7 @@ class Laned:
             data_offset=DATA_OFFSET,
             readers=min(tuning.lane_threads, os.cpu_count() or 1),
             spares=_SPARES,
+            ring=True,
             capability=operations.xattrs,
             max_background=min(tuning.max_background, _MOST_BACKGROUND),
         )

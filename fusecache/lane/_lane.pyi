@@ -23,6 +23,7 @@ class Lane:
         data_offset: int,
         readers: int,
         spares: int,
+        ring: bool,
         capability: bool,
         max_background: int,
     ) -> None:
@@ -35,6 +36,7 @@ class Lane:
             device: the cache device, whose slots begin at ``data_offset``.
             readers: threads that read requests; ``spares`` take over while these wait for the
                 device.
+            ring: let one thread wait for the device by io_uring, where that is allowed.
             capability: answer the question for ``security.capability`` of images.
 
         Raises:

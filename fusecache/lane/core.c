@@ -107,6 +107,20 @@ bool core_locate(const struct core *core, const struct gate *gate, uint64_t offs
     return true;
 }
 
+bool core_piece(const struct found *found, uint32_t done, uint64_t *position, uint32_t *length)
+{
+    unsigned i = 0;
+    while (i < found->count && done >= found->extents[i].length)
+        done -= found->extents[i++].length;
+    if (i == found->count)
+        return false;
+    *position = found->extents[i].position + done;
+    *length = found->extents[i].length - done;
+    while (++i < found->count && found->extents[i].position == *position + *length)
+        *length += found->extents[i].length;
+    return true;
+}
+
 bool core_unmoved(const struct core *core, const struct gate *gate, const struct found *found)
 {
     __atomic_signal_fence(__ATOMIC_ACQ_REL); /* after the system call that read; see LOAD */

@@ -78,6 +78,9 @@ struct found {
 bool core_locate(const struct core *core, const struct gate *gate, uint64_t offset, uint32_t length,
                  struct found *found);
 
+/* Where the bytes from ``done`` on lie, as far as they lie in a row. False: that is all. */
+bool core_piece(const struct found *found, uint32_t done, uint64_t *position, uint32_t *length);
+
 /* Whether all that was found is still so: what was read meanwhile is what the image holds. */
 bool core_unmoved(const struct core *core, const struct gate *gate, const struct found *found);
 

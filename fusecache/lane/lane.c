@@ -142,7 +142,7 @@ static void add_active(struct lane *lane, int more)
 bool lane_step_back(struct lane *lane)
 {
     pthread_mutex_lock(&lane->mutex);
-    bool may = lane->active > 1 || lane->parked > 0;
+    bool may = lane->blocked < lane->spares && (lane->active > 1 || lane->parked > 0);
     if (may) {
         add_active(lane, -1);
         __atomic_fetch_add(&lane->blocked, 1, __ATOMIC_RELAXED);
@@ -187,6 +187,7 @@ static void end(struct lane *lane)
     if (!lane->ended) {
         __atomic_store_n(&lane->ended, true, __ATOMIC_RELEASE);
         signal_python(lane);
+        cold_wake(&lane->cold);
     }
     pthread_cond_broadcast(&lane->spare);
     pthread_cond_broadcast(&lane->room);
@@ -238,36 +239,53 @@ static void *return_thread(void *argument)
     return NULL;
 }
 
+static void *cold_thread(void *argument)
+{
+    struct lane *lane = argument;
+    cold_run(lane);
+    leave(lane);
+    return NULL;
+}
+
 static void nothing(int number)
 {
     (void)number; /* it is there to end a read */
 }
 
+static struct buffer *new_buffer(struct lane *lane)
+{
+    struct buffer *buffer = &lane->all_buffers[lane->buffer_count++];
+    /* Untouched pages of it take no memory. */
+    buffer->bytes = mmap(NULL, MESSAGE, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (buffer->bytes == MAP_FAILED)
+        buffer->bytes = NULL;
+    return buffer->bytes ? buffer : NULL;
+}
+
 static int make_room(struct lane *lane)
 {
-    lane->buffer_count = lane->threads + SPARE_BUFFERS;
-    lane->all_buffers = calloc(lane->buffer_count, sizeof *lane->all_buffers);
+    unsigned buffers = lane->readers + lane->spares + SPARE_BUFFERS;
+    lane->all_buffers = calloc(buffers + COLD_READS, sizeof *lane->all_buffers);
     lane->all_waiting = calloc(WAITING, sizeof *lane->all_waiting);
     lane->ids = calloc(lane->threads, sizeof *lane->ids);
     lane->handles = calloc(HANDLES, sizeof *lane->handles);
     lane->nodes = calloc(HANDLES, sizeof *lane->nodes);
     lane->questions = calloc(HANDLES, sizeof *lane->questions);
     lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
-    if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles || !lane->nodes || !lane->questions ||
-        !lane->held_until)
+    if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles ||
+        !lane->nodes || !lane->questions || !lane->held_until)
         return ENOMEM;
-    for (unsigned i = 0; i < lane->buffer_count; i++) {
-        struct buffer *buffer = &lane->all_buffers[i];
-        /* Untouched pages of it take no memory. */
-        buffer->bytes = mmap(NULL, MESSAGE, PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (buffer->bytes == MAP_FAILED) {
-            buffer->bytes = NULL;
+    for (unsigned i = 0; i < buffers; i++) {
+        struct buffer *buffer = new_buffer(lane);
+        if (!buffer)
             return ENOMEM;
-        }
         buffer->next = lane->buffers;
         lane->buffers = buffer;
     }
+    for (struct cold_read *read = lane->cold.free; read; read = read->next)
+        if (!(read->buffer = new_buffer(lane)))
+            return ENOMEM;
     /* The kernel has at most max_background requests under way, and one for each thread of each
      * guest; with more than this the lane waits for Python. */
     for (unsigned i = 0; i < WAITING; i++) {
@@ -321,14 +339,24 @@ static void lead_nowhere(struct lane *lane)
             ;
 }
 
+static void *(*work_of(const struct lane *lane, unsigned number))(void *)
+{
+    unsigned first = lane->readers + lane->spares;
+    return number < first ? serve_thread : number == first ? return_thread : cold_thread;
+}
+
 int lane_start(struct lane *lane)
 {
     lane->queue = lane->nowhere = -1;
     lane->last = &lane->first;
     lane->can_nowait = true;
     make_locks(lane);
-    int error = make_room(lane);
-    if (error || (error = own(lane)))
+    int error = cold_make(&lane->cold, lane->ring);
+    lane->ring = lane->cold.free != NULL;
+    if (lane->ring && lane->spares > 1)
+        lane->spares = 1;
+    lane->threads = lane->readers + lane->spares + 1 + lane->ring;
+    if (error || (error = make_room(lane)) || (error = own(lane)))
         return error;
     struct sigaction wake = {.sa_handler = nothing};
     sigaction(SIGRTMAX, &wake, NULL);
@@ -342,16 +370,10 @@ int lane_start(struct lane *lane)
     pthread_attr_init(&small);
     pthread_attr_setstacksize(&small, STACK);
     pthread_mutex_lock(&lane->mutex); /* none of them ends before it is counted and named */
-    if ((error = pthread_create(&lane->returner, &small, return_thread, lane)) == 0)
-        lane->returner_started = true;
     for (unsigned i = 0; i < lane->threads && !error; i++)
-        if ((error = pthread_create(&lane->ids[i], &small, serve_thread, lane)) == 0)
-            lane->started++;
-    if (lane->returner_started)
-        pthread_setname_np(lane->returner, NAME);
-    for (unsigned i = 0; i < lane->started; i++)
-        pthread_setname_np(lane->ids[i], NAME);
-    lane->alive = lane->started + lane->returner_started;
+        if ((error = pthread_create(&lane->ids[i], &small, work_of(lane, i), lane)) == 0)
+            pthread_setname_np(lane->ids[lane->started++], NAME);
+    lane->alive = lane->started;
     pthread_mutex_unlock(&lane->mutex);
     pthread_attr_destroy(&small);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -384,10 +406,7 @@ bool lane_stop(struct lane *lane, unsigned milliseconds)
     if (all) {
         for (unsigned i = 0; i < lane->started; i++)
             pthread_join(lane->ids[i], NULL);
-        if (lane->returner_started)
-            pthread_join(lane->returner, NULL);
         lane->started = 0;
-        lane->returner_started = false;
     }
     return all;
 }
@@ -396,8 +415,6 @@ void lane_abandon(struct lane *lane)
 {
     for (unsigned i = 0; i < lane->started; i++)
         pthread_detach(lane->ids[i]);
-    if (lane->returner_started)
-        pthread_detach(lane->returner);
 }
 
 void lane_free(struct lane *lane)
@@ -412,6 +429,7 @@ void lane_free(struct lane *lane)
     free(lane->nodes);
     free(lane->questions);
     free(lane->held_until);
+    cold_free(&lane->cold);
     int descriptors[5] = {lane->queue, lane->nowhere, lane->fuse, lane->pass, lane->device};
     for (unsigned i = 0; i < (lane->owns ? 5 : 2); i++)
         if (descriptors[i] >= 0)

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "cold.h"
 #include "core.h"
 #include "request.h"
 #include "turns.h"
@@ -36,6 +37,7 @@ struct lane_counters {
 struct lane {
     struct core core;
     struct turns turns;
+    struct cold cold;
     int fuse;    /* /dev/fuse; this and the next two become the lane's own when it starts */
     int pass;    /* our end of the pair; pyfuse3 has the other one */
     int device;  /* the cache device */
@@ -43,14 +45,14 @@ struct lane {
                   * that may be another file's by now */
     uint64_t data_offset;
     unsigned readers; /* threads that wait for requests */
-    unsigned threads; /* all of them, with those that wait for the device */
+    unsigned spares;  /* more of them, in the place of those that wait for the device */
+    bool ring;        /* use io_uring, if we may: then one spare is enough */
     bool capability;  /* answer the question for security.capability */
     unsigned max_background;
 
-    pthread_t *ids;
-    pthread_t returner;
+    pthread_t *ids; /* readers and spares, then who brings answers back, and who awaits cold hits */
+    unsigned threads;
     unsigned started;
-    bool returner_started;
     bool owns; /* the three descriptors */
 
     pthread_mutex_t mutex; /* over all that follows up to the tables */

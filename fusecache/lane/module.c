@@ -70,7 +70,7 @@ static bool hold_all(LaneObject *self, PyObject *arrays)
     return true;
 }
 
-static const char *out_of_range(const struct lane *lane, unsigned tag_bits, unsigned spares)
+static const char *out_of_range(const struct lane *lane, unsigned tag_bits)
 {
     const struct core *core = &lane->core;
     if (tag_bits < 1 || tag_bits > 32 || core->tag_shift != 32 - tag_bits)
@@ -86,7 +86,7 @@ static const char *out_of_range(const struct lane *lane, unsigned tag_bits, unsi
         return "gate_count";
     if (lane->readers < 1 || lane->readers > 64)
         return "readers";
-    if (spares > 256)
+    if (lane->spares > 256)
         return "spares";
     return lane->max_background > 0xFFFF ? "max_background" : NULL;
 }
@@ -96,28 +96,28 @@ static int begin(LaneObject *self, PyObject *args, PyObject *kwargs)
     static char *names[] = {"arrays",      "slot_count", "gate_count",  "block_shift",
                             "page_shift",  "tag_shift",  "tag_bits",    "soiled_room",
                             "fuse",        "passed",     "device",      "data_offset",
-                            "readers",     "spares",     "capability",  "max_background",
-                            NULL};
+                            "readers",     "spares",     "ring",        "capability",
+                            "max_background", NULL};
     PyObject *arrays;
     struct lane *lane = &self->lane;
-    unsigned tag_bits, spares;
-    int capability;
+    unsigned tag_bits;
+    int ring, capability;
     unsigned long long data_offset;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!IIIIIIIiiiKIIpI", names, &PyDict_Type, &arrays,
+            args, kwargs, "O!IIIIIIIiiiKIIppI", names, &PyDict_Type, &arrays,
             &lane->core.slot_count, &lane->core.gate_count, &lane->core.block_shift,
             &lane->core.page_shift, &lane->core.tag_shift, &tag_bits, &lane->core.soiled_room,
-            &lane->fuse, &lane->pass, &lane->device, &data_offset, &lane->readers, &spares,
-            &capability, &lane->max_background))
+            &lane->fuse, &lane->pass, &lane->device, &data_offset, &lane->readers,
+            &lane->spares, &ring, &capability, &lane->max_background))
         return -1;
-    const char *wrong = out_of_range(lane, tag_bits, spares);
+    const char *wrong = out_of_range(lane, tag_bits);
     if (wrong) {
         PyErr_Format(PyExc_ValueError, "%s is out of range", wrong);
         return -1;
     }
     lane->core.tag_mask = (uint32_t)((UINT64_C(1) << tag_bits) - 1);
     lane->data_offset = data_offset;
-    lane->threads = lane->readers + spares;
+    lane->ring = ring;
     lane->capability = capability;
     if (!hold_all(self, arrays))
         return -1;

@@ -33,45 +33,35 @@ static void took(uint64_t *buckets, uint64_t *sum, uint64_t began)
 
 /* -- reads ------------------------------------------------------------------------------------- */
 
-/* Reads all of it, neighbouring slots at once. With RWF_NOWAIT *done stops at what is not in
+/* Reads what is left, neighbouring slots at once. With RWF_NOWAIT *done stops at what is not in
  * memory. */
 static enum outcome read_slots(struct lane *lane, const struct found *found, char *into,
                                uint32_t *done, int flags)
 {
-    uint32_t before = 0;
-    for (unsigned i = 0; i < found->count;) {
-        uint64_t position = found->extents[i].position;
-        uint32_t length = 0;
-        while (i < found->count && found->extents[i].position == position + length)
-            length += found->extents[i++].length;
-        uint32_t skip = *done > before ? *done - before : 0;
-        before += length;
-        while (skip < length) {
-            struct iovec part = {into + *done, length - skip};
-            ssize_t got = preadv2(lane->device, &part, 1,
-                                  (off_t)(lane->data_offset + position + skip), flags);
-            if (got < 0 && errno == EINTR)
-                continue;
-            if (got < 0 && flags && errno == EOPNOTSUPP)
-                __atomic_store_n(&lane->can_nowait, false, __ATOMIC_RELAXED);
-            if (got <= 0)
-                return flags && (got == 0 || errno == EAGAIN || errno == EOPNOTSUPP) ? COLD
-                                                                                     : NO_HIT;
-            *done += (uint32_t)got;
-            skip += (uint32_t)got;
-        }
+    uint64_t position;
+    uint32_t length;
+    while (core_piece(found, *done, &position, &length)) {
+        struct iovec part = {into + *done, length};
+        ssize_t got =
+            preadv2(lane->device, &part, 1, (off_t)(lane->data_offset + position), flags);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0 && flags && errno == EOPNOTSUPP)
+            __atomic_store_n(&lane->can_nowait, false, __ATOMIC_RELAXED);
+        if (got <= 0)
+            return flags && (got == 0 || errno == EAGAIN || errno == EOPNOTSUPP) ? COLD : NO_HIT;
+        *done += (uint32_t)got;
     }
     return HIT;
 }
 
-static enum outcome answer_hit(struct lane *lane, const struct request *request, uint32_t gate,
-                               const struct found *found, const char *data, bool cold,
-                               uint64_t began)
+bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,
+               const struct found *found, const char *data, bool cold, uint64_t began)
 {
     struct gate *at = &lane->core.gates[gate];
     if (!core_unmoved(&lane->core, at, found)) {
         add(&lane->counters.repeated, 1);
-        return NO_HIT;
+        return false;
     }
     core_touch(&lane->core, found);
     /* Counted before the guest knows of it, so that whoever asks then finds it counted. */
@@ -83,7 +73,7 @@ static enum outcome answer_hit(struct lane *lane, const struct request *request,
     }
     lane_reply(lane, request->unique, 0, data, found->length);
     took(lane->read_ns, &lane->read_ns_sum, began);
-    return HIT;
+    return true;
 }
 
 /* After a question for attributes the next read waits a moment, for the reason that the docstring
@@ -98,34 +88,36 @@ static void let_overtake(struct lane *lane, uint32_t gate)
     }
 }
 
-/* False if Python has to answer. *reads becomes false if this thread is no reader any more. */
-static bool try_read(struct lane *lane, const struct request *request, char *into,
-                     struct found *found, bool *reads)
+/* Returns the buffer to go on with, or NULL if Python has to answer. *reads becomes false if this
+ * thread is no reader any more. */
+static struct buffer *try_read(struct lane *lane, const struct request *request,
+                               struct buffer *buffer, struct found *found, bool *reads)
 {
     uint32_t gate = table_get(lane->handles, request->handle);
     if (gate >= lane->core.gate_count)
-        return false;
+        return NULL;
     if (__atomic_load_n(&lane->held_until[gate], __ATOMIC_RELAXED))
         let_overtake(lane, gate);
     uint64_t began = now_ns();
     if (!core_locate(&lane->core, &lane->core.gates[gate], request->offset,
                      (uint32_t)request->length, found) ||
         found->marked)
-        return false;
+        return NULL;
     uint32_t done = 0;
     enum outcome outcome = COLD;
     if (__atomic_load_n(&lane->can_nowait, __ATOMIC_RELAXED))
-        outcome = read_slots(lane, found, into, &done, RWF_NOWAIT);
+        outcome = read_slots(lane, found, buffer->bytes, &done, RWF_NOWAIT);
     bool cold = outcome == COLD;
     if (cold) {
-        if (!lane_step_back(lane))
-            return false; /* all others wait for the device: Python has threads, too */
+        if (cold_crowd(&lane->cold) || !lane_step_back(lane))
+            /* If there is no room for more of them: Python has threads, too. */
+            return cold_take(&lane->cold, request, gate, found, done, began, buffer);
         *reads = false;
-        outcome = read_slots(lane, found, into, &done, 0);
+        outcome = read_slots(lane, found, buffer->bytes, &done, 0);
     }
-    if (outcome == HIT)
-        outcome = answer_hit(lane, request, gate, found, into, cold, began);
-    return outcome == HIT;
+    bool answered = outcome == HIT &&
+                    serve_hit(lane, request, gate, found, buffer->bytes, cold, began);
+    return answered ? buffer : NULL;
 }
 
 /* -- writes ------------------------------------------------------------------------------------ */
@@ -235,11 +227,11 @@ static void ask_attributes(struct lane *lane, const struct request *request)
 static struct buffer *dispatch(struct lane *lane, const struct request *request, size_t size,
                                struct buffer *buffer, struct found *found, bool *reads)
 {
+    struct buffer *next;
     switch (request->kind) {
     case REQUEST_READ:
-        if (try_read(lane, request, buffer->bytes, found, reads))
-            return buffer;
-        return lane_queue(lane, request, buffer);
+        next = try_read(lane, request, buffer, found, reads);
+        return next ? next : lane_queue(lane, request, buffer);
     case REQUEST_WRITE:
         if (try_write(lane, request, found))
             return buffer;

@@ -12,7 +12,12 @@ void serve(struct lane *lane, struct buffer *buffer);
 /* Hands an answer of pyfuse3 to the kernel. */
 void serve_answer(struct lane *lane, char *message, size_t size);
 
-/* -- of lane.c, for serve.c -- */
+/* Answers a read with what was read, if all of it is still what the image holds. False: it is not,
+ * nothing is answered. */
+bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,
+               const struct found *found, const char *data, bool cold, uint64_t began);
+
+/* -- of lane.c, for serve.c and cold.c -- */
 
 /* Queues a request for Python. Returns the buffer to go on with: of a WRITE another one. */
 struct buffer *lane_queue(struct lane *lane, const struct request *request, struct buffer *buffer);

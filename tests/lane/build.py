@@ -14,7 +14,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SOURCES = ROOT / "fusecache" / "lane"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
-HELD_DEVICE = ("-Dpreadv2=held_preadv2", "-Dpwrite=held_pwrite", str(HERE / "held_device.c"))
+HELD_DEVICE = (
+    "-Dpreadv2=held_preadv2",
+    "-Dpwrite=held_pwrite",
+    "-Wl,--wrap=ring_make,--wrap=ring_wait",
+    f"-I{SOURCES}",
+    str(HERE / "held_device.c"),
+)
 
 
 def source_names() -> list[str]:

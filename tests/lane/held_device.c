@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #undef preadv2 /* the build renames the lane's calls to the ones below */
 #undef pwrite
+#include "ring.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
@@ -9,15 +11,21 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/io_uring.h>
+
+#define PIECE 1000
+
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static bool cold, before, after, broken, busy;
+static bool cold, before, after, broken, busy, pieces, forbidden;
 static int inside;
 static long reads, writes;
 
 /* before: calls wait before they do anything; after: they wait when they have done it; busy: writes
- * take 20 ms without waiting for anything, as on a host that has others to run. */
-void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int is_busy)
+ * take 20 ms without waiting for anything, as on a host that has others to run; pieces: io_uring
+ * reads little at a time, and is interrupted in between; forbidden: there is no io_uring. */
+void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int is_busy,
+                int in_pieces, int is_forbidden)
 {
     pthread_mutex_lock(&mutex);
     cold = is_cold;
@@ -25,6 +33,8 @@ void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int
     after = hold_after;
     broken = is_broken;
     busy = is_busy;
+    pieces = in_pieces;
+    forbidden = is_forbidden;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&mutex);
 }
@@ -76,6 +86,62 @@ ssize_t held_preadv2(int fd, const struct iovec *parts, int count, off_t offset,
         errno = EIO;
     pass(&after, NULL);
     return got;
+}
+
+/* -- the same by io_uring: the linker gives us the lane's calls (--wrap) ----------------------- */
+
+int __real_ring_make(struct ring *ring, unsigned room);
+unsigned __real_ring_wait(struct ring *ring, struct ring_done *done, unsigned most);
+
+int __wrap_ring_make(struct ring *ring, unsigned room)
+{
+    pthread_mutex_lock(&mutex);
+    bool refused = forbidden;
+    pthread_mutex_unlock(&mutex);
+    return refused ? EPERM : __real_ring_make(ring, room);
+}
+
+/* Slots do not begin at 0, and the lane reads 8 bytes of something else to be woken. */
+static unsigned prepare(struct ring *ring, bool in_pieces)
+{
+    unsigned count = 0;
+    for (uint32_t i = 1; i <= ring->prepared; i++) {
+        struct io_uring_sqe *entry = &ring->entries[(*ring->tail - i) & ring->mask];
+        count += entry->off > 0;
+        if (entry->off > 0 && in_pieces && entry->len > PIECE)
+            entry->len = PIECE;
+    }
+    return count;
+}
+
+unsigned __wrap_ring_wait(struct ring *ring, struct ring_done *done, unsigned most)
+{
+    static unsigned turn;
+    pthread_mutex_lock(&mutex);
+    bool in_pieces = pieces;
+    pthread_mutex_unlock(&mutex);
+    unsigned count = prepare(ring, in_pieces);
+    bool works = true;
+    if (count) {
+        works = pass(&before, &reads);
+        pthread_mutex_lock(&mutex);
+        reads += count - 1;
+        pthread_mutex_unlock(&mutex);
+    }
+    count = __real_ring_wait(ring, done, most);
+    bool read = false;
+    for (unsigned i = 0; i < count; i++) {
+        if (done[i].result == sizeof(uint64_t))
+            continue;
+        read = true;
+        if (!works)
+            done[i].result = -EIO;
+        else if (in_pieces && turn++ % 3 == 0)
+            done[i].result = -EINTR;
+    }
+    if (read)
+        pass(&after, NULL);
+    return count;
 }
 
 static void compute(void)

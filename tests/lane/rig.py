@@ -51,10 +51,12 @@ class Device:
         after: bool = False,
         broken: bool = False,
         busy: bool = False,
+        pieces: bool = False,
+        forbidden: bool = False,
     ) -> None:
         """Nothing in memory; calls wait before or after what they do; calls fail; writes compute
-        for a while."""
-        self._library.device_set(cold, before, after, broken, busy)
+        for a while; reads by io_uring come in pieces, or there is no io_uring."""
+        self._library.device_set(cold, before, after, broken, busy, pieces, forbidden)
 
     @property
     def inside(self) -> int:
@@ -137,10 +139,12 @@ class Rig:
         slots: int = 8,
         readers: int = 2,
         spares: int = 4,
+        ring: bool = False,
         capability: bool = True,
+        forbidden: bool = False,
     ) -> None:
         self.device = Device(module)
-        self.device.set()
+        self.device.set(forbidden=forbidden)
         self.core = CacheIndex(Geometry.of(BLOCK), slots)
         self.core.gates.used = True
         self.path = base / "cache.img"
@@ -154,13 +158,15 @@ class Rig:
         self._uniques = itertools.count(2, 2)
         arrays = self.core.arrays()
         self.lane: Any = build.load(module).Lane(
-            **self.numbers(slots, readers, spares, capability), arrays=arrays
+            **self.numbers(slots, readers, spares, ring, capability), arrays=arrays
         )
         settle()
         self.turn_is_ours = True
         self._ended = False
 
-    def numbers(self, slots: int, readers: int, spares: int, capability: bool) -> dict[str, Any]:
+    def numbers(
+        self, slots: int, readers: int, spares: int, ring: bool, capability: bool
+    ) -> dict[str, Any]:
         """The arguments of ``Lane`` but for the arrays."""
         return {
             "slot_count": slots,
@@ -176,6 +182,7 @@ class Rig:
             "data_offset": DATA_OFFSET,
             "readers": readers,
             "spares": spares,
+            "ring": ring,
             "capability": capability,
             "max_background": 64,
         }

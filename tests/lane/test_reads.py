@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.lane.rig import BLOCK, FULL, PAGE, READ, Rig, read_body
+from tests.lane.rig import BLOCK, FULL, PAGE, READ, Rig, read_body, settle, until
 from tests.support.stamps import check_stamps, stamped
 
+COLD_READS = 64
+"""At a time, see cold.h."""
 SPANS = [
     (0, 512),
     (0, BLOCK),
@@ -20,7 +22,10 @@ SPANS = [
 
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize(("offset", "length"), SPANS)
-def test_a_hit_is_answered_with_its_bytes(rig: Rig, offset: int, length: int, cold: bool) -> None:
+def test_a_hit_is_answered_with_its_bytes(
+    cold_rig: Rig, offset: int, length: int, cold: bool
+) -> None:
+    rig = cold_rig
     for block in (1, 0, 2):  # neither in order nor side by side
         rig.fill(5, block)
         rig.fill(6, block)
@@ -151,108 +156,108 @@ def test_a_hit_is_a_use(rig: Rig) -> None:
 # -- what happens while a reader hangs in the device -----------------------------------------------
 
 
-def test_a_slot_given_away_meanwhile_is_not_answered(rig: Rig) -> None:
+def test_a_slot_given_away_meanwhile_is_not_answered(cold_rig: Rig) -> None:
     """All pages of the slot are valid again when the reader comes back: only the generation tells
     that they are another image's."""
-    slot = rig.fill(5, 0)
-    rig.open(5, 1)
-    rig.held_read(0, PAGE)
-    rig.drop(5)
-    assert rig.fill(6, 0) == slot
-    rig.device.set()
-    assert rig.take()[0][1] == READ
-    assert not rig.nothing_came()
-    assert rig.lane.counters()["repeated"] == 1
+    slot = cold_rig.fill(5, 0)
+    cold_rig.open(5, 1)
+    cold_rig.held_read(0, PAGE)
+    cold_rig.drop(5)
+    assert cold_rig.fill(6, 0) == slot
+    cold_rig.device.set()
+    assert cold_rig.take()[0][1] == READ
+    assert not cold_rig.nothing_came()
+    assert cold_rig.lane.counters()["repeated"] == 1
 
 
-def test_a_slot_given_away_before_the_data_is_read_is_not_answered(rig: Rig) -> None:
-    slot = rig.fill(5, 0)
-    rig.open(5, 1)
-    rig.device.set(cold=True, before=True)
-    unique = rig.send(READ, read_body(1, 0, PAGE))
-    while rig.device.inside == 0:
+def test_a_slot_given_away_before_the_data_is_read_is_not_answered(cold_rig: Rig) -> None:
+    slot = cold_rig.fill(5, 0)
+    cold_rig.open(5, 1)
+    cold_rig.device.set(cold=True, before=True)
+    unique = cold_rig.send(READ, read_body(1, 0, PAGE))
+    while cold_rig.device.inside == 0:
         pass
-    rig.drop(5)
-    assert rig.fill(6, 0) == slot
-    rig.device.set()
-    assert rig.take()[0][0] == unique
-    assert not rig.nothing_came()
+    cold_rig.drop(5)
+    assert cold_rig.fill(6, 0) == slot
+    cold_rig.device.set()
+    assert cold_rig.take()[0][0] == unique
+    assert not cold_rig.nothing_came()
 
 
-def test_a_block_that_came_back_to_its_slot_is_not_answered(rig: Rig) -> None:
+def test_a_block_that_came_back_to_its_slot_is_not_answered(cold_rig: Rig) -> None:
     """The same tag and the same slot, but what was read may be from before or between."""
-    slot = rig.fill(5, 0)
-    rig.open(5, 1)
-    rig.held_read(0, PAGE)
-    rig.drop(5)
-    assert rig.fill(5, 0, version=2) == slot
-    rig.device.set()
-    assert rig.take()[0][1] == READ
-    assert not rig.nothing_came()
-    assert set(check_stamps(rig.read(0, PAGE), 5, 0)) == {2}
+    slot = cold_rig.fill(5, 0)
+    cold_rig.open(5, 1)
+    cold_rig.held_read(0, PAGE)
+    cold_rig.drop(5)
+    assert cold_rig.fill(5, 0, version=2) == slot
+    cold_rig.device.set()
+    assert cold_rig.take()[0][1] == READ
+    assert not cold_rig.nothing_came()
+    assert set(check_stamps(cold_rig.read(0, PAGE), 5, 0)) == {2}
 
 
-def test_pages_invalidated_meanwhile_are_not_answered(rig: Rig) -> None:
+def test_pages_invalidated_meanwhile_are_not_answered(cold_rig: Rig) -> None:
     """The block stays in its slot, so that the generation is the same."""
-    rig.fill(5, 0)
-    rig.open(5, 1)
-    rig.held_read(2 * PAGE, 2 * PAGE)
-    rig.core.clear(5, 0, 0b1000)
-    rig.device.set()
-    assert rig.take()[0][1] == READ
-    assert not rig.nothing_came()
-    rig.read_is_pythons(3 * PAGE, PAGE)
-    assert len(rig.read(2 * PAGE, PAGE)) == PAGE
+    cold_rig.fill(5, 0)
+    cold_rig.open(5, 1)
+    cold_rig.held_read(2 * PAGE, 2 * PAGE)
+    cold_rig.core.clear(5, 0, 0b1000)
+    cold_rig.device.set()
+    assert cold_rig.take()[0][1] == READ
+    assert not cold_rig.nothing_came()
+    cold_rig.read_is_pythons(3 * PAGE, PAGE)
+    assert len(cold_rig.read(2 * PAGE, PAGE)) == PAGE
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_every_block_of_a_read_is_looked_at_again(rig: Rig, last: bool) -> None:
+def test_every_block_of_a_read_is_looked_at_again(cold_rig: Rig, last: bool) -> None:
     for block in range(3):
-        rig.fill(5, block)
-    rig.open(5, 3)
-    rig.held_read(0, 3 * BLOCK)
-    rig.core.clear(5, 2 if last else 0, FULL)
-    rig.device.set()
-    assert rig.take()[0][1] == READ
-    assert not rig.nothing_came()
+        cold_rig.fill(5, block)
+    cold_rig.open(5, 3)
+    cold_rig.held_read(0, 3 * BLOCK)
+    cold_rig.core.clear(5, 2 if last else 0, FULL)
+    cold_rig.device.set()
+    assert cold_rig.take()[0][1] == READ
+    assert not cold_rig.nothing_came()
 
 
 @pytest.mark.parametrize("all_gates", [False, True])
-def test_a_gate_shut_meanwhile_is_not_passed(rig: Rig, all_gates: bool) -> None:
+def test_a_gate_shut_meanwhile_is_not_passed(cold_rig: Rig, all_gates: bool) -> None:
     """An evict detaches an open image; a broken cache shuts all gates: no page changes."""
-    rig.fill(5, 0)
-    gate = rig.open(5, 1)
-    rig.held_read(0, PAGE)
+    cold_rig.fill(5, 0)
+    gate = cold_rig.open(5, 1)
+    cold_rig.held_read(0, PAGE)
     if all_gates:
-        rig.core.gates.shut()
+        cold_rig.core.gates.shut()
     else:
         gate.let(reads=False, writes=False)
-    rig.device.set()
-    assert rig.take()[0][1] == READ
-    assert not rig.nothing_came()
+    cold_rig.device.set()
+    assert cold_rig.take()[0][1] == READ
+    assert not cold_rig.nothing_came()
 
 
-def test_a_gate_of_another_image_meanwhile_is_not_passed(rig: Rig) -> None:
-    rig.fill(5, 0)
-    gate = rig.open(5, 1)
-    rig.held_read(0, PAGE)
-    rig.core.gates.close(gate)
-    assert rig.open(6, 1, handle=2).number == gate.number
-    rig.device.set()
-    assert rig.take()[0][1] == READ
-    assert not rig.nothing_came()
+def test_a_gate_of_another_image_meanwhile_is_not_passed(cold_rig: Rig) -> None:
+    cold_rig.fill(5, 0)
+    gate = cold_rig.open(5, 1)
+    cold_rig.held_read(0, PAGE)
+    cold_rig.core.gates.close(gate)
+    assert cold_rig.open(6, 1, handle=2).number == gate.number
+    cold_rig.device.set()
+    assert cold_rig.take()[0][1] == READ
+    assert not cold_rig.nothing_came()
 
 
-def test_other_pages_and_other_slots_do_not_matter(rig: Rig) -> None:
-    rig.fill(5, 0)
-    rig.fill(5, 1)
-    rig.open(5, 2)
-    unique = rig.held_read(2 * PAGE, 2 * PAGE)
-    rig.core.clear(5, 0, 0b10011)
-    rig.core.clear(5, 1, FULL)
-    rig.fill(7, 7)
-    rig.device.set()
-    error, data = rig.answer_to(unique)
+def test_other_pages_and_other_slots_do_not_matter(cold_rig: Rig) -> None:
+    cold_rig.fill(5, 0)
+    cold_rig.fill(5, 1)
+    cold_rig.open(5, 2)
+    unique = cold_rig.held_read(2 * PAGE, 2 * PAGE)
+    cold_rig.core.clear(5, 0, 0b10011)
+    cold_rig.core.clear(5, 1, FULL)
+    cold_rig.fill(7, 7)
+    cold_rig.device.set()
+    error, data = cold_rig.answer_to(unique)
     assert error == 0
     check_stamps(data, 5, 2 * PAGE)
 
@@ -260,15 +265,88 @@ def test_other_pages_and_other_slots_do_not_matter(rig: Rig) -> None:
 # -- threads ---------------------------------------------------------------------------------------
 
 
+def _fill_pages(rig: Rig, blocks: int) -> None:
+    for block in range(blocks):
+        rig.fill(5, block)
+    rig.open(5, blocks)
+
+
+def test_a_crowd_that_is_not_in_memory_holds_up_nobody(new_rig: Callable[..., Rig]) -> None:
+    """All go to one thread; what finds no room there is Python's; others are answered meanwhile."""
+    rig = new_rig(ring=True, spares=0, slots=8)
+    _fill_pages(rig, 7)
+    rig.device.set(cold=True, before=True)
+    pages = [page * PAGE for page in range(COLD_READS)]
+    held = {rig.send(READ, read_body(1, offset, PAGE)): offset for offset in pages}
+    until(lambda: rig.device.inside == 1, "the thread in the device")
+    settle()
+    rig.read_is_pythons(COLD_READS * PAGE, PAGE)
+    rig.read_is_pythons(7 * BLOCK, PAGE)  # a miss
+    rig.device.set()
+    for _ in pages:
+        unique, error, data = rig.answer()
+        assert error == 0
+        assert data == stamped(5, held.pop(unique), PAGE, 1)
+    assert rig.lane.counters()["queued"] == 2
+    rig.device.set(cold=True)
+    for offset in pages:  # there is room again
+        assert rig.read(offset, PAGE) == stamped(5, offset, PAGE, 1)
+
+
+def test_one_alone_that_is_not_in_memory_is_awaited_by_whoever_has_it(
+    new_rig: Callable[..., Rig],
+) -> None:
+    """Without a hand-over. The next ones go to the thread for all."""
+    rig = new_rig(ring=True, spares=3)
+    _fill_pages(rig, 4)
+    rig.device.set(cold=True, before=True)
+    held = []
+    for inside, block in ((1, 0), (2, 1), (2, 2), (2, 3)):
+        held.append(rig.send(READ, read_body(1, block * BLOCK, PAGE)))
+        until(lambda inside=inside: rig.device.inside == inside, "threads in the device")
+        settle()
+    rig.read_is_pythons(4 * BLOCK, PAGE)
+    rig.device.set()
+    assert sorted(rig.answer()[0] for _ in held) == held
+
+
+@pytest.mark.parametrize(("offset", "length"), SPANS)
+def test_what_is_read_in_pieces_is_put_together(
+    new_rig: Callable[..., Rig], offset: int, length: int
+) -> None:
+    rig = new_rig(ring=True, spares=0)
+    for block in (1, 0, 2):
+        rig.fill(5, block)
+        rig.fill(6, block)
+    rig.open(5, 3)
+    rig.device.set(cold=True, pieces=True)
+    wanted = [rig.send(READ, read_body(1, offset, length)) for _ in range(8)]
+    for _ in wanted:
+        unique, error, data = rig.answer()
+        wanted.remove(unique)
+        assert error == 0
+        assert data == stamped(5, 0, 3 * BLOCK, 1)[offset : offset + length]
+
+
+def test_where_there_is_no_io_uring_threads_wait(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ring=True, spares=3, forbidden=True)
+    _fill_pages(rig, 5)
+    rig.device.set(cold=True, before=True)
+    held = {rig.send(READ, read_body(1, block * BLOCK, PAGE)) for block in range(3)}
+    until(lambda: rig.device.inside == 3, "three threads in the device")
+    rig.device.set()
+    assert {rig.answer()[0] for _ in held} == held
+
+
 def test_readers_in_the_device_hold_up_nobody(new_rig: Callable[..., Rig]) -> None:
-    """Three of five threads hang; the others go on, and the last one never waits for the device."""
+    """Three of five threads hang; two others always go on, and never wait for the device."""
     rig = new_rig(readers=2, spares=3)
     for block in range(4):
         rig.fill(5, block)
     rig.open(5, 5)
     rig.device.set(cold=True, before=True)
-    held = {rig.send(READ, read_body(1, block * BLOCK, PAGE)) for block in range(4)}
-    while rig.device.inside < 4:
+    held = {rig.send(READ, read_body(1, block * BLOCK, PAGE)) for block in range(3)}
+    while rig.device.inside < 3:
         pass
     rig.read_is_pythons(4 * BLOCK, PAGE)  # a miss
     rig.read_is_pythons(0, PAGE)  # a hit that is not in memory: nobody is left to wait for it
@@ -280,13 +358,13 @@ def test_readers_in_the_device_hold_up_nobody(new_rig: Callable[..., Rig]) -> No
         check_stamps(rig.read(block * BLOCK, PAGE), 5, block * BLOCK)
 
 
-def test_a_device_that_fails_is_for_python(rig: Rig) -> None:
-    rig.fill(5, 0)
-    gate = rig.open(5, 1)
-    rig.device.set(broken=True)
-    rig.read_is_pythons(0, PAGE)
-    rig.device.set(broken=True, cold=True)
-    rig.read_is_pythons(0, PAGE)
+def test_a_device_that_fails_is_for_python(cold_rig: Rig) -> None:
+    cold_rig.fill(5, 0)
+    gate = cold_rig.open(5, 1)
+    cold_rig.device.set(broken=True)
+    cold_rig.read_is_pythons(0, PAGE)
+    cold_rig.device.set(broken=True, cold=True)
+    cold_rig.read_is_pythons(0, PAGE)
     assert gate.take()[0] == 0
-    rig.device.set()
-    assert len(rig.read(0, PAGE)) == PAGE
+    cold_rig.device.set()
+    assert len(cold_rig.read(0, PAGE)) == PAGE

@@ -1,0 +1,64 @@
+/* Hits whose bytes are not in memory, when there are several of them: one thread awaits them all, by
+ * io_uring. A single one is awaited sooner by the thread that has it, which is what is done with all
+ * of them where there is no io_uring. */
+#ifndef FUSECACHE_COLD_H
+#define FUSECACHE_COLD_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core.h"
+#include "request.h"
+#include "ring.h"
+
+#define COLD_READS 64 /* at a time; a power of two */
+
+struct buffer;
+struct lane;
+
+struct cold_read {
+    struct cold_read *next;
+    struct buffer *buffer;
+    struct request request;
+    uint32_t gate;
+    uint32_t done; /* bytes of it */
+    uint64_t began;
+    struct found found;
+};
+
+struct cold {
+    struct ring ring;
+    pthread_mutex_t mutex; /* over all that follows */
+    struct cold_read *free;
+    struct cold_read *first, **last; /* for the thread to start */
+    unsigned under_way;              /* handed over and not answered */
+    bool sleeps;                     /* nothing is to be started: to be woken */
+    struct cold_read *all;
+    int wake;        /* eventfd */
+    uint64_t wakes;  /* what is read from it */
+    bool wake_armed; /* the thread's own */
+};
+
+/* 0, or an errno. ``free`` is NULL afterwards if io_uring is not wanted, forbidden, or too old. */
+int cold_make(struct cold *cold, bool wanted);
+
+/* Whether such reads are under way: then the next one is better handed over. */
+bool cold_crowd(struct cold *cold);
+
+/* Hands over a read, of which ``done`` bytes are in the buffer. Returns another buffer to go on with;
+ * NULL: nothing is handed over, there is no io_uring or no room. */
+struct buffer *cold_take(struct cold *cold, const struct request *request, uint32_t gate,
+                         const struct found *found, uint32_t done, uint64_t began,
+                         struct buffer *buffer);
+
+/* The thread. Ends when the lane has ended and nothing is under way. */
+void cold_run(struct lane *lane);
+
+/* The lane has ended. */
+void cold_wake(struct cold *cold);
+
+/* With no thread left. */
+void cold_free(struct cold *cold);
+
+#endif

@@ -1,0 +1,47 @@
+/* The few words of io_uring that the lane needs. Of one thread, but for making and freeing. */
+#ifndef FUSECACHE_RING_H
+#define FUSECACHE_RING_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct io_uring_cqe;
+struct io_uring_sqe;
+
+struct ring {
+    int fd; /* -1: there is none */
+    uint32_t prepared;
+    uint32_t mask, done_mask;
+    uint32_t *tail, *slots;
+    uint32_t *done_head, *done_tail;
+    struct io_uring_sqe *entries;
+    const struct io_uring_cqe *results;
+    void *maps[3];
+    size_t sizes[3];
+};
+
+struct ring_done {
+    void *tag;
+    int result; /* bytes, or an errno, negative */
+};
+
+/* With room for so many calls under way, a power of two. 0, or an errno where io_uring is forbidden
+ * or too old (it needs Linux 6.1). Nothing runs before ``ring_enter``. */
+int ring_make(struct ring *ring, unsigned room);
+
+/* Whoever calls this is the one thread of the ring. False: it cannot be used. */
+bool ring_enter(struct ring *ring);
+
+/* Prepares a call; ``tag`` tells it from others when it is done. The descriptor and the bytes have
+ * to stay until then. */
+void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position, void *tag);
+
+/* Starts what is prepared and waits until something is done, or a signal comes. Returns how many of
+ * the calls are done, ``most`` at most. */
+unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most);
+
+/* With nothing under way. */
+void ring_free(struct ring *ring);
+
+#endif
