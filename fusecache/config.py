@@ -100,7 +100,7 @@ class Tuning:
     commits_in_place: bool = True
     """Commits and syncs of the cache are made in the event loop, as long as they are quick."""
     lane_threads: int = 2
-    """Threads of the lane that read requests; no more than there are processors."""
+    """Threads of the lane that read requests; never more than processors, but for the first two."""
     attribute_timeout: float = 1.0
     """How long the kernel may keep names and attributes."""
 

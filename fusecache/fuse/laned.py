@@ -20,8 +20,10 @@ from fusecache.fuse.requests import Requests
 from fusecache.lane import lane_type
 from fusecache.store.superblock import DATA_OFFSET
 
+_LEAST_READERS = 2
+"""Also on one processor: a read that lets a question overtake it must not hold up all others."""
 _SPARES = 32
-"""Threads that may wait for the SSD at a time, as deep as an SSD is fast."""
+"""Threads that may wait for the SSD at a time, as deep as an SSD is fast; without io_uring."""
 _PAIR_BYTES = 4 << 20
 """What may wait in the pair; without privilege the kernel's limit, some 200 KiB, has to do."""
 _MOST_BACKGROUND = 0xFFFF
@@ -54,7 +56,7 @@ class Laned:
             passed=self._ours.fileno(),
             device=cache.device.fd,
             data_offset=DATA_OFFSET,
-            readers=min(tuning.lane_threads, os.cpu_count() or 1),
+            readers=min(tuning.lane_threads, max(_LEAST_READERS, os.cpu_count() or 1)),
             spares=_SPARES,
             ring=True,
             capability=operations.xattrs,

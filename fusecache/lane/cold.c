@@ -35,12 +35,11 @@ void cold_free(struct cold *cold)
     pthread_mutex_destroy(&cold->mutex);
 }
 
-void cold_wake(struct cold *cold)
+static void wake_up(struct cold *cold)
 {
     uint64_t one = 1;
-    if (cold->wake >= 0)
-        while (write(cold->wake, &one, sizeof one) < 0 && errno == EINTR)
-            ;
+    while (write(cold->wake, &one, sizeof one) < 0 && errno == EINTR)
+        ;
 }
 
 bool cold_crowd(struct cold *cold)
@@ -75,7 +74,7 @@ struct buffer *cold_take(struct cold *cold, const struct request *request, uint3
     }
     pthread_mutex_unlock(&cold->mutex);
     if (wake)
-        cold_wake(cold);
+        wake_up(cold);
     return other;
 }
 

@@ -52,11 +52,8 @@ struct buffer *cold_take(struct cold *cold, const struct request *request, uint3
                          const struct found *found, uint32_t done, uint64_t began,
                          struct buffer *buffer);
 
-/* The thread. Ends when the lane has ended and nothing is under way. */
+/* The thread. Ends when the lane has ended, a signal comes, and nothing is under way. */
 void cold_run(struct lane *lane);
-
-/* The lane has ended. */
-void cold_wake(struct cold *cold);
 
 /* With no thread left. */
 void cold_free(struct cold *cold);

@@ -187,7 +187,6 @@ static void end(struct lane *lane)
     if (!lane->ended) {
         __atomic_store_n(&lane->ended, true, __ATOMIC_RELEASE);
         signal_python(lane);
-        cold_wake(&lane->cold);
     }
     pthread_cond_broadcast(&lane->spare);
     pthread_cond_broadcast(&lane->room);

@@ -78,10 +78,10 @@ MUTATIONS = {
         "read->buffer->bytes, length,",
         "test_reads.py and pieces",
     ),
-    "the rest of a read is read from its beginning": Mutation(
-        "cold.c",
-        "core_piece(&read->found, read->done, &position, &length)",
-        "core_piece(&read->found, read->done ? 1 : 0, &position, &length)",
+    "the rest of a block is read from its beginning": Mutation(
+        "core.c",
+        "    *position = found->extents[i].position + done;\n",
+        "    *position = found->extents[i].position;\n",
         "test_reads.py and pieces",
     ),
     "a read that failed by io_uring is answered": Mutation(
@@ -113,12 +113,6 @@ MUTATIONS = {
         "    cold->sleeps = first == NULL;\n",
         "    cold->sleeps = false;\n",
         "test_reads.py and alone",
-    ),
-    "the thread for cold reads does not hear of the end": Mutation(
-        "lane.c",
-        "        cold_wake(&lane->cold);\n",
-        "",
-        "test_ends.py and many_lanes",
     ),
     "it ends before its reads": Mutation(
         "cold.c",
