@@ -72,4 +72,5 @@ class Lane:
     def stop(self, seconds: float, /) -> bool:
         """Ends all threads; False if one still hangs in the device after so many seconds."""
     def counters(self) -> dict[str, Any]:
-        """Numbers since the start; ``read_ns`` and ``write_ns`` by powers of two."""
+        """Numbers since the start; ``read_ns`` and ``write_ns`` by powers of two; ``ring``: whether
+        there is io_uring."""

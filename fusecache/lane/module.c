@@ -316,12 +316,14 @@ static PyObject *histogram(const uint64_t *buckets)
 static PyObject *lane_py_counters(LaneObject *self, PyObject *Py_UNUSED(ignored))
 {
     const struct lane *lane = &self->lane;
-    return Py_BuildValue("{sKsKsKsKsNsKsNsK}", "forwarded", now(&lane->counters.forwarded),
-                         "queued", now(&lane->counters.queued), "repeated",
-                         now(&lane->counters.repeated), "apart", now(&lane->counters.apart),
-                         "read_ns", histogram(lane->read_ns), "read_ns_sum",
-                         now(&lane->read_ns_sum), "write_ns", histogram(lane->write_ns),
-                         "write_ns_sum", now(&lane->write_ns_sum));
+    const struct lane_counters *counters = &lane->counters;
+    return Py_BuildValue(
+        "{sKsKsKsKsKsNsKsNsKsN}", "forwarded", now(&counters->forwarded), "queued",
+        now(&counters->queued), "repeated", now(&counters->repeated), "together",
+        now(&counters->together), "apart", now(&counters->apart), "read_ns",
+        histogram(lane->read_ns), "read_ns_sum", now(&lane->read_ns_sum), "write_ns",
+        histogram(lane->write_ns), "write_ns_sum", now(&lane->write_ns_sum), "ring",
+        PyBool_FromLong(lane->ring));
 }
 
 static PyObject *get_queue(LaneObject *self, void *Py_UNUSED(closure))

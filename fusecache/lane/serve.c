@@ -109,9 +109,13 @@ static struct buffer *try_read(struct lane *lane, const struct request *request,
         outcome = read_slots(lane, found, buffer->bytes, &done, RWF_NOWAIT);
     bool cold = outcome == COLD;
     if (cold) {
-        if (cold_crowd(&lane->cold) || !lane_step_back(lane))
+        if (cold_crowd(&lane->cold) || !lane_step_back(lane)) {
             /* If there is no room for more of them: Python has threads, too. */
-            return cold_take(&lane->cold, request, gate, found, done, began, buffer);
+            buffer = cold_take(&lane->cold, request, gate, found, done, began, buffer);
+            if (buffer)
+                add(&lane->counters.together, 1);
+            return buffer;
+        }
         *reads = false;
         outcome = read_slots(lane, found, buffer->bytes, &done, 0);
     }

@@ -96,9 +96,11 @@ class Stress:
         return not _get(self._shared, _FAILED)
 
     def _disturb(self) -> None:
-        """Flushes one image, evicts two, and has all files closed and opened again."""
+        """Flushes one image, evicts two, takes the cache out of memory, and has all files closed and
+        opened again."""
         shared = self._shared
         self._verb("flush", self._rng.randrange(1, IMAGES + 1))
+        self._make_cold()
         time.sleep(0.3)
         self._verb("evict", self._rng.randrange(1, IMAGES + 1))
         _set(shared, _CLOSED, 0)
@@ -110,6 +112,14 @@ class Stress:
         self._verb("evict", self._rng.randrange(1, IMAGES + 1))
         _set(shared, _OPENED, _get(shared, _ROUND))
         time.sleep(0.7)
+
+    def _make_cold(self) -> None:
+        """What was written out, at least."""
+        fd = os.open(self._mount.cache, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
     def _verb(self, verb: str, image: int) -> None:
         done = self._mount.run(verb, f"{image}.img", "-m", self._mount.mountpoint)

@@ -288,6 +288,7 @@ def test_a_crowd_that_is_not_in_memory_holds_up_nobody(new_rig: Callable[..., Ri
         assert error == 0
         assert data == stamped(5, held.pop(unique), PAGE, 1)
     assert rig.lane.counters()["queued"] == 2
+    assert rig.lane.counters()["together"] == COLD_READS
     rig.device.set(cold=True)
     for offset in pages:  # there is room again
         assert rig.read(offset, PAGE) == stamped(5, offset, PAGE, 1)
@@ -336,6 +337,7 @@ def test_where_there_is_no_io_uring_threads_wait(new_rig: Callable[..., Rig]) ->
     until(lambda: rig.device.inside == 3, "three threads in the device")
     rig.device.set()
     assert {rig.answer()[0] for _ in held} == held
+    assert not rig.lane.counters()["ring"] and not rig.lane.counters()["together"]
 
 
 def test_readers_in_the_device_hold_up_nobody(new_rig: Callable[..., Rig]) -> None:
