@@ -2,6 +2,7 @@
 
 import os
 import stat
+import struct
 
 from pyfuse3 import EntryAttributes, StatvfsData
 
@@ -27,6 +28,51 @@ def entry_of(node_id: int, st: os.stat_result, timeout: float) -> EntryAttribute
     entry.st_mtime_ns = st.st_mtime_ns
     entry.st_ctime_ns = st.st_ctime_ns
     return entry
+
+
+_TIMEOUTS = struct.Struct("<QQQQII")
+"""``struct fuse_entry_out`` up to the attributes: node, generation, seconds that the kernel may
+keep name and attributes, and their nanoseconds."""
+_TIMEOUT = struct.Struct("<QII")
+"""``struct fuse_attr_out`` up to the attributes: seconds, nanoseconds, padding."""
+_ATTRIBUTES = struct.Struct("<QQQqqqIIIIIIIIII")
+"""``struct fuse_attr``."""
+_BILLION = 1_000_000_000
+
+
+def packed_entry(entry: EntryAttributes) -> bytes:
+    """The kernel's answer to a look-up, ``struct fuse_entry_out``."""
+    name, attributes = divmod(int(entry.entry_timeout * _BILLION), _BILLION), _timeout(entry)
+    head = (entry.st_ino, entry.generation, name[0], attributes[0], name[1], attributes[1])
+    return _TIMEOUTS.pack(*head) + _packed(entry)
+
+
+def packed_attributes(entry: EntryAttributes) -> bytes:
+    """The kernel's answer to a question for attributes, ``struct fuse_attr_out``."""
+    return _TIMEOUT.pack(*_timeout(entry), 0) + _packed(entry)
+
+
+def _timeout(entry: EntryAttributes) -> tuple[int, int]:
+    return divmod(int(entry.attr_timeout * _BILLION), _BILLION)
+
+
+def _packed(entry: EntryAttributes) -> bytes:
+    times = (entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns)
+    seconds, nanoseconds = zip(*(divmod(time, _BILLION) for time in times), strict=True)
+    return _ATTRIBUTES.pack(
+        entry.st_ino,
+        entry.st_size,
+        entry.st_blocks,
+        *seconds,
+        *nanoseconds,
+        entry.st_mode,
+        entry.st_nlink,
+        entry.st_uid,
+        entry.st_gid,
+        entry.st_rdev & 0xFFFFFFFF,
+        entry.st_blksize,
+        0,
+    )
 
 
 def statvfs_of(st: os.statvfs_result) -> StatvfsData:

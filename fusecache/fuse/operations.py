@@ -118,6 +118,10 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """See ``look_up``."""
+        return await self.look_up(parent_inode, name)
+
+    async def look_up(self, parent_inode: int, name: bytes) -> EntryAttributes:
         """Finds a name."""
         parent = self.inodes[parent_inode]
         return self._entry(await self._metadata(self._tree.find, parent.fd, name))
@@ -329,6 +333,10 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """See ``attributes``."""
+        return await self.attributes(inode)
+
+    async def attributes(self, inode: int) -> EntryAttributes:
         """The origin's, from memory at once where that is certain; what they tell of changes by
         others is looked into first."""
         node = self.inodes[inode]

@@ -1,5 +1,5 @@
-"""Requests that the lane hands to Python: data that is not simply a hit, and what pyfuse3 has no
-words for."""
+"""Requests that the lane hands to Python: data that is not simply a hit, what pyfuse3 has no words
+for, and the two questions that are asked all the time."""
 
 import errno
 import struct
@@ -12,6 +12,7 @@ from pyfuse3 import FUSEError
 from fusecache import lane as lanes
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.writes import Write
+from fusecache.fuse.attributes import packed_attributes, packed_entry
 from fusecache.fuse.guard import answer
 from fusecache.fuse.operations import Handle, Operations
 
@@ -22,10 +23,14 @@ _WRITTEN = struct.Struct("<II")
 """``struct fuse_write_out``: bytes, padding."""
 _FOUND = struct.Struct("<Q")
 """``struct fuse_lseek_out``."""
+_NODE = struct.Struct("<Q")
+"""What ``struct fuse_entry_out`` begins with."""
 _DATA_ONLY = 1
 """``FUSE_FSYNC_FDATASYNC``."""
 
 _NAMES = {
+    lanes.LOOKUP: "lookup",
+    lanes.GETATTR: "getattr",
     lanes.READ: "read",
     lanes.WRITE: "write",
     lanes.FSYNC: "fsync",
@@ -47,6 +52,10 @@ class Requests:
         self._handles = operations.handles
         self._cache = cache
         self._state = cache.state
+        self._questions: dict[int, Callable[[Request], Awaitable[bytes]]] = {
+            lanes.LOOKUP: self._lookup,
+            lanes.GETATTR: self._getattr,
+        }
         self._slowly: dict[int, Callable[[Handle, Request], Awaitable[bytes | memoryview]]] = {
             lanes.READ: self._read,
             lanes.WRITE: self._write,
@@ -70,6 +79,8 @@ class Requests:
     def _at_once(self, request: Request, writes: list[tuple[Request, Write]]) -> bool:
         """Answers a hit; adds a write that is none to ``writes``. False for all else."""
         unique, opcode, number, offset, length, _, data = request
+        if opcode in self._questions:
+            return False
         try:
             if opcode == lanes.READ:
                 hit = self._cache.try_read(self._handles[number].image, offset, length)
@@ -110,14 +121,30 @@ class Requests:
 
     async def _answer(self, request: Request) -> None:
         unique, opcode = request[:2]
+        question = self._questions.get(opcode)
         error, data = 0, b""  # type: int, bytes | memoryview
         try:
-            # At a forced end reads are left behind, but what changes something is done whole.
-            with trio.CancelScope(shield=opcode != lanes.READ):
-                data = await self._slowly[opcode](self._handles[request[2]], request)
+            # At a forced end questions and reads are left behind, but what changes something is
+            # done whole.
+            with trio.CancelScope(shield=question is None and opcode != lanes.READ):
+                if question is None:
+                    data = await self._slowly[opcode](self._handles[request[2]], request)
+                else:
+                    data = await question(request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
-        self._reply(unique, error, data)
+        unseen = self._reply(unique, error, data)
+        if unseen and opcode == lanes.LOOKUP and not error:  # the kernel will not forget it
+            (node,) = _NODE.unpack_from(data)
+            self._operations.inodes.forget(node, 1)
+
+    async def _lookup(self, request: Request) -> bytes:
+        name = request[6]
+        assert name is not None
+        return packed_entry(await self._operations.look_up(request[2], name))
+
+    async def _getattr(self, request: Request) -> bytes:
+        return packed_attributes(await self._operations.attributes(request[2]))
 
     async def _read(self, handle: Handle, request: Request) -> memoryview:
         return await self._cache.read_slowly(handle.image, request[3], request[4])

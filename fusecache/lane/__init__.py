@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusecache.lane._lane import Lane
 
-READ, WRITE, FSYNC, FALLOCATE, LSEEK = 15, 16, 20, 43, 46
+LOOKUP, GETATTR, READ, WRITE, FSYNC, FALLOCATE, LSEEK = 1, 3, 15, 16, 20, 43, 46
 """The requests that Python gets from it: opcodes of ``<linux/fuse.h>``."""
 
 

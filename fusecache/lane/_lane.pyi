@@ -50,9 +50,9 @@ class Lane:
     def ended(self) -> bool:
         """Whether the kernel has no more requests: unmounted, or aborted."""
     def take(self) -> list[tuple[int, int, int, int, int, int, bytes | None]]:
-        """Requests that Python must answer, each with ``reply``: unique number, opcode, handle,
-        offset, length, detail (flags of an FSYNC, mode of a FALLOCATE, whence of an LSEEK), and
-        the data of a WRITE."""
+        """Requests that Python must answer, each with ``reply``: unique number, opcode, handle (of
+        a LOOKUP or GETATTR: node), offset, length, detail (flags of an FSYNC, mode of a FALLOCATE,
+        whence of an LSEEK), and the data of a WRITE or name of a LOOKUP."""
     def reply(self, unique: int, error: int, data: bytes | memoryview, /) -> int:
         """Answers a request; returns the errno of that. ENOENT: nobody waits for it any more."""
     def open(self, handle: int, node: int, gate: int, /) -> None:

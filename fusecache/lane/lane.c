@@ -62,7 +62,7 @@ static void signal_python(struct lane *lane)
 
 struct buffer *lane_queue(struct lane *lane, const struct request *request, struct buffer *buffer)
 {
-    bool keeps = request->kind == REQUEST_WRITE;
+    bool keeps = request->data != NULL;
     pthread_mutex_lock(&lane->mutex);
     while (!lane->ended && (!lane->free_waiting || (keeps && !lane->buffers)))
         pthread_cond_wait(&lane->room, &lane->mutex);

@@ -18,7 +18,7 @@
 /* A request that Python answers. */
 struct waiting {
     struct request request;
-    struct buffer *buffer; /* of a WRITE: holds its data */
+    struct buffer *buffer; /* of a WRITE or LOOKUP: holds its data */
     struct waiting *next;
 };
 

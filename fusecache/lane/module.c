@@ -5,7 +5,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "lane.h"
+#include "serve.h"
 
 #define ARRAYS 14
 #define SMALL (128 << 10) /* answers up to this size are written without letting go of the GIL */
@@ -180,8 +180,10 @@ static PyObject *waiting_tuple(const struct waiting *waiting)
     } else {
         data = Py_NewRef(Py_None);
     }
+    bool of_node = request->kind == REQUEST_LOOKUP || request->kind == REQUEST_GETATTR;
+    uint64_t of = of_node ? request->node : request->handle;
     return Py_BuildValue("(KIKKKIN)", (unsigned long long)request->unique, request->opcode,
-                         (unsigned long long)request->handle, (unsigned long long)request->offset,
+                         (unsigned long long)of, (unsigned long long)request->offset,
                          (unsigned long long)request->length, request->detail, data);
 }
 
@@ -211,6 +213,7 @@ static PyObject *lane_py_reply(LaneObject *self, PyObject *args)
     Py_buffer data;
     if (!PyArg_ParseTuple(args, "Kiy*", &unique, &error, &data))
         return NULL;
+    serve_told(&self->lane, unique);
     if (data.len <= SMALL) {
         failed = lane_reply(&self->lane, unique, error, data.buf, (size_t)data.len);
     } else {

@@ -73,6 +73,18 @@ static enum request_kind parse_lseek(const char *message, size_t size, struct re
     return REQUEST_LSEEK;
 }
 
+/* A name that ends where the request ends, with a zero. */
+static enum request_kind parse_lookup(const char *message, size_t size, struct request *request)
+{
+    const char *name = message + sizeof(struct fuse_in_header);
+    size_t room = size - sizeof(struct fuse_in_header);
+    if (room == 0 || memchr(name, 0, room) != name + room - 1)
+        return REQUEST_BAD;
+    request->length = room - 1;
+    request->data = name;
+    return REQUEST_LOOKUP;
+}
+
 static enum request_kind parse_init(const char *message, size_t size, struct request *request)
 {
     uint32_t in[4]; /* what all versions of fuse_init_in begin with: major, minor, readahead, flags */
@@ -119,6 +131,8 @@ static enum request_kind parse_body(const char *message, size_t size, struct req
         return parse_forgets(message, size, request);
     case FUSE_GETXATTR:
         return parse_getxattr(message, size);
+    case FUSE_LOOKUP:
+        return parse_lookup(message, size, request);
     case FUSE_GETATTR:
         return REQUEST_GETATTR;
     case FUSE_INIT:

@@ -17,9 +17,10 @@ enum request_kind {
     REQUEST_OTHER,   /* for pyfuse3, unchanged */
     REQUEST_NOTHING, /* needs no work and no answer */
     REQUEST_INIT,
-    REQUEST_GETATTR,
     REQUEST_FORGETS,    /* a FUSE_BATCH_FORGET: for pyfuse3, in parts */
     REQUEST_CAPABILITY, /* the question for security.capability that comes before every write */
+    REQUEST_LOOKUP,
+    REQUEST_GETATTR,
     REQUEST_READ,
     REQUEST_WRITE,
     REQUEST_FSYNC,
@@ -34,9 +35,9 @@ struct request {
     uint64_t node;
     uint64_t handle;
     uint64_t offset;
-    uint64_t length;  /* bytes asked for, written, or to be allocated; FORGETS: entries */
+    uint64_t length;  /* bytes asked for, written, of a name, or to be allocated; FORGETS: entries */
     uint32_t detail;  /* FSYNC, INIT: flags; FALLOCATE: mode; LSEEK: whence */
-    const char *data; /* inside the message; WRITE: length bytes, FORGETS: length entries */
+    const char *data; /* inside the message: length bytes of a WRITE or LOOKUP, FORGETS: entries */
 };
 
 /* Reads what is in size bytes at message, which need not be aligned or trusted. */

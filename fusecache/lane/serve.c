@@ -240,6 +240,10 @@ static struct buffer *dispatch(struct lane *lane, const struct request *request,
         if (try_write(lane, request, found))
             return buffer;
         return lane_queue(lane, request, buffer);
+    case REQUEST_GETATTR:
+        ask_attributes(lane, request);
+        return lane_queue(lane, request, buffer);
+    case REQUEST_LOOKUP:
     case REQUEST_FSYNC:
     case REQUEST_FALLOCATE:
     case REQUEST_LSEEK:
@@ -262,9 +266,6 @@ static struct buffer *dispatch(struct lane *lane, const struct request *request,
     case REQUEST_INIT:
         __atomic_store_n(&lane->init_flags, request->detail, __ATOMIC_RELAXED);
         __atomic_store_n(&lane->init_unique, request->unique, __ATOMIC_RELEASE);
-        break;
-    case REQUEST_GETATTR:
-        ask_attributes(lane, request);
         break;
     case REQUEST_OTHER:
         break;
@@ -300,6 +301,18 @@ void serve(struct lane *lane, struct buffer *buffer)
 
 /* -- answers ----------------------------------------------------------------------------------- */
 
+void serve_told(struct lane *lane, uint64_t unique)
+{
+    uint64_t *asked = question_of(lane, unique);
+    uint64_t question = __atomic_load_n(asked, __ATOMIC_RELAXED);
+    if (question && question >> 16 == (unique & 0xFFFFFFFFFFFF)) {
+        uint32_t gate = (uint32_t)(question & 0xFFFF) - 1;
+        if (gate < lane->core.gate_count)
+            __atomic_store_n(&lane->held_until[gate], now_ns() + OVERTAKING, __ATOMIC_RELAXED);
+        __atomic_store_n(asked, 0, __ATOMIC_RELAXED);
+    }
+}
+
 static void widen(struct lane *lane, char *message, size_t size)
 {
     struct fuse_out_header header;
@@ -332,14 +345,6 @@ void serve_answer(struct lane *lane, char *message, size_t size)
     if (header.unique && header.unique == __atomic_load_n(&lane->init_unique, __ATOMIC_ACQUIRE)) {
         __atomic_store_n(&lane->init_unique, 0, __ATOMIC_RELAXED);
         widen(lane, message, size);
-    }
-    uint64_t *asked = question_of(lane, header.unique);
-    uint64_t question = __atomic_load_n(asked, __ATOMIC_RELAXED);
-    if (header.unique && question && question >> 16 == (header.unique & 0xFFFFFFFFFFFF)) {
-        uint32_t gate = (uint32_t)(question & 0xFFFF) - 1;
-        if (gate < lane->core.gate_count)
-            __atomic_store_n(&lane->held_until[gate], now_ns() + OVERTAKING, __ATOMIC_RELAXED);
-        __atomic_store_n(asked, 0, __ATOMIC_RELAXED);
     }
     while (write(lane->fuse, message, size) < 0 && errno == EINTR)
         ;

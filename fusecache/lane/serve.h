@@ -12,6 +12,9 @@ void serve(struct lane *lane, struct buffer *buffer);
 /* Hands an answer of pyfuse3 to the kernel. */
 void serve_answer(struct lane *lane, char *message, size_t size);
 
+/* Python answers this request now: if it asks for attributes, see let_overtake. */
+void serve_told(struct lane *lane, uint64_t unique);
+
 /* Answers a read with what was read, if all of it is still what the image holds. False: it is not,
  * nothing is answered. */
 bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,
@@ -19,7 +22,7 @@ bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,
 
 /* -- of lane.c, for serve.c and cold.c -- */
 
-/* Queues a request for Python. Returns the buffer to go on with: of a WRITE another one. */
+/* Queues a request for Python. Returns the buffer to go on with: another one, if it has data. */
 struct buffer *lane_queue(struct lane *lane, const struct request *request, struct buffer *buffer);
 
 /* Whether this thread may wait for the device now, because another one can read meanwhile. */

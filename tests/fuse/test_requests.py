@@ -2,15 +2,18 @@
 
 import errno
 import os
+import struct
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+from pyfuse3 import ROOT_INODE
 
 from fusecache import lane as lanes
 from fusecache.fuse.requests import Request, Requests
-from tests.fuse.conftest import BLOCK, Served
+from tests.fuse.conftest import BLOCK, NOBODY, Served
 
 PAGE = 4096
 UNKNOWN = 77
@@ -26,8 +29,21 @@ def read(unique: int, handle: int, offset: int, length: int) -> Request:
     return unique, lanes.READ, handle, offset, length, 0, None
 
 
-async def answers(served: Served, *requests: Request) -> dict[int, tuple[int, bytes]]:
-    """Errno and data by request, of requests that come together."""
+def lookup(unique: int, parent: int, name: bytes) -> Request:
+    """The same."""
+    return unique, lanes.LOOKUP, parent, 0, len(name), 0, name
+
+
+def getattr_(unique: int, node: int) -> Request:
+    """The same."""
+    return unique, lanes.GETATTR, node, 0, 0, 0, None
+
+
+async def answers(
+    served: Served, *requests: Request, unwanted: bool = False
+) -> dict[int, tuple[int, bytes]]:
+    """Errno and data by request, of requests that come together; ``unwanted``: the kernel has given
+    up waiting for them."""
     found: dict[int, tuple[int, bytes]] = {}
     queue = os.eventfd(1)
     left = [list(requests)]
@@ -35,7 +51,7 @@ async def answers(served: Served, *requests: Request) -> dict[int, tuple[int, by
     def reply(unique: int, error: int, data: bytes) -> int:
         assert unique not in found
         found[unique] = (error, bytes(data))
-        return 0
+        return errno.ENOENT if unwanted else 0
 
     lane: Any = SimpleNamespace(queue=queue, ended=False, reply=reply)
 
@@ -111,3 +127,78 @@ async def test_each_write_goes_to_the_image_of_its_handle(served: Served, handle
     for number, content in ((handle, b"1"), (second, b"2")):
         image = served.operations.handles[number].image
         assert await served.cache.read(image, 0, PAGE) == content * PAGE
+
+
+# -- questions --------------------------------------------------------------------------------------
+
+_ENTRY = struct.Struct("<QQQQII")
+_ATTRIBUTES = struct.Struct("<QQQqqqIIIIIIIIII")
+
+
+def _told(data: bytes) -> dict[str, int]:
+    """``struct fuse_attr``."""
+    names = "ino size blocks atime mtime ctime atimensec mtimensec ctimensec"
+    names += " mode nlink uid gid rdev blksize flags"
+    return dict(zip(names.split(), _ATTRIBUTES.unpack(data), strict=True))
+
+
+def _expected(path: Path, node: int) -> dict[str, int]:
+    st = path.lstat()
+    times = {"a": st.st_atime_ns, "m": st.st_mtime_ns, "c": st.st_ctime_ns}
+    found = {f"{which}time": ns // 10**9 for which, ns in times.items()}
+    found |= {f"{which}timensec": ns % 10**9 for which, ns in times.items()}
+    for name in ("size", "blocks", "mode", "nlink", "uid", "gid", "rdev", "blksize"):
+        found[name] = getattr(st, f"st_{name}")
+    return found | {"ino": node, "flags": 0}
+
+
+@pytest.mark.parametrize("times", [(1, 2), (1_700_000_000_987_654_321, -1), (-(10**9) - 5, 2**40)])
+async def test_names_and_attributes_are_told_as_the_kernel_wants_them(
+    served: Served, times: tuple[int, int]
+) -> None:
+    path = served.origin / "vm.img"
+    path.write_bytes(bytes(12345))
+    path.chmod(0o640)
+    os.chown(path, 12, 2**31)
+    os.link(path, served.origin / "again")
+    os.utime(path, ns=times)
+    found = await answers(served, lookup(2, ROOT_INODE, b"vm.img"), lookup(4, ROOT_INODE, b"again"))
+    error, data = found[2]
+    assert error == 0
+    node, generation, name, attributes, *nanoseconds = _ENTRY.unpack_from(data)
+    assert (name, attributes, nanoseconds) == (1, 1, [0, 0])  # Tuning.attribute_timeout
+    assert generation == (await served.operations.lookup(ROOT_INODE, b"vm.img", NOBODY)).generation
+    assert _told(data[_ENTRY.size :]) == _expected(path, node)
+    assert _ENTRY.unpack_from(found[4][1])[0] == node
+    assert served.operations.inodes[node].lookups == 3
+    error, data = (await answers(served, getattr_(6, node)))[6]
+    assert (error, struct.unpack_from("<QII", data)) == (0, (1, 0, 0))
+    assert _told(data[16:]) == _expected(path, node)
+
+
+async def test_questions_that_have_no_answer_fail(served: Served) -> None:
+    found = await answers(
+        served,
+        lookup(2, ROOT_INODE, b"missing"),
+        lookup(4, UNKNOWN, b"vm.img"),
+        lookup(6, ROOT_INODE, b"x" * 300),
+        lookup(8, ROOT_INODE, b""),
+        getattr_(10, UNKNOWN),
+    )
+    assert found == {
+        2: (errno.ENOENT, b""),
+        4: (errno.EIO, b""),
+        6: (errno.ENAMETOOLONG, b""),
+        8: (errno.ENOENT, b""),
+        10: (errno.EIO, b""),
+    }
+
+
+async def test_a_name_that_nobody_waits_for_is_not_counted(served: Served) -> None:
+    """The kernel would never forget it."""
+    (served.origin / "vm.img").touch()
+    asked = [lookup(2, ROOT_INODE, b"vm.img"), lookup(4, ROOT_INODE, b"missing")]
+    found = await answers(served, *asked, getattr_(6, ROOT_INODE), unwanted=True)
+    (node,) = struct.unpack_from("<Q", found[2][1])
+    assert served.operations.inodes.get(node) is None
+    assert served.operations.inodes.get(ROOT_INODE) is not None

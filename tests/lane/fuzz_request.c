@@ -65,6 +65,11 @@ static size_t make(char *message)
         memcpy(message + sizeof header, &forgets, sizeof forgets);
     if (header.opcode == FUSE_GETXATTR && size >= sizeof header + 28)
         memcpy(message + sizeof header + 8, "security.capability", 20);
+    if (header.opcode == FUSE_LOOKUP && size > sizeof header && below(4)) {
+        for (size_t at = sizeof header; at < size - 1; at++)
+            message[at] |= 1;
+        message[size - 1] = 0;
+    }
     memcpy(message, &header, sizeof header);
     return size;
 }
@@ -119,7 +124,10 @@ static int splits(const char *message, size_t size, const struct request *reques
 static void check(const char *message, size_t size, const struct request *request)
 {
     int right = request->kind >= REQUEST_BAD && request->kind <= REQUEST_LSEEK;
-    if (request->kind == REQUEST_WRITE)
+    if (request->kind == REQUEST_LOOKUP)
+        right = request->data >= message && request->data + request->length + 1 == message + size &&
+                strlen(request->data) == request->length;
+    else if (request->kind == REQUEST_WRITE)
         right = request->data >= message && request->length <= LARGEST &&
                 request->data + request->length == message + size;
     else if (request->kind == REQUEST_FORGETS)

@@ -96,8 +96,8 @@ class Stress:
         return not _get(self._shared, _FAILED)
 
     def _disturb(self) -> None:
-        """Flushes one image, evicts two, takes the cache out of memory, and has all files closed and
-        opened again."""
+        """Flushes one image, evicts two, takes the cache out of memory, and has all files closed
+        and opened again."""
         shared = self._shared
         self._verb("flush", self._rng.randrange(1, IMAGES + 1))
         self._make_cold()

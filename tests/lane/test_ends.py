@@ -17,7 +17,6 @@ from tests.lane import build
 from tests.lane.rig import (
     BLOCK,
     FSYNC,
-    LOOKUP,
     NODE,
     PAGE,
     READ,
@@ -31,6 +30,8 @@ from tests.lane.rig import (
     write_body,
 )
 from tests.support.stamps import stamped
+
+READLINK = 5
 
 WRONG: list[dict[str, Any]] = [
     {"slot_count": 0},
@@ -215,7 +216,7 @@ def test_it_stops_while_readers_wait_for_pyfuse3(new_rig: Callable[..., Rig]) ->
     def send() -> None:
         try:
             while True:
-                rig.send(LOOKUP, bytes(60000))
+                rig.send(READLINK, bytes(60000))
         except OSError:
             return
 

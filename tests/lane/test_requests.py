@@ -50,6 +50,7 @@ BODIES = {
 
 
 BAD_BODIES = {**BODIES, BATCH_FORGET: FORGETS_BODY}
+READLINK = 5
 
 
 def works(rig: Rig) -> None:
@@ -76,6 +77,10 @@ def rig(new_rig: Callable[..., Rig]) -> Rig:
         (LSEEK, LSEEK_BODY, (1, PAGE, 0, 4, None)),
         (READ, read_body(1, BLOCK, 17), (1, BLOCK, 17, 0, None)),
         (READ, read_body(1, 0, LARGEST), (1, 0, LARGEST, 0, None)),
+        (LOOKUP, b"abc\0", (NODE, 0, 3, 0, b"abc")),
+        (LOOKUP, b"\0", (NODE, 0, 0, 0, b"")),
+        (LOOKUP, bytes(range(1, 256)) * 4 + b"\0", (NODE, 0, 1020, 0, bytes(range(1, 256)) * 4)),
+        (GETATTR, bytes(16), (NODE, 0, 0, 0, None)),
         (WRITE, write_body(1, 3, b"abc"), (1, 3, 3, 0, b"abc")),
         (WRITE, write_body(1, 0, bytes(LARGEST)), (1, 0, LARGEST, 0, bytes(LARGEST))),
     ],
@@ -127,7 +132,7 @@ def test_requests_of_one_reader_come_in_order(new_rig: Callable[..., Rig]) -> No
 
 def test_all_else_goes_to_pyfuse3_unchanged_and_back(rig: Rig) -> None:
     rng = random.Random(1)
-    for opcode in [LOOKUP, 2, 4, 14, 18, 27, 28, 30, 41, 44, 45, 47, 48, 4096, 2**32 - 1]:
+    for opcode in [READLINK, 2, 4, 14, 18, 27, 28, 30, 41, 44, 45, 47, 48, 4096, 2**32 - 1]:
         message = request(opcode, rng.randbytes(rng.randrange(5000)), unique=opcode + 2)
         rig.kernel.send(message)
         assert rig.pyfuse3.recv(LARGEST) == message
@@ -209,11 +214,17 @@ def test_an_answer_that_is_none_is_dropped(rig: Rig) -> None:
 
 def test_a_read_after_an_answer_with_attributes_waits_a_moment(rig: Rig) -> None:
     for _ in range(20):
-        unique = rig.send(GETATTR, bytes(16))
-        assert rig.pyfuse3.recv(LARGEST)
-        rig.pyfuse3.send(ANSWER.pack(ANSWER.size, 0, unique))
+        unique = rig.left_to_python(GETATTR, bytes(16))[0]
+        assert rig.lane.reply(unique, 0, b"") == 0
         assert rig.answer()[0] == unique
         works(rig)
+
+
+@pytest.mark.parametrize("name", [b"", b"abc", b"a\0bc", b"abc\0\0", b"\0abc", bytes(100)])
+def test_a_name_that_does_not_end_where_the_request_ends_is_refused(rig: Rig, name: bytes) -> None:
+    assert rig.answer_to(rig.send(LOOKUP, name)) == (EIO, b"")
+    works(rig)
+    assert not rig.lane.take()
 
 
 def test_an_interrupt_has_no_answer(rig: Rig) -> None:
@@ -303,7 +314,7 @@ def test_a_request_cut_short_anywhere_fails(rig: Rig, opcode: int) -> None:
     assert not rig.lane.take()
 
 
-@pytest.mark.parametrize("opcode", [*BAD_BODIES, LOOKUP, GETATTR, GETXATTR, INIT, INTERRUPT, 9999])
+@pytest.mark.parametrize("opcode", [*BAD_BODIES, READLINK, LOOKUP, GETATTR, GETXATTR, 26, 36, 9999])
 def test_a_request_with_a_wrong_length_fails(rig: Rig, opcode: int) -> None:
     body = BAD_BODIES.get(opcode, bytes(100))
     size = HEADER.size + len(body)
@@ -347,7 +358,7 @@ def test_numbers_at_their_limits(rig: Rig) -> None:
 def test_the_lane_survives_anything(rig: Rig, seed: int) -> None:
     """Random requests, near the border between good and bad."""
     rng = random.Random(seed)
-    opcodes = [*BAD_BODIES, LOOKUP, GETATTR, GETXATTR, INIT, INTERRUPT, 77]
+    opcodes = [*BAD_BODIES, READLINK, LOOKUP, GETATTR, GETXATTR, INIT, INTERRUPT, 77]
     numbers = [0, 1, 2, PAGE - 1, PAGE, BLOCK, LARGEST, LARGEST + 1, 2**32 - 1, 2**63, 2**64 - 1]
     for _ in range(3000):
         opcode = rng.choice(opcodes)
