@@ -129,7 +129,7 @@ async def test_each_write_goes_to_the_image_of_its_handle(served: Served, handle
         assert await served.cache.read(image, 0, PAGE) == content * PAGE
 
 
-# -- questions --------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 
 _ENTRY = struct.Struct("<QQQQII")
 _ATTRIBUTES = struct.Struct("<QQQqqqIIIIIIIIII")
