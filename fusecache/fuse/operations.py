@@ -17,7 +17,7 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.discards import Removal
 from fusecache.engine.image import Image
 from fusecache.fuse.attributes import entry_of, statvfs_of, without_privileges
-from fusecache.fuse.guard import answer, guarded
+from fusecache.fuse.guard import answer, guarded, undone_on_failure
 from fusecache.fuse.inodes import Inodes, Node
 from fusecache.fuse.shared import SharedStat
 from fusecache.store.origin import Attributes
@@ -455,12 +455,8 @@ class Operations(pyfuse3.Operations):
         path = self._tree.path_of(node.fd)  # from memory: never asks the origin
         image = await self._cache.open(node.identity, path, node.fd, write=write)
         if write:
-            try:
+            async with undone_on_failure(self._cache.close, image, write=True):
                 await self._drop_privileges(node)  # only now: from here on nobody sets them
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self._cache.close(image, write=True)
-                raise
         return image
 
     async def _drop_privileges(self, node: Node) -> None:
@@ -492,13 +488,9 @@ class Operations(pyfuse3.Operations):
         truncates = bool(flags & os.O_TRUNC)
         write = truncates or flags & os.O_ACCMODE != os.O_RDONLY
         image = await self._open_image(node, write=write)
-        try:
-            if truncates:
+        if truncates:
+            async with undone_on_failure(self._cache.close, image, write=True):
                 await self._cache.truncate(image, 0)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._cache.close(image, write=write)
-            raise
         return self._new_handle(image, node, write, ctx.pid)
 
     @guarded
@@ -520,21 +512,17 @@ class Operations(pyfuse3.Operations):
             private = mode
         entry = self._entry(found)
         node = self.inodes[entry.st_ino]
-        info: FileInfo | None = None
         try:
             info = await self._open(node, flags, ctx)
             if private != mode:
-                with self._cache.images.setting_attributes(node.identity):
-                    await self._metadata(self._tree.chmod, node.fd, mode)
-                st = await self._metadata(os.fstat, node.fd)
-                entry = entry_of(node.id, st, self._timeout)
+                # The kernel, told of an error, sends no release.
+                async with undone_on_failure(self._end_handle, info.fh):
+                    with self._cache.images.setting_attributes(node.identity):
+                        await self._metadata(self._tree.chmod, node.fd, mode)
+                    st = await self._metadata(os.fstat, node.fd)
+                    entry = entry_of(node.id, st, self._timeout)
         except BaseException:
-            try:
-                if info is not None:  # the kernel, told of an error, sends no release
-                    with trio.CancelScope(shield=True):
-                        await self._end_handle(info.fh)
-            finally:
-                self.inodes.forget(node.id, 1)
+            self.inodes.forget(node.id, 1)
             raise
         return info, entry
 
