@@ -6,7 +6,8 @@ import os
 import stat
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -17,6 +18,7 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.discards import Removal
 from fusecache.engine.image import Image
 from fusecache.fuse.attributes import entry_of, statvfs_of, without_privileges
+from fusecache.fuse.directories import Directories
 from fusecache.fuse.guard import answer, guarded, undone_on_failure
 from fusecache.fuse.inodes import Inodes, Node
 from fusecache.fuse.shared import SharedStat
@@ -29,10 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LISTING_PART = 64
-_LISTING_ANSWER = 4 * _LISTING_PART
-"""Entries after which an answer is long enough; the kernel asks on. It may have room for 1 MiB, and
-the way through the lane takes some 200 KiB without privilege (see laned.py)."""
 _OVERTAKING = 0.0002
 _CAPABILITY = b"security.capability"
 _NO_DATA = FUSEError(errno.ENODATA)
@@ -46,14 +44,6 @@ class Handle:
     node: Node
     write: bool
     pid: int
-
-
-@dataclass(slots=True)
-class Listing:
-    """An open directory: its names as of the first read."""
-
-    node: Node
-    names: list[bytes] = field(default_factory=list)
 
 
 def _nameless(found: Found) -> bool:
@@ -84,8 +74,8 @@ class Operations(pyfuse3.Operations):
         self._timeout = cache.tuning.attribute_timeout
         self.inodes = Inodes(tree.find_root())
         self.handles: dict[int, Handle] = {}
-        self._listings: dict[int, Listing] = {}
-        self._next_handle = 1
+        self._numbers = count(1)
+        self._directories = Directories(cache, tree, self.inodes, self._numbers)
         self.serving = trio.Event()
         """Set when the kernel has said INIT."""
 
@@ -260,70 +250,22 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Names are read at the first ``readdir``."""
-        return self._new_listing(self.inodes[inode])
-
-    def _new_listing(self, node: Node) -> int:
-        number, self._next_handle = self._next_handle, self._next_handle + 1
-        self._listings[number] = Listing(node)
-        return number
+        return self._directories.open(self.inodes[inode])
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """Entries in a fixed order; the id of an entry is its place in it. None at all would mean
-        the end, however many names are gone by now."""
-        listing = self._listings[fh]
-        directory = listing.node.fd
-        if start_id == 0:
-            names = await self._metadata(self._tree.names, directory)
-            listing.names = [b".", b"..", *names]
-        replied = 0
-        while start_id < len(listing.names) and replied < _LISTING_ANSWER:
-            part = listing.names[start_id : start_id + _LISTING_PART]
-            if start_id < 2:
-                if not await self._reply_dot(listing, start_id, token):
-                    return
-                start_id += 1
-                continue
-            places = {name: start_id + at + 1 for at, name in enumerate(part)}
-            found = await self._metadata(self._tree.find_all, directory, part)
-            if not self._reply_part(found, places, token):
-                return
-            replied += len(found)
-            start_id += len(part)
-
-    async def _reply_dot(self, listing: Listing, place: int, token: pyfuse3.ReaddirToken) -> bool:
-        """``.`` and ``..``, which the kernel does not count as look-ups."""
-        st = await self._metadata(os.fstat, listing.node.fd)
-        entry = entry_of(listing.node.id, st, self._timeout)
-        return pyfuse3.readdir_reply(token, listing.names[place], entry, place + 1)
-
-    def _reply_part(
-        self,
-        found: list[tuple[bytes, Found]],
-        places: dict[bytes, int],
-        token: pyfuse3.ReaddirToken,
-    ) -> bool:
-        """Replies entries until the buffer is full; whatever was not replied is let go."""
-        full = False
-        for name, entry in found:
-            if full:
-                os.close(entry.fd)
-                continue
-            attributes = self._entry(entry)
-            if not pyfuse3.readdir_reply(token, name, attributes, places[name]):
-                self.inodes.forget(attributes.st_ino, 1)
-                full = True
-        return not full
+        """See ``Directories.read``."""
+        await self._directories.read(fh, start_id, token)
 
     @guarded
     async def releasedir(self, fh: int) -> None:
         """The listing ends."""
-        del self._listings[fh]
+        self._directories.close(fh)
 
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Names are on the origin's stable storage."""
-        await self._metadata(self._tree.sync_directory, self._listings[fh].node.fd)
+        await self._directories.sync(fh)
 
     # -- attributes --------------------------------------------------------------------------------
 
@@ -470,7 +412,7 @@ class Operations(pyfuse3.Operations):
                 await self._metadata(self._tree.chmod, node.fd, mode)
 
     def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
-        number, self._next_handle = self._next_handle, self._next_handle + 1
+        number = next(self._numbers)
         self.handles[number] = Handle(image, node, write, pid)
         if self.lane is not None and image.gate is not None:
             self.lane.open(number, node.id, image.gate.number)
