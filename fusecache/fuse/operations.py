@@ -5,7 +5,6 @@ import logging
 import os
 import stat
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
@@ -15,15 +14,14 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from fusecache.engine.block_cache import BlockCache
-from fusecache.engine.discards import Removal
 from fusecache.engine.image import Image
 from fusecache.fuse.attributes import entry_of, statvfs_of, without_privileges
 from fusecache.fuse.directories import Directories
 from fusecache.fuse.guard import answer, guarded, undone_on_failure
 from fusecache.fuse.inodes import Inodes, Node
+from fusecache.fuse.names import Names
 from fusecache.fuse.shared import SharedStat
 from fusecache.store.origin import Attributes
-from fusecache.store.syscalls import RENAME_EXCHANGE
 from fusecache.store.tree import Found, Tree
 
 if TYPE_CHECKING:
@@ -46,15 +44,6 @@ class Handle:
     pid: int
 
 
-def _nameless(found: Found) -> bool:
-    """Whether a file whose last name was just removed has none that somebody gave it meanwhile. A
-    network's filesystem may keep the number of names as it was while the file is open."""
-    try:
-        return not found.local or os.fstat(found.fd).st_nlink == 0
-    except OSError:
-        return True
-
-
 class Operations(pyfuse3.Operations):
     """See ``pyfuse3.Operations`` for what each handler is asked; docstrings here say what is
     particular. The kernel's write-back cache stays off: every write reaches us at once."""
@@ -75,6 +64,7 @@ class Operations(pyfuse3.Operations):
         self.inodes = Inodes(tree.find_root())
         self.handles: dict[int, Handle] = {}
         self._numbers = count(1)
+        self._names = Names(cache, tree)
         self._directories = Directories(cache, tree, self.inodes, self._numbers)
         self.serving = trio.Event()
         """Set when the kernel has said INIT."""
@@ -158,33 +148,12 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """One more name; the image stays the same."""
         node, parent = self.inodes[inode], self.inodes[new_parent_inode]
-        async with self._cache.images.own_change(node.identity, node.fd):
-            await self._metadata(self._tree.link, node.fd, parent.fd, new_name)
-        return self._entry(await self._metadata(self._tree.find, parent.fd, new_name))
+        return self._entry(await self._names.link(node, parent, new_name))
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        """Origin first, origin sync, then the rows, then the answer (R6)."""
-        parent = self.inodes[parent_inode]
-        found = await self._metadata(self._tree.find, parent.fd, name)
-        try:
-            async with AsyncExitStack() as stack:
-                removal = await self._losing_a_name(stack, found)
-                await self._metadata(self._tree.unlink, parent.fd, name)
-                if removal is not None:
-                    removal.happened = _nameless(found)
-                    await self._metadata(self._tree.sync_directory, parent.fd)
-        finally:
-            os.close(found.fd)
-
-    async def _losing_a_name(self, stack: AsyncExitStack, found: Found) -> Removal | None:
-        """Enters what goes around the removal of a name; gives that of a known image's last one."""
-        if not stat.S_ISREG(found.st.st_mode):
-            return None
-        if found.st.st_nlink == 1:
-            return await stack.enter_async_context(self._cache.removing(found.identity))
-        await stack.enter_async_context(self._cache.images.own_change(found.identity, found.fd))
-        return None
+        """What loses its last name loses its blocks (R6)."""
+        await self._names.unlink(self.inodes[parent_inode], name)
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -203,47 +172,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         """What is renamed keeps its blocks; what loses its last name loses them (R6)."""
         old, new = self.inodes[parent_inode_old], self.inodes[parent_inode_new]
-        moved = await self._metadata(self._tree.find, old.fd, name_old)
-        replaced = await self._find_or_none(new, name_new)
-        try:
-            async with AsyncExitStack() as stack:
-                removal: Removal | None = None
-                # In one order for all: two renames must not wait for each other.
-                for found in sorted(filter(None, (moved, replaced)), key=lambda f: f.identity):
-                    if found is replaced and replaced.identity == moved.identity:
-                        continue
-                    if found is moved or flags & RENAME_EXCHANGE:
-                        change = self._cache.images.own_change(found.identity, found.fd)
-                        await stack.enter_async_context(change)
-                    elif not flags:
-                        removal = await self._losing_a_name(stack, found)
-                both = [moved, replaced] if replaced and flags & RENAME_EXCHANGE else [moved]
-                before = [self._tree.path_of(found.fd) for found in both]
-                names = (old.fd, name_old, new.fd, name_new, flags)
-                await self._metadata(self._tree.rename, *names)
-                if removal is not None and replaced is not None:
-                    removal.happened = _nameless(replaced)
-                await self._moved(both, before)
-                if removal is not None:
-                    await self._metadata(self._tree.sync_directory, new.fd)
-        finally:
-            os.close(moved.fd)
-            if replaced is not None:
-                os.close(replaced.fd)
-
-    async def _moved(self, moved: list[Found], before: list[bytes]) -> None:
-        after = [self._tree.path_of(found.fd) for found in moved]
-        for found, path in zip(moved, after, strict=True):
-            if stat.S_ISREG(found.st.st_mode):
-                await self._cache.images.moved(found.identity, path)
-        if any(stat.S_ISDIR(found.st.st_mode) for found in moved):
-            await self._cache.images.moved_below(dict(zip(before, after, strict=True)))
-
-    async def _find_or_none(self, parent: Node, name: bytes) -> Found | None:
-        try:
-            return await self._metadata(self._tree.find, parent.fd, name)
-        except FileNotFoundError:
-            return None
+        await self._names.rename(old, name_old, new, name_new, flags)
 
     # -- directories -------------------------------------------------------------------------------
 
