@@ -1,7 +1,6 @@
 """Operations: translates pyfuse3's calls to the cache and the tree, and nothing else."""
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterable
@@ -15,19 +14,18 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
-from fusecache.fuse.attributes import entry_of, statvfs_of, without_privileges
+from fusecache.fuse.attributes import entry_of, set_attributes, statvfs_of
 from fusecache.fuse.directories import Directories
 from fusecache.fuse.guard import answer, guarded, undone_on_failure
 from fusecache.fuse.inodes import Inodes, Node
 from fusecache.fuse.names import Names
+from fusecache.fuse.privileges import Privileges, without_privileges
 from fusecache.fuse.shared import SharedStat
 from fusecache.store.origin import Attributes
 from fusecache.store.tree import Found, Tree
 
 if TYPE_CHECKING:
     from fusecache.lane._lane import Lane
-
-log = logging.getLogger(__name__)
 
 _OVERTAKING = 0.0002
 _CAPABILITY = b"security.capability"
@@ -64,6 +62,7 @@ class Operations(pyfuse3.Operations):
         self.inodes = Inodes(tree.find_root())
         self.handles: dict[int, Handle] = {}
         self._numbers = count(1)
+        self._privileges = Privileges(cache, tree, self._stat)
         self._names = Names(cache, tree)
         self._directories = Directories(cache, tree, self.inodes, self._numbers)
         self.serving = trio.Event()
@@ -225,36 +224,17 @@ class Operations(pyfuse3.Operations):
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
             with self._cache.images.setting_attributes(node.identity):
-                await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
+                await self._set(node, attr, fields)
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
-                await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
-        if fields.update_mode and self._written(node):
-            await self._drop_privileges(node)  # of an image that was opened meanwhile
+                await self._set(node, attr, fields)
+        if fields.update_mode and self._privileges.written(node):
+            await self._privileges.drop(node)  # of an image that was opened meanwhile
         return entry_of(inode, await self._metadata(os.fstat, node.fd), self._timeout)
 
-    def _written(self, node: Node) -> bool:
-        """Whether it is open for writing, or is about to be."""
-        image = self._cache.images.find(node.identity)
-        return image is not None and image.writers > 0
-
-    def _mode(self, node: Node, attr: EntryAttributes) -> int:
-        """What a mode that was asked for becomes; see ``_drop_privileges``."""
-        return without_privileges(attr.st_mode) if self._written(node) else attr.st_mode
-
-    def _set(
-        self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields, mode: int
-    ) -> None:
-        if fields.update_uid or fields.update_gid:
-            uid = attr.st_uid if fields.update_uid else -1
-            self._tree.chown(node.fd, uid, attr.st_gid if fields.update_gid else -1)
-        if fields.update_mode:
-            self._tree.chmod(node.fd, mode)
-        if fields.update_atime or fields.update_mtime:
-            now = os.fstat(node.fd)
-            atime = attr.st_atime_ns if fields.update_atime else now.st_atime_ns
-            mtime = attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns
-            self._tree.set_times(node.fd, atime, mtime)
+    async def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
+        mode = self._privileges.allowed(node, attr.st_mode)
+        await self._metadata(set_attributes, self._tree, node.fd, attr, fields, mode)
 
     async def _truncate(self, node: Node, size: int, fh: int | None) -> None:
         handle = None if fh is None else self.handles.get(fh)
@@ -327,18 +307,8 @@ class Operations(pyfuse3.Operations):
         image = await self._cache.open(node.identity, path, node.fd, write=write)
         if write:
             async with undone_on_failure(self._cache.close, image, write=True):
-                await self._drop_privileges(node)  # only now: from here on nobody sets them
+                await self._privileges.drop(node)  # only now: from here on nobody sets them
         return image
-
-    async def _drop_privileges(self, node: Node) -> None:
-        """A program that can be written to runs with nobody's privileges. Other filesystems drop
-        them with each write; but then the kernel would ask before each write whether there are any
-        (the lane answers INIT so that it does not)."""
-        st = os.fstat(node.fd) if node.local else await self._stat(node.id, node.fd)
-        mode = without_privileges(st.st_mode)
-        if mode != st.st_mode:
-            async with self._cache.images.own_change(node.identity, node.fd):
-                await self._metadata(self._tree.chmod, node.fd, mode)
 
     def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
         number = next(self._numbers)
