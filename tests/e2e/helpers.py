@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,15 @@ def refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) 
     for word in words:
         assert word in lines[0], (word, lines[0])
     return lines[0]
+
+
+def answer_of(client: socket.socket, request: bytes) -> bytes:
+    """Everything that comes back for a request."""
+    client.sendall(request)
+    answer = b""
+    while part := client.recv(65536):
+        answer += part
+    return answer
 
 
 def nothing_left(mount: Mount) -> None:
