@@ -168,6 +168,14 @@ class Play:
         await self.cache.flush(self.image, self.number)
         self.model.end_fsync(covered)
 
+    def others_write(self, page: float, pages: float = 1) -> None:
+        """Another host writes past all this, and syncs."""
+        first, count = int(page * IN_PAGE), int(pages * IN_PAGE)
+        data = self.model.begin_write(first, count)
+        self.world.change_outside(self.number, first * STAMP, data)
+        self.model.end_write(first, count)
+        self.model.end_fsync(self.model.begin_fsync())
+
     async def set_mode(self, mode: WriteMode | None) -> None:
         """Another write mode."""
         await self.cache.set_write_mode(self.image, mode)
