@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.support.daemon import Mount, end
 
@@ -141,11 +142,9 @@ def ext4(image: Path, path: Path, size: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def process(
-    *command: object, ends: int = 9, **options: object
-) -> Iterator["subprocess.Popen[bytes]"]:
+def process(*command: object, ends: int = 9, **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that does not outlive the test."""
-    made = subprocess.Popen([*map(str, command)], **options)  # type: ignore[call-overload]
+    made = subprocess.Popen([*map(str, command)], **options)
     try:
         yield made
     finally:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -281,10 +282,10 @@ async def test_what_an_earlier_life_wrote_is_synced_although_the_image_is_forgot
         assert image.synced < image.written
         kernel = cache.threads.kernel
 
-        async def after_forgetting(*args: object) -> object:
+        async def after_forgetting(*args: Any) -> Any:
             if not image.opening.locked():
                 await cache.housekeeping._forget_unused([image])
-            return await kernel(*args)  # type: ignore[arg-type]
+            return await kernel(*args)
 
         if verb == "evict":  # while it waits for the kernel
             monkeypatch.setattr(cache.threads, "kernel", after_forgetting)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_every_handler_survives_an_error_nobody_foresaw(faulty: InjectedMount) -
     for name, (point, act) in _CASES.items():
         if daemon.lane == "on" and name.endswith("(hit)"):
             continue  # these never come to Python
-        _armed[:] = [lambda point=point: mount.fail(point)]  # type: ignore[misc]
+        _armed[:] = [partial(mount.fail, point)]
         try:
             with pytest.raises(OSError) as caught:
                 act(mount.mountpoint)

@@ -193,7 +193,7 @@ def test_a_failed_transaction_is_told_nobody_and_leaves_the_count(path: Path) ->
     keeper = Keeper()
     with contextlib.closing(start(path, keeper)) as block_map:
         before = keeper.witness
-        bad = ImageRow(7, None, b"")  # type: ignore[arg-type]
+        bad = ImageRow(7, None, b"")  # type: ignore[arg-type]  # refused by the database
         with pytest.raises(DatabaseError):
             block_map.commit(Batch(rows=row(1), images=[bad]), stable=False)
         assert keeper.witness == before

@@ -148,7 +148,7 @@ def _inject() -> None:
             raise OriginError(5, "injected")
         return read(self, offset, length)
 
-    OriginImage.read = faulty  # type: ignore[method-assign]
+    OriginImage.read = faulty  # type: ignore[method-assign]  # on purpose
     for name in ("read", "write", "truncate", "extend", "sync"):
         _stalling(OriginImage, name)
 
