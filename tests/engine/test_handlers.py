@@ -225,6 +225,28 @@ async def test_a_create_whose_mode_cannot_be_set_leaves_no_handle(
     assert mounted.operations.inodes.find(image.row.identity) is None
 
 
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_a_truncating_open_that_does_not_end_well_leaves_no_handle(
+    mounted: Mounted, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    opened: list[Image] = []
+
+    async def truncate(image: Image, size: int) -> None:
+        opened.append(image)
+        assert image.writers == 1 and image.origin.locked
+        if how == "fails":
+            _fails()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(mounted.cache, "truncate", truncate)
+    entry = await mounted.operations.lookup(ROOT_ID, b"image", _CALLER)
+    with trio.move_on_after(1), pytest.raises(FUSEError):
+        await mounted.operations.open(entry.st_ino, os.O_RDWR | os.O_TRUNC, _CALLER)
+    (image,) = opened
+    assert not image.handles and not image.origin.locked
+    assert not mounted.operations.handles
+
+
 async def test_an_fsync_covers_times_that_were_being_set_during_the_sync_before(
     mounted: Mounted, back: World, autojump_clock: MockClock
 ) -> None:
