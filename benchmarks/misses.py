@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,9 @@ def random_reads(ours: Fusecache, origin: Path, count: int, seed: int) -> dict[s
     try:
         for first, second in zip(blocks[::2], blocks[1::2], strict=True):
             harness.forget_pages(origin)
-            at = first * BLOCK
-            through.append(timed(lambda at=at: os.preadv(mounted, [page], at)))  # type: ignore[misc]
+            through.append(timed(partial(os.preadv, mounted, [page], first * BLOCK)))
             harness.forget_pages(origin)
-            at = second * BLOCK
-            bare.append(timed(lambda at=at: os.preadv(direct, [whole], at)))  # type: ignore[misc]
+            bare.append(timed(partial(os.preadv, direct, [whole], second * BLOCK)))
     finally:
         os.close(mounted)
         os.close(direct)

@@ -22,5 +22,5 @@ def _late(device: CacheDevice) -> None:
 
 if __name__ == "__main__":
     os.environ["SLOW_SYNC_MS"] = sys.argv.pop(1)
-    CacheDevice.sync = _late  # type: ignore[method-assign]  # on purpose
+    CacheDevice.sync = _late  # type: ignore[assignment,method-assign]  # on purpose
     main()

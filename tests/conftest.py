@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import daemon
-from tests.support.daemon import Mount
+from tests.support.daemon import Mount, cleaned_up
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has started this in the background. Commands that are started here and interrupted
@@ -31,9 +31,5 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
     A test must leave no unexpected error in the daemon's log.
     """
-    made = Mount(tmp_path / "fc")
-    try:
+    with cleaned_up(Mount(tmp_path / "fc")) as made:
         yield made
-    finally:
-        made.cleanup()
-    assert "unexpected error" not in made.log(), made.log()

@@ -1,10 +1,11 @@
-"""Attributes: the origin's stat results in pyfuse3's form."""
+"""Attributes: the origin's in pyfuse3's form, and what pyfuse3 asks for on the origin."""
 
 import os
-import stat
 import struct
 
-from pyfuse3 import EntryAttributes, StatvfsData
+from pyfuse3 import EntryAttributes, SetattrFields, StatvfsData
+
+from fusecache.store.tree import Tree
 
 _GENERATION = int.from_bytes(os.urandom(4), "little")
 """Node ids begin at 1 in every mount; with this no id is taken for one of an earlier mount."""
@@ -90,9 +91,17 @@ def statvfs_of(st: os.statvfs_result) -> StatvfsData:
     return data
 
 
-def without_privileges(mode: int) -> int:
-    """A mode as a write by somebody else leaves it: without set-user-ID, and without set-group-ID
-    where that has an effect (inode(7))."""
-    if mode & stat.S_IXGRP:
-        mode &= ~stat.S_ISGID
-    return mode & ~stat.S_ISUID
+def set_attributes(
+    tree: Tree, fd: int, attr: EntryAttributes, fields: SetattrFields, mode: int
+) -> None:
+    """Owner, mode and times, each only if asked for; ``mode`` in place of the one in ``attr``."""
+    if fields.update_uid or fields.update_gid:
+        uid = attr.st_uid if fields.update_uid else -1
+        tree.chown(fd, uid, attr.st_gid if fields.update_gid else -1)
+    if fields.update_mode:
+        tree.chmod(fd, mode)
+    if fields.update_atime or fields.update_mtime:
+        now = os.fstat(fd)
+        atime = attr.st_atime_ns if fields.update_atime else now.st_atime_ns
+        mtime = attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns
+        tree.set_times(fd, atime, mtime)

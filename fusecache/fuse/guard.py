@@ -1,13 +1,15 @@
-"""guarded: every handler answers, whatever happens.
+"""guarded: every handler answers, whatever happens; and one that failed half-way leaves nothing.
 
 An error of the origin becomes its errno; anything nobody foresaw becomes EIO, logged and counted.
 An exception that reached pyfuse3 would end the mount.
 """
 
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import trio
 from pyfuse3 import FUSEError
 
 from fusecache.engine.state import CacheState
@@ -48,3 +50,16 @@ def guarded(
             raise answer(self.state, exc, handler.__name__.lstrip("_")) from None
 
     return guard
+
+
+@asynccontextmanager
+async def undone_on_failure(
+    undo: Callable[P, Awaitable[None]], *args: P.args, **kwargs: P.kwargs
+) -> AsyncIterator[None]:
+    """Around what follows an open: if it fails or is cancelled, ``undo`` is called and finished."""
+    try:
+        yield
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await undo(*args, **kwargs)
+        raise

@@ -1,12 +1,11 @@
 """Operations: translates pyfuse3's calls to the cache and the tree, and nothing else."""
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -14,25 +13,20 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from fusecache.engine.block_cache import BlockCache
-from fusecache.engine.discards import Removal
 from fusecache.engine.image import Image
-from fusecache.fuse.attributes import entry_of, statvfs_of, without_privileges
-from fusecache.fuse.guard import answer, guarded
+from fusecache.fuse.attributes import entry_of, set_attributes, statvfs_of
+from fusecache.fuse.directories import Directories
+from fusecache.fuse.guard import answer, guarded, undone_on_failure
 from fusecache.fuse.inodes import Inodes, Node
+from fusecache.fuse.names import Names
+from fusecache.fuse.privileges import Privileges, without_privileges
 from fusecache.fuse.shared import SharedStat
 from fusecache.store.origin import Attributes
-from fusecache.store.syscalls import RENAME_EXCHANGE
 from fusecache.store.tree import Found, Tree
 
 if TYPE_CHECKING:
     from fusecache.lane._lane import Lane
 
-log = logging.getLogger(__name__)
-
-_LISTING_PART = 64
-_LISTING_ANSWER = 4 * _LISTING_PART
-"""Entries after which an answer is long enough; the kernel asks on. It may have room for 1 MiB, and
-the way through the lane takes some 200 KiB without privilege (see laned.py)."""
 _OVERTAKING = 0.0002
 _CAPABILITY = b"security.capability"
 _NO_DATA = FUSEError(errno.ENODATA)
@@ -46,23 +40,6 @@ class Handle:
     node: Node
     write: bool
     pid: int
-
-
-@dataclass(slots=True)
-class Listing:
-    """An open directory: its names as of the first read."""
-
-    node: Node
-    names: list[bytes] = field(default_factory=list)
-
-
-def _nameless(found: Found) -> bool:
-    """Whether a file whose last name was just removed has none that somebody gave it meanwhile. A
-    network's filesystem may keep the number of names as it was while the file is open."""
-    try:
-        return not found.local or os.fstat(found.fd).st_nlink == 0
-    except OSError:
-        return True
 
 
 class Operations(pyfuse3.Operations):
@@ -84,8 +61,10 @@ class Operations(pyfuse3.Operations):
         self._timeout = cache.tuning.attribute_timeout
         self.inodes = Inodes(tree.find_root())
         self.handles: dict[int, Handle] = {}
-        self._listings: dict[int, Listing] = {}
-        self._next_handle = 1
+        self._numbers = count(1)
+        self._privileges = Privileges(cache, tree, self._stat)
+        self._names = Names(cache, tree)
+        self._directories = Directories(cache, tree, self.inodes, self._numbers)
         self.serving = trio.Event()
         """Set when the kernel has said INIT."""
 
@@ -172,33 +151,12 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """One more name; the image stays the same."""
         node, parent = self.inodes[inode], self.inodes[new_parent_inode]
-        async with self._cache.images.own_change(node.identity, node.fd):
-            await self._metadata(self._tree.link, node.fd, parent.fd, new_name)
-        return self._entry(await self._metadata(self._tree.find, parent.fd, new_name))
+        return self._entry(await self._names.link(node, parent, new_name))
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        """Origin first, origin sync, then the rows, then the answer (R6)."""
-        parent = self.inodes[parent_inode]
-        found = await self._metadata(self._tree.find, parent.fd, name)
-        try:
-            async with AsyncExitStack() as stack:
-                removal = await self._losing_a_name(stack, found)
-                await self._metadata(self._tree.unlink, parent.fd, name)
-                if removal is not None:
-                    removal.happened = _nameless(found)
-                    await self._metadata(self._tree.sync_directory, parent.fd)
-        finally:
-            os.close(found.fd)
-
-    async def _losing_a_name(self, stack: AsyncExitStack, found: Found) -> Removal | None:
-        """Enters what goes around the removal of a name; gives that of a known image's last one."""
-        if not stat.S_ISREG(found.st.st_mode):
-            return None
-        if found.st.st_nlink == 1:
-            return await stack.enter_async_context(self._cache.removing(found.identity))
-        await stack.enter_async_context(self._cache.images.own_change(found.identity, found.fd))
-        return None
+        """What loses its last name loses its blocks (R6)."""
+        await self._names.unlink(self.inodes[parent_inode], name)
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -217,117 +175,29 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         """What is renamed keeps its blocks; what loses its last name loses them (R6)."""
         old, new = self.inodes[parent_inode_old], self.inodes[parent_inode_new]
-        moved = await self._metadata(self._tree.find, old.fd, name_old)
-        replaced = await self._find_or_none(new, name_new)
-        try:
-            async with AsyncExitStack() as stack:
-                removal: Removal | None = None
-                # In one order for all: two renames must not wait for each other.
-                for found in sorted(filter(None, (moved, replaced)), key=lambda f: f.identity):
-                    if found is replaced and replaced.identity == moved.identity:
-                        continue
-                    if found is moved or flags & RENAME_EXCHANGE:
-                        change = self._cache.images.own_change(found.identity, found.fd)
-                        await stack.enter_async_context(change)
-                    elif not flags:
-                        removal = await self._losing_a_name(stack, found)
-                both = [moved, replaced] if replaced and flags & RENAME_EXCHANGE else [moved]
-                before = [self._tree.path_of(found.fd) for found in both]
-                names = (old.fd, name_old, new.fd, name_new, flags)
-                await self._metadata(self._tree.rename, *names)
-                if removal is not None and replaced is not None:
-                    removal.happened = _nameless(replaced)
-                await self._moved(both, before)
-                if removal is not None:
-                    await self._metadata(self._tree.sync_directory, new.fd)
-        finally:
-            os.close(moved.fd)
-            if replaced is not None:
-                os.close(replaced.fd)
-
-    async def _moved(self, moved: list[Found], before: list[bytes]) -> None:
-        after = [self._tree.path_of(found.fd) for found in moved]
-        for found, path in zip(moved, after, strict=True):
-            if stat.S_ISREG(found.st.st_mode):
-                await self._cache.images.moved(found.identity, path)
-        if any(stat.S_ISDIR(found.st.st_mode) for found in moved):
-            await self._cache.images.moved_below(dict(zip(before, after, strict=True)))
-
-    async def _find_or_none(self, parent: Node, name: bytes) -> Found | None:
-        try:
-            return await self._metadata(self._tree.find, parent.fd, name)
-        except FileNotFoundError:
-            return None
+        await self._names.rename(old, name_old, new, name_new, flags)
 
     # -- directories -------------------------------------------------------------------------------
 
     @guarded
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Names are read at the first ``readdir``."""
-        return self._new_listing(self.inodes[inode])
-
-    def _new_listing(self, node: Node) -> int:
-        number, self._next_handle = self._next_handle, self._next_handle + 1
-        self._listings[number] = Listing(node)
-        return number
+        return self._directories.open(self.inodes[inode])
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """Entries in a fixed order; the id of an entry is its place in it. None at all would mean
-        the end, however many names are gone by now."""
-        listing = self._listings[fh]
-        directory = listing.node.fd
-        if start_id == 0:
-            names = await self._metadata(self._tree.names, directory)
-            listing.names = [b".", b"..", *names]
-        replied = 0
-        while start_id < len(listing.names) and replied < _LISTING_ANSWER:
-            part = listing.names[start_id : start_id + _LISTING_PART]
-            if start_id < 2:
-                if not await self._reply_dot(listing, start_id, token):
-                    return
-                start_id += 1
-                continue
-            places = {name: start_id + at + 1 for at, name in enumerate(part)}
-            found = await self._metadata(self._tree.find_all, directory, part)
-            if not self._reply_part(found, places, token):
-                return
-            replied += len(found)
-            start_id += len(part)
-
-    async def _reply_dot(self, listing: Listing, place: int, token: pyfuse3.ReaddirToken) -> bool:
-        """``.`` and ``..``, which the kernel does not count as look-ups."""
-        st = await self._metadata(os.fstat, listing.node.fd)
-        entry = entry_of(listing.node.id, st, self._timeout)
-        return pyfuse3.readdir_reply(token, listing.names[place], entry, place + 1)
-
-    def _reply_part(
-        self,
-        found: list[tuple[bytes, Found]],
-        places: dict[bytes, int],
-        token: pyfuse3.ReaddirToken,
-    ) -> bool:
-        """Replies entries until the buffer is full; whatever was not replied is let go."""
-        full = False
-        for name, entry in found:
-            if full:
-                os.close(entry.fd)
-                continue
-            attributes = self._entry(entry)
-            if not pyfuse3.readdir_reply(token, name, attributes, places[name]):
-                self.inodes.forget(attributes.st_ino, 1)
-                full = True
-        return not full
+        """See ``Directories.read``."""
+        await self._directories.read(fh, start_id, token)
 
     @guarded
     async def releasedir(self, fh: int) -> None:
         """The listing ends."""
-        del self._listings[fh]
+        self._directories.close(fh)
 
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Names are on the origin's stable storage."""
-        await self._metadata(self._tree.sync_directory, self._listings[fh].node.fd)
+        await self._directories.sync(fh)
 
     # -- attributes --------------------------------------------------------------------------------
 
@@ -362,36 +232,17 @@ class Operations(pyfuse3.Operations):
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
             with self._cache.images.setting_attributes(node.identity):
-                await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
+                await self._set(node, attr, fields)
         elif fields.update_mode or fields.update_uid or fields.update_gid:
             async with self._cache.images.own_change(node.identity, node.fd):
-                await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
-        if fields.update_mode and self._written(node):
-            await self._drop_privileges(node)  # of an image that was opened meanwhile
+                await self._set(node, attr, fields)
+        if fields.update_mode and self._privileges.written(node):
+            await self._privileges.drop(node)  # of an image that was opened meanwhile
         return entry_of(inode, await self._metadata(os.fstat, node.fd), self._timeout)
 
-    def _written(self, node: Node) -> bool:
-        """Whether it is open for writing, or is about to be."""
-        image = self._cache.images.find(node.identity)
-        return image is not None and image.writers > 0
-
-    def _mode(self, node: Node, attr: EntryAttributes) -> int:
-        """What a mode that was asked for becomes; see ``_drop_privileges``."""
-        return without_privileges(attr.st_mode) if self._written(node) else attr.st_mode
-
-    def _set(
-        self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields, mode: int
-    ) -> None:
-        if fields.update_uid or fields.update_gid:
-            uid = attr.st_uid if fields.update_uid else -1
-            self._tree.chown(node.fd, uid, attr.st_gid if fields.update_gid else -1)
-        if fields.update_mode:
-            self._tree.chmod(node.fd, mode)
-        if fields.update_atime or fields.update_mtime:
-            now = os.fstat(node.fd)
-            atime = attr.st_atime_ns if fields.update_atime else now.st_atime_ns
-            mtime = attr.st_mtime_ns if fields.update_mtime else now.st_mtime_ns
-            self._tree.set_times(node.fd, atime, mtime)
+    async def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
+        mode = self._privileges.allowed(node, attr.st_mode)
+        await self._metadata(set_attributes, self._tree, node.fd, attr, fields, mode)
 
     async def _truncate(self, node: Node, size: int, fh: int | None) -> None:
         handle = None if fh is None else self.handles.get(fh)
@@ -402,7 +253,8 @@ class Operations(pyfuse3.Operations):
         try:
             await self._cache.truncate(image, size)
         finally:
-            await self._cache.close(image, write=True)
+            with trio.CancelScope(shield=True):
+                await self._cache.close(image, write=True)
 
     @guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -463,26 +315,12 @@ class Operations(pyfuse3.Operations):
         path = self._tree.path_of(node.fd)  # from memory: never asks the origin
         image = await self._cache.open(node.identity, path, node.fd, write=write)
         if write:
-            try:
-                await self._drop_privileges(node)  # only now: from here on nobody sets them
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self._cache.close(image, write=True)
-                raise
+            async with undone_on_failure(self._cache.close, image, write=True):
+                await self._privileges.drop(node)  # only now: from here on nobody sets them
         return image
 
-    async def _drop_privileges(self, node: Node) -> None:
-        """A program that can be written to runs with nobody's privileges. Other filesystems drop
-        them with each write; but then the kernel would ask before each write whether there are any
-        (the lane answers INIT so that it does not)."""
-        st = os.fstat(node.fd) if node.local else await self._stat(node.id, node.fd)
-        mode = without_privileges(st.st_mode)
-        if mode != st.st_mode:
-            async with self._cache.images.own_change(node.identity, node.fd):
-                await self._metadata(self._tree.chmod, node.fd, mode)
-
     def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
-        number, self._next_handle = self._next_handle, self._next_handle + 1
+        number = next(self._numbers)
         self.handles[number] = Handle(image, node, write, pid)
         if self.lane is not None and image.gate is not None:
             self.lane.open(number, node.id, image.gate.number)
@@ -500,13 +338,9 @@ class Operations(pyfuse3.Operations):
         truncates = bool(flags & os.O_TRUNC)
         write = truncates or flags & os.O_ACCMODE != os.O_RDONLY
         image = await self._open_image(node, write=write)
-        try:
-            if truncates:
+        if truncates:
+            async with undone_on_failure(self._cache.close, image, write=True):
                 await self._cache.truncate(image, 0)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._cache.close(image, write=write)
-            raise
         return self._new_handle(image, node, write, ctx.pid)
 
     @guarded
@@ -528,21 +362,17 @@ class Operations(pyfuse3.Operations):
             private = mode
         entry = self._entry(found)
         node = self.inodes[entry.st_ino]
-        info: FileInfo | None = None
         try:
             info = await self._open(node, flags, ctx)
             if private != mode:
-                with self._cache.images.setting_attributes(node.identity):
-                    await self._metadata(self._tree.chmod, node.fd, mode)
-                st = await self._metadata(os.fstat, node.fd)
-                entry = entry_of(node.id, st, self._timeout)
+                # The kernel, told of an error, sends no release.
+                async with undone_on_failure(self._end_handle, info.fh):
+                    with self._cache.images.setting_attributes(node.identity):
+                        await self._metadata(self._tree.chmod, node.fd, mode)
+                    st = await self._metadata(os.fstat, node.fd)
+                    entry = entry_of(node.id, st, self._timeout)
         except BaseException:
-            try:
-                if info is not None:  # the kernel, told of an error, sends no release
-                    with trio.CancelScope(shield=True):
-                        await self._end_handle(info.fh)
-            finally:
-                self.inodes.forget(node.id, 1)
+            self.inodes.forget(node.id, 1)
             raise
         return info, entry
 

@@ -18,7 +18,7 @@ def why_not() -> str:
     if platform.machine() != "x86_64":
         return f"it relies on the order in which x86-64 stores, and this is {platform.machine()}"
     try:
-        import fusecache.lane._lane  # noqa: F401
+        import fusecache.lane._lane  # noqa: F401  # whether it can be
     except ImportError as exc:
         return f"it was not built when fusecache was installed ({exc})"
     return ""

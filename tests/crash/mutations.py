@@ -165,7 +165,7 @@ def pins_are_ignored() -> Any:
     original_take = Lru._take
 
     def take(self: Lru, *args: Any) -> None:
-        pins, self._slots.pins = self._slots.pins, Unpinned()  # type: ignore[assignment]
+        pins, self._slots.pins = self._slots.pins, Unpinned()  # type: ignore[assignment]  # nothing but what is asked
         try:
             original_take(self, *args)
         finally:
@@ -184,7 +184,7 @@ def recovery_from_a_kill_keeps_active_regions() -> Any:
     original = BlockMap._recover_killed
 
     def recover(self: BlockMap, heartbeat_ns: int) -> None:
-        self._drop_clean = lambda image, region: None  # type: ignore[method-assign]
+        self._drop_clean = lambda image, region: None  # type: ignore[method-assign]  # for this call alone
         try:
             original(self, heartbeat_ns)
         finally:

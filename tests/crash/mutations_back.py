@@ -201,11 +201,11 @@ def r4_rows_are_removed_without_a_barrier() -> Any:
     original = WriteIntents.remove_old
 
     async def remove_old(self: WriteIntents, *args: Any, **kwargs: Any) -> None:
-        self._committer = _NoBarrier(self._committer)  # type: ignore[assignment]
+        self._committer = _NoBarrier(self._committer)  # type: ignore[assignment]  # it passes on all else
         try:
             await original(self, *args, **kwargs)
         finally:
-            self._committer = self._committer._committer  # type: ignore[attr-defined]
+            self._committer = self._committer._committer  # type: ignore[attr-defined]  # the real one
 
     return patch(WriteIntents, "remove_old", remove_old)
 
@@ -278,7 +278,7 @@ def r7_a_fill_stores_over_dirty_pages() -> Any:
 
     async def fetch(self: Fills, image: Any, fetch: Any) -> None:
         core = self._core
-        self._core = _CleanOnly(core)  # type: ignore[assignment]
+        self._core = _CleanOnly(core)  # type: ignore[assignment]  # it passes on all else
         coroutine = original(self, image, fetch)
         try:
             await coroutine
@@ -342,7 +342,7 @@ def leaving_write_back_does_not_flush() -> Any:
     original = BlockCache.set_write_mode
 
     async def set_write_mode(self: BlockCache, *args: Any) -> None:
-        self.flush = nothing  # type: ignore[method-assign]
+        self.flush = nothing  # type: ignore[method-assign]  # for this call alone
         try:
             await original(self, *args)
         finally:

@@ -82,7 +82,7 @@ def recovery_sets_the_boot_id_before_the_rest() -> Any:
         meta = self.meta()
         with self._transaction(stable=True):
             self._tables.now.boot_id = boot_id
-        self.meta = lambda: meta  # type: ignore[method-assign]
+        self.meta = lambda: meta  # type: ignore[method-assign]  # for this call alone
         try:
             original(self, boot_id, *args, **kwargs)
         finally:
@@ -200,7 +200,7 @@ def writes_past_a_broken_cache_leave_out_the_origin() -> Any:
             for block, start, stop in self._geometry.split(offset, len(data))
         )
         if held and self.holds(image):
-            writes, self._origin = self._origin, _NoOrigin()  # type: ignore[assignment]
+            writes, self._origin = self._origin, _NoOrigin()  # type: ignore[assignment]  # never asked for more
             try:
                 await original(self, image, offset, data)
             finally:

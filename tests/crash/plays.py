@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import trio
 import trio.testing
@@ -22,7 +23,7 @@ from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC
 from tests.support import lane
 from tests.support.model import ImageModel
 from tests.support.stamps import STAMP, stamped
-from tests.support.world import PAGE, Cut, World
+from tests.support.world import PAGE, Cut, World, order_follows
 
 IN_PAGE = PAGE // STAMP
 PAGES = 4
@@ -51,8 +52,8 @@ class Play:
     def __init__(self, directory: Path, story: "Story") -> None:
         self.world = World(directory, 0, slots=story.slots, block_size=PAGES * PAGE)
         self.world.write_mode = story.mode
-        tuning = {"dirty_age": 2.0, **story.tuning}
-        self.world.tuning = replace(self.world.tuning, **tuning)  # type: ignore[arg-type]
+        tuning: dict[str, Any] = {"dirty_age": 2.0, **story.tuning}
+        self.world.tuning = replace(self.world.tuning, **tuning)
         self.pages = story.blocks * PAGES
         self._new_file(1)
         self.removed = False
@@ -168,6 +169,14 @@ class Play:
         await self.cache.flush(self.image, self.number)
         self.model.end_fsync(covered)
 
+    def others_write(self, page: float, pages: float = 1) -> None:
+        """Another host writes past all this, and syncs."""
+        first, count = int(page * IN_PAGE), int(pages * IN_PAGE)
+        data = self.model.begin_write(first, count)
+        self.world.change_outside(self.number, first * STAMP, data)
+        self.model.end_write(first, count)
+        self.model.end_fsync(self.model.begin_fsync())
+
     async def set_mode(self, mode: WriteMode | None) -> None:
         """Another write mode."""
         await self.cache.set_write_mode(self.image, mode)
@@ -200,10 +209,7 @@ class Play:
 
     def life(self, story: Callable[["Play"], Awaitable[None]], *, clean: bool = False) -> bool:
         """One life of the engine; True if it was cut, also if that was at its end."""
-        # The order of tasks is the same every time.
-        scheduler = trio._core._run  # type: ignore[attr-defined]
-        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
-        scheduler._r.seed(1)
+        order_follows(1)  # the same every time
         ended = [0.0]
 
         async def run() -> None:

@@ -1,6 +1,7 @@
 """Lives: random work on the real engine, ended at any step by a kill or a power cut."""
 
 import random
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from fusecache.store.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC
 from tests.support import lane
 from tests.support.model import ImageModel
 from tests.support.stamps import STAMP, stamped
-from tests.support.world import Cut, World
+from tests.support.world import Cut, World, order_follows
 
 BLOCK = 4 * 4096
 SECTORS = 40 * BLOCK // STAMP
@@ -42,10 +43,7 @@ class Simulation:
         """With ``lane``, writes are done as the lane and ``Requests`` do them."""
         self.lane = lane
         self.chance = random.Random(seed)
-        # The order of tasks, too, follows from the seed, so that a failure can be run again.
-        scheduler = trio._core._run  # type: ignore[attr-defined]
-        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
-        scheduler._r.seed(seed)
+        order_follows(seed)
         modes = [WriteMode.THROUGH, WriteMode.AROUND, WriteMode.BACK, WriteMode.BACK]
         mode = self.chance.choice(modes)
         slots = self.chance.choice([16, 24, 64])
@@ -103,14 +101,14 @@ class Simulation:
         }
         return self.faulty and self.chance.random() < often.get(kind, 0)
 
-    def _live(self, work: object) -> bool:
+    def _live(self, work: Callable[[BlockCache], Awaitable[None]]) -> bool:
         """One run of the engine; True if the switch fell in it."""
 
         async def life() -> None:
             async with self.world.open() as cache:
                 if self.lane:
                     lane.admit(cache)
-                await work(cache)  # type: ignore[operator]
+                await work(cache)
                 cache.core.check()
             self._end = trio.current_time()
 

@@ -55,10 +55,7 @@ async def another_host_goes_on_after_a_hole(play: Play) -> None:
     while play.image.origin.locked:
         await trio.sleep(0.1)
     await trio.sleep(4)  # else a killed daemon's successor takes the change for our own (P3)
-    data = play.model.begin_write(0, 16)
-    play.world.change_outside(1, 0, data)
-    play.model.end_write(0, 16)
-    play.model.end_fsync(play.model.begin_fsync())
+    play.others_write(0, 2)
 
 
 @story(dirty_age=60.0)

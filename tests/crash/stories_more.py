@@ -292,10 +292,7 @@ async def another_host_goes_on(play: Play) -> None:
     while play.cache.dirty_bytes or play.cache.core.dirty.any_held or play.image.origin.locked:
         await trio.sleep(0.1)
     await trio.sleep(4)  # else a killed daemon's successor takes the change for our own (P3)
-    data = play.model.begin_write(0, 8)
-    play.world.change_outside(1, 0, data)
-    play.model.end_write(0, 8)
-    play.model.end_fsync(play.model.begin_fsync())
+    play.others_write(0)
 
 
 @story(dirty_age=60.0)
@@ -329,10 +326,7 @@ async def _others_write(play: Play) -> None:
     """Another host waits for the lock, writes two pages and syncs them; nothing happens after."""
     while play.image.origin.locked:
         await trio.sleep(0.01)
-    data = play.model.begin_write(0, 16)
-    play.world.change_outside(1, 0, data)
-    play.model.end_write(0, 16)
-    play.model.end_fsync(play.model.begin_fsync())
+    play.others_write(0, 2)
     play.world.cut_at = play.world.steps
 
 

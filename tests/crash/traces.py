@@ -39,7 +39,13 @@ def _end(world: World, story: Story) -> None:
     world.clock_base += 100
 
 
-async def _look(world: World) -> None:
+def _look(world: World) -> None:
+    """Recovers, reads everything, and is killed."""
+    trio.run(partial(_read, world), clock=trio.testing.MockClock(autojump_threshold=0))
+    world.kill()
+
+
+async def _read(world: World) -> None:
     """What is read after the recovery is what the origin has, and nothing is foreign."""
     async with world.open() as cache:
         image = await cache.open(b"id1", b"a", 1, write=False)
@@ -100,8 +106,7 @@ def a_first_write_is_cut_off(directory: Path) -> None:
         world = _world(directory, seed)
         _end(world, _write_to_a_quiet_region)
         world.power_cut(worst=True)
-        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
-        world.kill()
+        _look(world)
 
 
 def a_long_write_is_killed(directory: Path) -> None:
@@ -110,8 +115,7 @@ def a_long_write_is_killed(directory: Path) -> None:
         world = _world(directory, seed)
         _end(world, _write_that_takes_long)
         world.kill()
-        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
-        world.kill()
+        _look(world)
 
 
 def a_fill_ends_during_a_barrier(directory: Path) -> None:
@@ -120,8 +124,7 @@ def a_fill_ends_during_a_barrier(directory: Path) -> None:
         world = _world(directory, seed)
         _end(world, _fill_during_a_barrier)
         world.power_cut(worst=True)
-        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
-        world.kill()
+        _look(world)
 
 
 async def _write_while_rows_are_removed(seconds: float, world: World, cache: BlockCache) -> None:
@@ -141,8 +144,7 @@ def a_write_begins_while_its_row_is_removed(directory: Path) -> None:
         world = _world(directory, seed)
         _end(world, partial(_write_while_rows_are_removed, seed / 4))
         world.power_cut(worst=True, newest=True)
-        trio.run(partial(_look, world), clock=trio.testing.MockClock(autojump_threshold=0))
-        world.kill()
+        _look(world)
 
 
 async def _alive(world: World, story: Story) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,8 +130,8 @@ def test_a_missing_row_costs_only_what_is_near_it_and_that_is_named(
     assert made.rows is not None and made.rows.slot.size
 
 
-def _superblock(**fields: object) -> Damage:
-    return _overwrite("cache", 0, replace(SUPERBLOCK, **fields).pack())  # type: ignore[arg-type]
+def _superblock(**fields: Any) -> Damage:
+    return _overwrite("cache", 0, replace(SUPERBLOCK, **fields).pack())
 
 
 def _witness(commits: int, stable: int) -> Damage:

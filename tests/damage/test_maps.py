@@ -75,7 +75,10 @@ def test_lost_pages_are_found_and_named_to_the_byte(
     place_of: Callable[[str], Place], kind: str
 ) -> None:
     place = place_of(kind)
-    change: Callable[[Entry], Entry] = lambda was: (was[0], was[1] & ~0x6, was[2])  # noqa: E731
+
+    def change(was: Entry) -> Entry:
+        return was[0], was[1] & ~0x6, was[2]
+
     _, made = suffer(place, lambda place: rewrite(place, 1, 0, change))
     (loss,) = made.losses
     assert (loss.image, loss.path) == (1, b"dir/vm1.img")

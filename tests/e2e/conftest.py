@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.faulty import FaultyMount
 from tests.e2e.helpers import processes_of
 from tests.e2e.users import User
-from tests.support.daemon import BLOCK, Mount, end
+from tests.support.daemon import BLOCK, Mount, cleaned_up, end
 from tests.support.stamps import check_stamps, stamped
 
 MakeMount = Callable[[str], Mount]
@@ -21,40 +21,22 @@ MakeFaulty = Callable[[str], FaultyMount]
 @pytest.fixture
 def make_mount(tmp_path: Path) -> Iterator[MakeMount]:
     """Mounts by name, none started, all with one runtime directory; cleaned up in the end."""
-    made: list[Mount] = []
+    with contextlib.ExitStack() as stack:
 
-    def make(name: str) -> Mount:
-        mount = Mount(tmp_path / name)
-        mount.runtime = tmp_path / "run"
-        mount.runtime.mkdir(exist_ok=True)
-        made.append(mount)
-        return mount
+        def make(name: str) -> Mount:
+            mount = Mount(tmp_path / name)
+            mount.runtime = tmp_path / "run"
+            mount.runtime.mkdir(exist_ok=True)
+            return stack.enter_context(cleaned_up(mount))
 
-    try:
         yield make
-    finally:
-        for mount in made:
-            mount.cleanup()
-    for mount in made:
-        assert "unexpected error" not in mount.log(), mount.log()
 
 
 @pytest.fixture
 def make_faulty(tmp_path: Path) -> Iterator[MakeFaulty]:
     """Mounts by name whose origin can misbehave, none started; cleaned up in the end."""
-    made: list[FaultyMount] = []
-
-    def make(name: str) -> FaultyMount:
-        made.append(FaultyMount(tmp_path / name))
-        return made[-1]
-
-    try:
-        yield make
-    finally:
-        for mount in made:
-            mount.cleanup()
-    for mount in made:
-        assert "unexpected error" not in mount.log(), mount.log()
+    with contextlib.ExitStack() as stack:
+        yield lambda name: stack.enter_context(cleaned_up(FaultyMount(tmp_path / name)))
 
 
 @pytest.fixture
@@ -74,12 +56,8 @@ def served(mount: Mount) -> Mount:
 @pytest.fixture(scope="module")
 def nonsense_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """One mount for many requests that make no sense."""
-    mount = Mount(tmp_path_factory.mktemp("nonsense"))
-    try:
+    with cleaned_up(Mount(tmp_path_factory.mktemp("nonsense"))) as mount:
         yield mount.start()
-    finally:
-        mount.cleanup()
-    assert "unexpected error" not in mount.log(), mount.log()
 
 
 @pytest.fixture

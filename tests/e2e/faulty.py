@@ -110,10 +110,10 @@ def _inject() -> None:
         return not (faults / "fail-read").exists() and try_read(self, *args)
 
     _inject_waits(faults)
-    CacheDevice.read = unreadable  # type: ignore[method-assign]
-    CacheDevice.try_read = not_cached  # type: ignore[method-assign]
-    OriginImage.write = faulty  # type: ignore[method-assign]
-    OriginImage.sync = hanging  # type: ignore[method-assign]
+    CacheDevice.read = unreadable  # type: ignore[assignment,method-assign]  # on purpose
+    CacheDevice.try_read = not_cached  # type: ignore[assignment,method-assign]  # on purpose
+    OriginImage.write = faulty  # type: ignore[method-assign]  # on purpose
+    OriginImage.sync = hanging  # type: ignore[method-assign]  # on purpose
 
 
 def _inject_waits(faults: Path) -> None:

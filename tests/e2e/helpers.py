@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.support.daemon import Mount, end
 
@@ -27,6 +29,15 @@ def refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) 
     for word in words:
         assert word in lines[0], (word, lines[0])
     return lines[0]
+
+
+def answer_of(client: socket.socket, request: bytes) -> bytes:
+    """Everything that comes back for a request."""
+    client.sendall(request)
+    answer = b""
+    while part := client.recv(65536):
+        answer += part
+    return answer
 
 
 def nothing_left(mount: Mount) -> None:
@@ -131,11 +142,9 @@ def ext4(image: Path, path: Path, size: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def process(
-    *command: object, ends: int = 9, **options: object
-) -> Iterator["subprocess.Popen[bytes]"]:
+def process(*command: object, ends: int = 9, **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that does not outlive the test."""
-    made = subprocess.Popen([*map(str, command)], **options)  # type: ignore[call-overload]
+    made = subprocess.Popen([*map(str, command)], **options)
     try:
         yield made
     finally:

@@ -12,7 +12,7 @@ import pytest
 from fusecache.cli import config_file
 from tests.e2e.conftest import MakeFaulty
 from tests.e2e.helpers import refused, wait_for
-from tests.support.daemon import BLOCK, Mount
+from tests.support.daemon import BLOCK, Mount, cleaned_up
 from tests.support.stamps import check_stamps, stamped
 
 pytestmark = pytest.mark.mount
@@ -62,12 +62,8 @@ def rule(pattern: str, **says: str) -> str:
 @pytest.fixture
 def configured(tmp_path: Path) -> Iterator[Configured]:
     """Not started; cleaned up in the end."""
-    made = Configured(tmp_path / "fc")
-    try:
+    with cleaned_up(Configured(tmp_path / "fc")) as made:
         yield made
-    finally:
-        made.cleanup()
-    assert "unexpected error" not in made.log(), made.log()
 
 
 def write(path: Path, version: int, blocks: int = 8) -> None:

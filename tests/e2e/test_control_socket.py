@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.helpers import COMMAND, environment, process, wait_for
+from tests.e2e.helpers import COMMAND, answer_of, environment, process, wait_for
 from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import check_stamps, stamped
 
@@ -28,11 +28,7 @@ def _ask(mount: Mount, request: bytes) -> bytes:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(30)
         client.connect(str(_socket_of(mount)))
-        client.sendall(request)
-        answer = b""
-        while part := client.recv(65536):
-            answer += part
-        return answer
+        return answer_of(client, request)
 
 
 def test_only_its_user_may_open_it(mount: Mount) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.helpers import refused, refused_mount, wait_for
-from tests.support.daemon import BLOCK, Mount
+from tests.e2e.helpers import answer_of, refused, refused_mount, wait_for
+from tests.support.daemon import BLOCK, Mount, cleaned_up
 from tests.support.stamps import stamped
 
 pytestmark = pytest.mark.mount
@@ -33,15 +33,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """A mount with metrics that has read and written a little."""
     mount = Mount(tmp_path_factory.mktemp("metrics"), metrics=str(free_port()))
     (mount.origin / 'vm "1".img').write_bytes(stamped(1, 0, 4 * BLOCK, 1))
-    try:
+    with cleaned_up(mount):
         mount.start()
         with open(mount.mountpoint / 'vm "1".img', "r+b", buffering=0) as guest:
             guest.read(BLOCK)
             guest.write(stamped(1, BLOCK, 4096, 2))
         yield mount
-    finally:
-        mount.cleanup()
-    assert "unexpected error" not in mount.log(), mount.log()
 
 
 def connected(mount: Mount) -> socket.socket:
@@ -51,11 +48,7 @@ def connected(mount: Mount) -> socket.socket:
 def asked(mount: Mount, request: bytes) -> bytes:
     """Everything that comes back for a request."""
     with connected(mount) as client:
-        client.sendall(request)
-        answer = b""
-        while part := client.recv(65536):
-            answer += part
-        return answer
+        return answer_of(client, request)
 
 
 def text(mount: Mount) -> str:

@@ -11,6 +11,10 @@ from tests.support.stamps import check_stamps
 
 pytestmark = pytest.mark.mount
 
+KILL = """\
+pid=$(basename run/fusecache/*.sock .sock)
+kill -9 $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done"""
+
 
 def test_a_plain_user_mounts_reads_writes_evicts_and_unmounts(user: User) -> None:
     done = user.script(
@@ -39,12 +43,10 @@ def test_a_plain_user_mounts_reads_writes_evicts_and_unmounts(user: User) -> Non
 def test_a_dead_mount_of_a_plain_user_is_replaced_and_detached(user: User) -> None:
     done = user.script(
         "fc mount origin mnt --cache home/c --size 8M",
-        "pid=$(basename run/fusecache/*.sock .sock)",
-        "kill -9 $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done",
+        KILL,
         "fc mount origin mnt --cache home/c",
         "cmp mnt/vm.img origin/vm.img",
-        "pid=$(basename run/fusecache/*.sock .sock)",
-        "kill -9 $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done",
+        KILL,
         "fc umount mnt",
         "! grep -q $PWD/mnt /proc/mounts",
     )

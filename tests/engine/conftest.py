@@ -6,6 +6,8 @@ import pytest
 import trio.testing
 
 from fusecache.config import WriteMode
+from fusecache.engine.degraded import Degraded
+from fusecache.engine.image import Image
 from tests.support.stamps import stamped
 from tests.support.world import World
 
@@ -35,3 +37,17 @@ def back(tmp_path: Path) -> World:
     for number in (1, 2):
         made.make_file(number, stamped(number, 0, BLOCKS * BLOCK, 1))
     return made
+
+
+@pytest.fixture
+def few_rescues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails whoever is rescued without end; a test would hang instead."""
+    rescue, asked = Degraded.rescue, 0
+
+    async def counted(self: Degraded, image: Image) -> None:
+        nonlocal asked
+        asked += 1
+        assert asked < 100, "again and again, and nothing else runs"
+        await rescue(self, image)
+
+    monkeypatch.setattr(Degraded, "rescue", counted)

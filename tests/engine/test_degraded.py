@@ -8,8 +8,6 @@ from trio.testing import MockClock
 
 from fusecache.cli.flushing import kept_by
 from fusecache.config import WriteMode
-from fusecache.engine.degraded import Degraded
-from fusecache.engine.image import Image
 from fusecache.engine.snapshot import cache_snapshot
 from fusecache.errors import DatabaseError, FusecacheError, LostDataError
 from tests.engine.conftest import BLOCK, BLOCKS
@@ -193,21 +191,13 @@ async def test_a_degraded_cache_says_so_once(
         await cache.close(image, write=True)
 
 
+@pytest.mark.usefixtures("few_rescues")
 async def test_what_became_dirty_after_the_fence_holds_up_no_removal_and_is_not_counted(
-    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    back: World, autojump_clock: MockClock
 ) -> None:
     """The cache breaks while the first dirty write is on its way to its slot: there was nothing to
     rescue, the fence says that no slot counts, and the write goes to the origin as well."""
     tune(back, dirty_age=600.0)
-    rescue, asked = Degraded.rescue, 0
-
-    async def counted(self: Degraded, image: Image) -> None:
-        nonlocal asked
-        asked += 1
-        assert asked < 100, "again and again, and nothing else runs"
-        await rescue(self, image)
-
-    monkeypatch.setattr(Degraded, "rescue", counted)
     async with back.open() as cache:
         image = await opened(cache)
         back.before = {"_write_all": 3.0}

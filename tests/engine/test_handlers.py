@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,17 +69,19 @@ class Mounted:
         return image
 
 
-@asynccontextmanager
-async def _mounted(
-    world: World, root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+async def mounted(
+    back: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Mounted]:
-    tune(world, dirty_age=600.0)
+    """In write-back; the cleaner leaves what is dirty alone."""
+    tune(back, dirty_age=600.0)
+    root = tmp_path / "origin"
     root.mkdir()
-    made = Mounted(world, root)
-    monkeypatch.setattr(world, "file", made.file)
+    made = Mounted(back, root)
+    monkeypatch.setattr(back, "file", made.file)
     monkeypatch.setattr(images, "attributes_of", made.attributes_of)
     tree = Tree(root)
-    async with world.open() as cache:
+    async with back.open() as cache:
         made.cache = cache
         made.operations = Operations(cache, tree)
         yield made
@@ -102,27 +103,25 @@ def _fails(*args: object) -> Any:
 
 
 async def test_an_unlink_whose_sync_fails_leaves_nothing_that_could_never_be_written_back(
-    back: World, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    mounted: Mounted, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with _mounted(back, tmp_path / "origin", monkeypatch) as mounted:
-        image = await mounted.dirty(b"image", 1)
-        monkeypatch.setattr(Tree, "sync_directory", _fails)
-        with pytest.raises(FUSEError):
-            await mounted.operations.unlink(ROOT_ID, b"image", _CALLER)
-        assert not (mounted.root / "image").exists()
-        assert _gone(mounted.cache, image)
+    image = await mounted.dirty(b"image", 1)
+    monkeypatch.setattr(Tree, "sync_directory", _fails)
+    with pytest.raises(FUSEError):
+        await mounted.operations.unlink(ROOT_ID, b"image", _CALLER)
+    assert not (mounted.root / "image").exists()
+    assert _gone(mounted.cache, image)
 
 
 async def test_an_unlink_that_fails_leaves_the_image_as_it_was(
-    back: World, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    mounted: Mounted, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with _mounted(back, tmp_path / "origin", monkeypatch) as mounted:
-        image = await mounted.dirty(b"image", 1)
-        monkeypatch.setattr(Tree, "unlink", _fails)
-        with pytest.raises(FUSEError):
-            await mounted.operations.unlink(ROOT_ID, b"image", _CALLER)
-        assert mounted.cache.images.find(image.row.identity) is image
-        assert mounted.cache.core.dirty_bytes(image.id) == PAGE and not image.detached
+    image = await mounted.dirty(b"image", 1)
+    monkeypatch.setattr(Tree, "unlink", _fails)
+    with pytest.raises(FUSEError):
+        await mounted.operations.unlink(ROOT_ID, b"image", _CALLER)
+    assert mounted.cache.images.find(image.row.identity) is image
+    assert mounted.cache.core.dirty_bytes(image.id) == PAGE and not image.detached
 
 
 def _directory(mounted: Mounted, patch: pytest.MonkeyPatch) -> None:
@@ -154,101 +153,118 @@ def _attributes(mounted: Mounted, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [_directory, _new_path, _attributes])
 @pytest.mark.parametrize("first", [False, True], ids=["image first", "other first"])
 async def test_a_rename_that_fails_after_it_has_happened_leaves_nothing_of_what_it_replaced(
-    back: World,
-    tmp_path: Path,
+    mounted: Mounted,
     autojump_clock: MockClock,
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[[Mounted, pytest.MonkeyPatch], None],
     first: bool,
 ) -> None:
     """The two are held in the order of their identities, whichever replaces the other."""
-    async with _mounted(back, tmp_path / "origin", monkeypatch) as mounted:
-        mounted.make("other", 2)
-        moved = await mounted.dirty(b"image", 1)
-        replaced = await mounted.dirty(b"other", 2)
-        if first != (moved.row.identity < replaced.row.identity):
-            (mounted.root / "image").rename(mounted.root / "third")
-            (mounted.root / "other").rename(mounted.root / "image")
-            (mounted.root / "third").rename(mounted.root / "other")
-            moved, replaced = replaced, moved
-        assert first == (moved.row.identity < replaced.row.identity)
-        fault(mounted, monkeypatch)
-        with pytest.raises(FUSEError):
-            await mounted.operations.rename(ROOT_ID, b"image", ROOT_ID, b"other", 0, _CALLER)
-        assert os.listdir(mounted.root) == ["other"]
-        assert _gone(mounted.cache, replaced)
-        assert mounted.cache.core.dirty_bytes(moved.id) == PAGE and not moved.detached
+    mounted.make("other", 2)
+    moved = await mounted.dirty(b"image", 1)
+    replaced = await mounted.dirty(b"other", 2)
+    if first != (moved.row.identity < replaced.row.identity):
+        (mounted.root / "image").rename(mounted.root / "third")
+        (mounted.root / "other").rename(mounted.root / "image")
+        (mounted.root / "third").rename(mounted.root / "other")
+        moved, replaced = replaced, moved
+    assert first == (moved.row.identity < replaced.row.identity)
+    fault(mounted, monkeypatch)
+    with pytest.raises(FUSEError):
+        await mounted.operations.rename(ROOT_ID, b"image", ROOT_ID, b"other", 0, _CALLER)
+    assert os.listdir(mounted.root) == ["other"]
+    assert _gone(mounted.cache, replaced)
+    assert mounted.cache.core.dirty_bytes(moved.id) == PAGE and not moved.detached
 
 
 async def test_an_image_that_got_another_name_while_its_removal_waited_keeps_what_is_dirty(
-    back: World, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    mounted: Mounted, autojump_clock: MockClock
 ) -> None:
     """By somebody beside the mount: here the two would wait for each other."""
-    async with _mounted(back, tmp_path / "origin", monkeypatch) as mounted:
-        image = await mounted.dirty(b"image", 1)
-        async with trio.open_nursery() as nursery, image.opening:
-            nursery.start_soon(mounted.operations.unlink, ROOT_ID, b"image", _CALLER)
-            await trio.sleep(1)
-            os.link(mounted.root / "image", mounted.root / "second")
-        assert os.listdir(mounted.root) == ["second"]
-        assert mounted.cache.images.find(image.row.identity) is image
-        assert mounted.cache.core.dirty_bytes(image.id) == PAGE and not image.detached
-        await mounted.operations.unlink(ROOT_ID, b"second", _CALLER)
-        assert _gone(mounted.cache, image)
+    image = await mounted.dirty(b"image", 1)
+    async with trio.open_nursery() as nursery, image.opening:
+        nursery.start_soon(mounted.operations.unlink, ROOT_ID, b"image", _CALLER)
+        await trio.sleep(1)
+        os.link(mounted.root / "image", mounted.root / "second")
+    assert os.listdir(mounted.root) == ["second"]
+    assert mounted.cache.images.find(image.row.identity) is image
+    assert mounted.cache.core.dirty_bytes(image.id) == PAGE and not image.detached
+    await mounted.operations.unlink(ROOT_ID, b"second", _CALLER)
+    assert _gone(mounted.cache, image)
 
 
 # -- the others ------------------------------------------------------------------------------------
 
 
 async def test_a_create_whose_mode_cannot_be_set_leaves_no_handle(
-    back: World, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    mounted: Mounted, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel was told that it failed, and sends no release: the lock would be held, and an
     unmount refused, for good."""
-    async with _mounted(back, tmp_path / "origin", monkeypatch) as mounted:
-        created: list[Image] = []
-        create, opened = Tree.create, mounted.cache.open
+    created: list[Image] = []
+    create, opened = Tree.create, mounted.cache.open
 
-        def named(*args: Any) -> Any:
-            found = create(*args)
-            mounted.numbers[found.st.st_ino] = 2
-            return found
+    def named(*args: Any) -> Any:
+        found = create(*args)
+        mounted.numbers[found.st.st_ino] = 2
+        return found
 
-        async def noted(*args: Any, **kwargs: Any) -> Image:
-            created.append(await opened(*args, **kwargs))
-            assert created[0].writers == 1 and created[0].origin.locked
-            return created[0]
+    async def noted(*args: Any, **kwargs: Any) -> Image:
+        created.append(await opened(*args, **kwargs))
+        assert created[0].writers == 1 and created[0].origin.locked
+        return created[0]
 
-        monkeypatch.setattr(Tree, "create", named)
-        monkeypatch.setattr(Tree, "chmod", _fails)
-        monkeypatch.setattr(mounted.cache, "open", noted)
-        with pytest.raises(FUSEError):
-            await mounted.operations.create(ROOT_ID, b"new", 0o400, os.O_RDWR, _CALLER)
-        (image,) = created
-        assert not image.handles and not image.origin.locked
-        assert not mounted.operations.handles
-        assert mounted.operations.inodes.find(image.row.identity) is None
+    monkeypatch.setattr(Tree, "create", named)
+    monkeypatch.setattr(Tree, "chmod", _fails)
+    monkeypatch.setattr(mounted.cache, "open", noted)
+    with pytest.raises(FUSEError):
+        await mounted.operations.create(ROOT_ID, b"new", 0o400, os.O_RDWR, _CALLER)
+    (image,) = created
+    assert not image.handles and not image.origin.locked
+    assert not mounted.operations.handles
+    assert mounted.operations.inodes.find(image.row.identity) is None
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_a_truncating_open_that_does_not_end_well_leaves_no_handle(
+    mounted: Mounted, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    opened: list[Image] = []
+
+    async def truncate(image: Image, size: int) -> None:
+        opened.append(image)
+        assert image.writers == 1 and image.origin.locked
+        if how == "fails":
+            _fails()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(mounted.cache, "truncate", truncate)
+    entry = await mounted.operations.lookup(ROOT_ID, b"image", _CALLER)
+    with trio.move_on_after(1), pytest.raises(FUSEError):
+        await mounted.operations.open(entry.st_ino, os.O_RDWR | os.O_TRUNC, _CALLER)
+    (image,) = opened
+    assert not image.handles and not image.origin.locked
+    assert not mounted.operations.handles
 
 
 async def test_an_fsync_covers_times_that_were_being_set_during_the_sync_before(
-    back: World, tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    mounted: Mounted, back: World, autojump_clock: MockClock
 ) -> None:
     """Not the guest's own, which the kernel holds back meanwhile, but one by the clock."""
-    async with _mounted(back, tmp_path / "origin", monkeypatch) as mounted:
-        operations = mounted.operations
-        handle = await mounted.open(b"image")
-        node, image = operations.handles[handle].node, operations.handles[handle].image
-        wanted = EntryAttributes()
-        which: Any = SimpleNamespace(update_atime=True, update_mtime=True)
-        for name in ("size", "mode", "uid", "gid"):
-            setattr(which, f"update_{name}", False)
-        back.before = {"_asked": 1.0}
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(operations.setattr, node.id, wanted, which, handle, _CALLER)
-            await trio.sleep(0.5)
-            await mounted.cache.fsync(image, metadata=True)
-        back.before = {}
-        syncs = back.faults.calls["origin.sync"]
-        await operations.fsync(handle, False)
-        assert back.faults.calls["origin.sync"] == syncs + 1
-        await operations.release(handle)
+    operations = mounted.operations
+    handle = await mounted.open(b"image")
+    node, image = operations.handles[handle].node, operations.handles[handle].image
+    wanted = EntryAttributes()
+    which: Any = SimpleNamespace(update_atime=True, update_mtime=True)
+    for name in ("size", "mode", "uid", "gid"):
+        setattr(which, f"update_{name}", False)
+    back.before = {"_asked": 1.0}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(operations.setattr, node.id, wanted, which, handle, _CALLER)
+        await trio.sleep(0.5)
+        await mounted.cache.fsync(image, metadata=True)
+    back.before = {}
+    syncs = back.faults.calls["origin.sync"]
+    await operations.fsync(handle, False)
+    assert back.faults.calls["origin.sync"] == syncs + 1
+    await operations.release(handle)

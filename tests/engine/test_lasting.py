@@ -50,7 +50,7 @@ def leave_behind(cache: BlockCache, nursery: trio.Nursery) -> None:
             raise outcome[0]
         return outcome[0]
 
-    cache.threads.run = run  # type: ignore[assignment]
+    cache.threads.run = run  # type: ignore[assignment]  # it takes any function
 
 
 async def flush(cache: BlockCache, image: Image) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from fusecache.engine.degraded import Degraded
+from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.engine.reads import Reads
 from fusecache.errors import CacheDeviceError, LockedElsewhereError, OriginError
@@ -152,20 +153,12 @@ async def test_a_read_beside_a_bad_page_is_not_older_than_what_is_written_back_m
         await cache.close(image, write=True)
 
 
+@pytest.mark.usefixtures("few_rescues")
 @pytest.mark.parametrize("closed", [False, True])
 async def test_a_removed_image_is_not_rescued_for_ever(
-    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, closed: bool
+    back: World, autojump_clock: MockClock, closed: bool
 ) -> None:
     """Its rows stay in a broken database, but nobody wants its data on the origin."""
-    rescue, asked = Degraded.rescue, 0
-
-    async def counted(self: Degraded, image: Image) -> None:
-        nonlocal asked
-        asked += 1
-        assert asked < 100, "again and again, and nothing else runs"
-        await rescue(self, image)
-
-    monkeypatch.setattr(Degraded, "rescue", counted)
     async with back.open() as cache:
         image = await opened(cache)
         await write(cache, image, 0, PAGE, 2)
@@ -289,10 +282,10 @@ async def test_what_an_earlier_life_wrote_is_synced_although_the_image_is_forgot
         assert image.synced < image.written
         kernel = cache.threads.kernel
 
-        async def after_forgetting(*args: object) -> object:
+        async def after_forgetting(*args: Any) -> Any:
             if not image.opening.locked():
                 await cache.housekeeping._forget_unused([image])
-            return await kernel(*args)  # type: ignore[arg-type]
+            return await kernel(*args)
 
         if verb == "evict":  # while it waits for the kernel
             monkeypatch.setattr(cache.threads, "kernel", after_forgetting)
@@ -304,17 +297,23 @@ async def test_what_an_earlier_life_wrote_is_synced_although_the_image_is_forgot
         assert synced == [image.origin] and not image.origin_open
 
 
+async def _closed_with_a_dirty_page(cache: BlockCache) -> Image:
+    """All of its blocks are cached, and a change by others would be taken for one (P3)."""
+    image = await opened(cache)
+    await cache.read(image, 0, BLOCK * BLOCKS)
+    await write(cache, image, 0, PAGE, 2)
+    await cache.close(image, write=True)
+    await trio.sleep(4)
+    return image
+
+
 async def test_what_the_cleaner_does_during_the_sync_of_an_open_is_nobody_elses_change(
     back: World, autojump_clock: MockClock
 ) -> None:
     """Clean blocks stay."""
     tune(back, dirty_age=600.0)
     async with back.open() as cache:
-        image = await opened(cache)
-        await cache.read(image, 0, BLOCK * BLOCKS)
-        await write(cache, image, 0, PAGE, 2)
-        await cache.close(image, write=True)
-        await trio.sleep(4)
+        image = await _closed_with_a_dirty_page(cache)
         back.before = {"~sync": 2.0, "~_copy": 1.0}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(opened, cache)
@@ -330,11 +329,7 @@ async def test_a_batch_that_begins_while_the_last_one_is_recorded_is_recorded_as
 ) -> None:
     tune(back, dirty_age=600.0)
     async with back.open() as cache:
-        image = await opened(cache)
-        await cache.read(image, 0, BLOCK * BLOCKS)
-        await write(cache, image, 0, PAGE, 2)
-        await cache.close(image, write=True)
-        await trio.sleep(4)
+        image = await _closed_with_a_dirty_page(cache)
         back.before = {"~sync": 60.0}
         with trio.move_on_after(0.3):
             await cache.flush(image)

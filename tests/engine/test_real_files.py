@@ -4,18 +4,15 @@ import errno
 import os
 import random
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
 from fusecache.config import Tuning, WriteMode
-from fusecache.engine.block_cache import BlockCache, open_cache
+from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.errors import OriginError
 from fusecache.store import syscalls
-from fusecache.store.block_map import BlockMap
-from fusecache.store.cache_device import CacheDevice, open_locked, write_superblock
-from fusecache.store.superblock import DATA_OFFSET, Superblock
+from tests.support.files import cache_on_files
 
 BLOCK = 16384
 SIZE = 40 * BLOCK + 700
@@ -113,24 +110,13 @@ async def test_an_image_behaves_as_a_plain_file(tmp_path: Path, mode: WriteMode,
     content = random.Random(seed).randbytes(SIZE)
     place.write_bytes(content)
     plain.write_bytes(content)
-    superblock = Superblock(BLOCK, 64, uuid4())
-    store = tmp_path / "cache"
-    store.touch()
-    os.truncate(store, DATA_OFFSET + 64 * BLOCK)
-    fd = open_locked(store)
-    write_superblock(fd, store, superblock)
-    BlockMap.create(tmp_path / "map.sqlite", superblock).close()
-    block_map = BlockMap.open(tmp_path / "map.sqlite", superblock)
-    device = CacheDevice(store, fd, superblock)
     path_fd = os.open(place, os.O_PATH | os.O_CLOEXEC)
     plain_fd = os.open(plain, os.O_RDWR | os.O_CLOEXEC)
     try:
-        async with open_cache(
-            device,
-            block_map,
-            pid=os.getpid(),
-            mountpoint=b"/mnt",
-            origin=bytes(tmp_path),
+        async with cache_on_files(
+            tmp_path,
+            BLOCK,
+            origin=tmp_path,
             write_mode=mode,
             tuning=Tuning(dirty_age=1.0, settle_age=0.1),
         ) as cache:
@@ -148,5 +134,3 @@ async def test_an_image_behaves_as_a_plain_file(tmp_path: Path, mode: WriteMode,
     finally:
         os.close(plain_fd)
         os.close(path_fd)
-        block_map.close()
-        device.close()

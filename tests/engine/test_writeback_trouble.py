@@ -139,9 +139,11 @@ async def test_a_changed_image_opens_although_the_cache_fails_at_that_moment(
             await cache.close(image, write=False)
             back.change_outside(1, 0, stamped(1, 0, 512, 2 + nth))
             first = back.faults.calls.get(kind, 0) + nth
-            back.faults.fail = lambda called, number, first=first: (  # type: ignore[misc]
-                called == kind and number >= first
-            )
+
+            def fails(called: str, number: int, first: int = first) -> bool:
+                return called == kind and number >= first
+
+            back.faults.fail = fails
             image = await opened(cache, write=False)
             assert await versions(cache, image, 0, 1024) == [2 + nth, 1]
             await cache.close(image, write=False)

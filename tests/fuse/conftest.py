@@ -6,22 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
 
 import pyfuse3
 import pytest
 from pyfuse3 import ROOT_INODE, RequestContext
 
 from fusecache.config import Tuning, WriteMode
-from fusecache.engine.block_cache import BlockCache, open_cache
+from fusecache.engine.block_cache import BlockCache
 from fusecache.fuse.operations import Operations
-from fusecache.store.block_map import BlockMap
-from fusecache.store.cache_device import CacheDevice, open_locked, write_superblock
-from fusecache.store.superblock import DATA_OFFSET, Superblock
 from fusecache.store.tree import Tree
+from tests.support.files import cache_on_files
 
 BLOCK = 65536
-SLOTS = 64
 NOBODY = RequestContext()
 
 
@@ -57,23 +53,12 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     """In write-back."""
     origin = tmp_path / "origin"
     origin.mkdir()
-    superblock = Superblock(BLOCK, SLOTS, uuid4())
-    store = tmp_path / "cache"
-    store.touch()
-    os.truncate(store, DATA_OFFSET + SLOTS * BLOCK)
-    fd = open_locked(store)
-    write_superblock(fd, store, superblock)
-    BlockMap.create(tmp_path / "map.sqlite", superblock).close()
-    block_map = BlockMap.open(tmp_path / "map.sqlite", superblock)
-    device = CacheDevice(store, fd, superblock)
     tree = Tree(origin)
     try:
-        async with open_cache(
-            device,
-            block_map,
-            pid=os.getpid(),
-            mountpoint=b"/mnt",
-            origin=bytes(origin),
+        async with cache_on_files(
+            tmp_path,
+            BLOCK,
+            origin=origin,
             write_mode=WriteMode.BACK,
             tuning=Tuning(settle_age=0.1),
         ) as cache:
@@ -84,5 +69,3 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
             operations.inodes.close()
     finally:
         tree.close()
-        block_map.close()
-        device.close()

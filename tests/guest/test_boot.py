@@ -1,5 +1,7 @@
 """fusecache as a service of a host that boots, over a real NFSv4.2 export."""
 
+from functools import partial
+
 from tests.guest.host import CACHED, EXPORT, MIB, ORIGIN, UNIT, Host, Server
 
 SIZE = 4 * MIB
@@ -65,6 +67,10 @@ def _priority(entries: dict[str, int], part: str) -> int:
     return found
 
 
+def _has_another_daemon(host: Host, before: str) -> bool:
+    return host.property("MainPID") not in ("0", before)
+
+
 def test_a_killed_daemon_is_started_again_and_has_forgotten_nothing(
     server: Server, host: Host
 ) -> None:
@@ -80,8 +86,7 @@ def test_a_killed_daemon_is_started_again_and_has_forgotten_nothing(
         # Somebody holds the dead mount.
         holder = machine.begin(f"exec sleep 3600 < {CACHED}/vm.img")
         machine.sh(f"sleep 1; kill -9 {daemon}")
-        machine.wait_until(lambda daemon=daemon: host.property("MainPID") not in ("0", daemon),  # type: ignore[misc]
-                           "new daemon")  # fmt: skip
+        machine.wait_until(partial(_has_another_daemon, host, daemon), "new daemon")
         host.wait_active()
         assert host.property("NRestarts") == str(times)
         assert machine.sh(f"grep -c ' {CACHED} ' /proc/self/mounts") == "1"

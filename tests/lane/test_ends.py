@@ -89,11 +89,11 @@ def make(rig: Rig, module: Path) -> Iterator[Make]:
                 mine = {"fuse": fuse.fileno(), "passed": passed.fileno()}
                 return build.load(module).Lane(**(numbers | mine | changed))
 
-        new.leaked = 0  # type: ignore[attr-defined]
+        new.leaked = 0  # type: ignore[attr-defined]  # a test may set it
         yield new
     gc.collect()
     until(lambda: threads() == before[0], "threads to end")
-    leaked = new.leaked  # type: ignore[attr-defined]
+    leaked = new.leaked  # type: ignore[attr-defined]  # see above
     assert descriptors() <= before[1] + leaked
 
 

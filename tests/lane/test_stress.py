@@ -6,22 +6,19 @@ from pathlib import Path
 import pytest
 
 from tests.lane.stressing import Done, Stress, small_mount, the_origin_has_everything, told
-from tests.support.daemon import Mount
+from tests.support.daemon import Mount, cleaned_up
 
 pytestmark = pytest.mark.mount
 
 
 def _run(mount: Mount, seconds: float, pages: int) -> Done:
     stress = Stress(mount, seed=1)
-    try:
+    with cleaned_up(mount):
         done = stress.run(seconds, pages)
         print(told(done))
         assert not done.words, done.words
         mount.stop()
         the_origin_has_everything(mount, mount.base / "shared")
-    finally:
-        mount.cleanup()
-    assert "unexpected error" not in mount.log(), mount.log()
     assert done.written > 100
     assert done.lane["reads"]["calls"] > done.pages / 1000
     assert done.lane["overwrites"]["calls"] > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.modes import stop_and_compare
-from tests.support.daemon import Mount
+from tests.support.daemon import Mount, cleaned_up
 from tests.support.injected import InjectedMount
 from tests.support.place import Place
 
@@ -31,13 +31,10 @@ def served(
     mode = getattr(request, "param", "through")
     if mode != "through":
         made.options |= {"write_mode": mode, "dirty_age": "1"}
-    try:
+    with cleaned_up(made):
         yield made.start()
         if mode != "through":
             stop_and_compare(made)
-    finally:
-        made.cleanup()
-    assert "unexpected error" not in made.log(), made.log()
 
 
 @pytest.fixture

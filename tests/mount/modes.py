@@ -15,7 +15,7 @@ _LARGE = 64 << 20
 
 def both_modes(test: _Test) -> _Test:
     """Runs a test of a shared mount in both; the origin is only compared after ``home``."""
-    test.modes = ("through", "back")  # type: ignore[attr-defined]
+    test.modes = ("through", "back")  # type: ignore[attr-defined]  # read by pytest_generate_tests
     return test
 
 

@@ -16,7 +16,7 @@ from tests.support.stamps import stamped
 
 SIZE = 16 * BLOCK
 needs_lane = pytest.mark.skipif(
-    "config.getoption('--lane') == 'off'", reason="pyfuse3 has no words"
+    "config.getoption('--lane') == 'off'", reason="pyfuse3 has no words for fallocate or lseek"
 )
 
 

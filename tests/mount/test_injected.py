@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ _CASES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "unlink": ("Tree.unlink", _at_once(lambda at: (at / "other").unlink())),
     "rmdir": ("Tree.rmdir", _at_once(lambda at: (at / "dir").rmdir())),
     "rename": ("Tree.rename", _at_once(lambda at: (at / "image").rename(at / "new"))),
-    "opendir": ("Operations._new_listing", _at_once(os.listdir)),
+    "opendir": ("Directories.open", _at_once(os.listdir)),
     "readdir": ("Tree.names", _listed),
     "fsyncdir": ("Tree.sync_directory", _synced_directory),
     "getattr": ("Images.noticed", _with_handle(_written_then_asked)),
@@ -156,7 +157,7 @@ def test_every_handler_survives_an_error_nobody_foresaw(faulty: InjectedMount) -
     for name, (point, act) in _CASES.items():
         if daemon.lane == "on" and name.endswith("(hit)"):
             continue  # these never come to Python
-        _armed[:] = [lambda point=point: mount.fail(point)]  # type: ignore[misc]
+        _armed[:] = [partial(mount.fail, point)]
         try:
             with pytest.raises(OSError) as caught:
                 act(mount.mountpoint)
@@ -181,7 +182,7 @@ def test_every_handler_survives_an_error_nobody_foresaw(faulty: InjectedMount) -
     ("handler", "point"),
     [
         ("release", "BlockCache.close"),
-        ("releasedir", "Operations.releasedir"),
+        ("releasedir", "Directories.close"),
         ("forget", "Inodes.forget"),
     ],
 )

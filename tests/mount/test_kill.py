@@ -311,6 +311,14 @@ def scratch(mount: Mount) -> Mount:
     return mount
 
 
+def _evict_and_stop(mount: Mount, size: str, *, seed: int, bs: str) -> None:
+    """And the origin has what fio wrote."""
+    done = mount.run("evict", "--all")
+    assert done.returncode == 0, done.stderr
+    _fio_passes(mount.origin / "fio.img", size, "--verify_only", seed=seed, bs=bs)
+    mount.stop()
+
+
 def _finished_fio(mount: Mount, times: int, seed: int) -> None:
     """Kills the daemon directly after fio's last write, which nobody synced."""
     path = mount.mountpoint / "fio.img"
@@ -327,10 +335,7 @@ def _finished_fio(mount: Mount, times: int, seed: int) -> None:
             mount.kill()
             mount.start()
             _fio_passes(path, size, "--verify_only", seed=seed_now, bs=bs)
-        done = mount.run("evict", "--all")
-        assert done.returncode == 0, done.stderr
-        _fio_passes(mount.origin / "fio.img", size, "--verify_only", seed=seed_now, bs=bs)
-        mount.stop()
+        _evict_and_stop(mount, size, seed=seed_now, bs=bs)
 
 
 def _interrupted_fio(mount: Mount, times: int, seed: int) -> None:
@@ -359,10 +364,7 @@ def _interrupted_fio(mount: Mount, times: int, seed: int) -> None:
                 writer.kill()
         mount.start()
         _fio_passes(path, half, "--verify_only", seed=seed_now, bs=bs)
-        done = mount.run("evict", "--all")
-        assert done.returncode == 0, done.stderr
-        _fio_passes(mount.origin / "fio.img", half, "--verify_only", seed=seed_now, bs=bs)
-        mount.stop()
+        _evict_and_stop(mount, half, seed=seed_now, bs=bs)
 
 
 def test_what_a_finished_fio_wrote_survives_a_kill(scratch: Mount) -> None:

@@ -18,7 +18,7 @@ import pytest
 from fusecache.store import syscalls
 from tests.mount.modes import home, stop_and_compare
 from tests.mount.tracing import syncs, traced
-from tests.support.daemon import BLOCK, Mount
+from tests.support.daemon import BLOCK, Mount, cleaned_up
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.injected import InjectedMount
 from tests.support.place import Place
@@ -35,12 +35,9 @@ _SOON = 5.0
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """In write-back; nothing is written back by the clock."""
     made = Mount(tmp_path_factory.mktemp("shared") / "fc", write_mode="back", dirty_age="3600")
-    try:
+    with cleaned_up(made):
         yield made.start()
         stop_and_compare(made)
-    finally:
-        made.cleanup()
-    assert "unexpected error" not in made.log(), made.log()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -386,7 +387,7 @@ def test_the_order_and_the_heartbeat_are_kept(
 
 
 def test_a_failed_commit_leaves_nothing_of_its_batch(block_map: BlockMap, path: Path) -> None:
-    bad = ImageRow(1, None, b"no identity")  # type: ignore[arg-type]
+    bad = ImageRow(1, None, b"no identity")  # type: ignore[arg-type]  # refused by the database
     with pytest.raises(DatabaseError, match="Writing"):
         block_map.commit(Batch(rows=rows(put(1, 1, 1)), images=[bad]), stable=False)
     assert sql(block_map, "SELECT * FROM pending") == []
@@ -542,11 +543,11 @@ def test_recovery_that_is_cut_leaves_everything_to_the_next(
         calls = iter([None, None, sqlite3.OperationalError("disk I/O error")])
         real = again._put_region
 
-        def failing(*args: object) -> None:
+        def failing(*args: Any) -> None:
             error = next(calls)
             if error is not None:
                 raise error
-            real(*args)  # type: ignore[arg-type]
+            real(*args)
 
         patched.setattr(again, "_put_region", failing)
         with pytest.raises(DatabaseError, match="Recovering"):

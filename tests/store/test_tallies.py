@@ -1,5 +1,6 @@
 """Count and sum of a table: any row missing, doubled or of another time is seen, in any order."""
 
+import random
 import time
 
 import numpy as np
@@ -8,11 +9,14 @@ from hypothesis import strategies as st
 
 from fusecache.store.tallies import Tally, row_hash, row_hashes, tally_of, values_crc
 
+Key = tuple[int, int, int]
 KEYS = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 
 
 @given(st.lists(KEYS, max_size=20), st.randoms())
-def test_one_by_one_and_all_at_once_are_the_same_in_any_order(rows, chance) -> None:  # type: ignore[no-untyped-def]
+def test_one_by_one_and_all_at_once_are_the_same_in_any_order(
+    rows: list[Key], chance: random.Random
+) -> None:
     one = Tally()
     for row in rows:
         one = one.plus(row_hash(*row))
@@ -23,7 +27,9 @@ def test_one_by_one_and_all_at_once_are_the_same_in_any_order(rows, chance) -> N
 
 
 @given(st.lists(KEYS, min_size=1, max_size=20), st.data())
-def test_any_change_is_seen_and_any_row_can_be_taken_away_again(rows, data) -> None:  # type: ignore[no-untyped-def]
+def test_any_change_is_seen_and_any_row_can_be_taken_away_again(
+    rows: list[Key], data: st.DataObject
+) -> None:
     whole = Tally()
     for row in rows:
         whole = whole.plus(row_hash(*row))

@@ -7,6 +7,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,8 +118,8 @@ def test_a_name_swapped_for_a_link_after_its_creation_gives_nobody_the_target(
     before = victim.stat()
     really_open = os.open
 
-    def open_and_swap(path: object, flags: int, *args: int, dir_fd: int | None = None) -> int:
-        fd = really_open(path, flags, *args, dir_fd=dir_fd)  # type: ignore[arg-type]
+    def open_and_swap(path: Any, flags: int, *args: int, dir_fd: int | None = None) -> int:
+        fd = really_open(path, flags, *args, dir_fd=dir_fd)
         if flags & os.O_CREAT:
             os.unlink("new", dir_fd=place.root)
             os.link(victim, "new", dst_dir_fd=place.root)

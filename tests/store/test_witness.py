@@ -193,7 +193,7 @@ def test_a_failed_transaction_is_told_nobody_and_leaves_the_count(path: Path) ->
     keeper = Keeper()
     with contextlib.closing(start(path, keeper)) as block_map:
         before = keeper.witness
-        bad = ImageRow(7, None, b"")  # type: ignore[arg-type]
+        bad = ImageRow(7, None, b"")  # type: ignore[arg-type]  # refused by the database
         with pytest.raises(DatabaseError):
             block_map.commit(Batch(rows=row(1), images=[bad]), stable=False)
         assert keeper.witness == before
@@ -271,29 +271,29 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(f"{source}{suffix}", f"{target}{suffix}")
 
 
+def _without_last_commit(path: Path, older: Path, *, stable: bool) -> Keeper:
+    """What the device knows of a database that is then put back by one commit."""
+    keeper = Keeper()
+    block_map = start(path, keeper)
+    block_map.checkpoint()
+    _copy(path, older)
+    block_map.commit(Batch(rows=row(2)), stable=stable)
+    block_map.close()
+    _copy(older, path)
+    return keeper
+
+
 @pytest.mark.parametrize("boot", ["boot 1", "boot 2"])
 def test_a_database_without_its_last_stable_commit_is_refused(
     path: Path, tmp_path: Path, boot: str
 ) -> None:
-    keeper = Keeper()
-    block_map = start(path, keeper)
-    block_map.checkpoint()
-    _copy(path, tmp_path / "older")
-    block_map.commit(Batch(rows=row(2)), stable=True)
-    block_map.close()
-    _copy(tmp_path / "older", path)
+    keeper = _without_last_commit(path, tmp_path / "older", stable=True)
     with pytest.raises(DatabaseError, match="older than the cache device"):
         start(path, keeper, boot)
 
 
 def test_after_a_kill_not_even_a_light_commit_may_be_missing(path: Path, tmp_path: Path) -> None:
-    keeper = Keeper()
-    block_map = start(path, keeper)
-    block_map.checkpoint()
-    _copy(path, tmp_path / "older")
-    block_map.commit(Batch(rows=row(2)), stable=False)
-    block_map.close()
-    _copy(tmp_path / "older", path)
+    keeper = _without_last_commit(path, tmp_path / "older", stable=False)
     with pytest.raises(DatabaseError, match="older than the cache device"):
         start(path, keeper)
     start(path, keeper, "boot 2").close()

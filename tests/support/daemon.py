@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 BLOCK = 64 * 1024
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -128,6 +129,20 @@ class Mount:
         while str(self.mountpoint) in Path("/proc/self/mounts").read_text():
             if _LIBC.umount2(os.fsencode(self.mountpoint), 2) != 0:
                 break
+
+
+M = TypeVar("M", bound=Mount)
+
+
+@contextlib.contextmanager
+def cleaned_up(mount: M) -> Iterator[M]:
+    """The mount, cleaned up whatever is done with it, which must leave no unexpected error in the
+    daemon's log."""
+    try:
+        yield mount
+    finally:
+        mount.cleanup()
+    assert "unexpected error" not in mount.log(), mount.log()
 
 
 def end(pid: int, number: int = signal.SIGKILL) -> None:

@@ -79,12 +79,6 @@ class InjectedMount(Mount):
             file.with_suffix(".new").rename(file)
 
 
-class _FailingDict(dict[int, Any]):
-    def __delitem__(self, key: int) -> None:
-        _maybe_fail("Operations.releasedir")
-        super().__delitem__(key)
-
-
 def _faults() -> Path:
     return Path(os.environ[_VARIABLE])
 
@@ -124,8 +118,8 @@ def _inject() -> None:
     from fusecache.engine.images import Images
     from fusecache.errors import OriginError
     from fusecache.fuse import laned
+    from fusecache.fuse.directories import Directories
     from fusecache.fuse.inodes import Inodes
-    from fusecache.fuse.operations import Operations
     from fusecache.store.origin import OriginImage
     from fusecache.store.tree import Tree
 
@@ -141,15 +135,8 @@ def _inject() -> None:
     for name in ("try_read", "try_write"):
         _wrap(HitPath, name)
     _wrap(Inodes, "forget")
-    _wrap(Operations, "_new_listing")
-
-    build = Operations.__init__
-
-    def built(self: Operations, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **kwargs)
-        self._listings = _FailingDict()
-
-    Operations.__init__ = built  # type: ignore[method-assign]
+    for name in ("open", "close"):
+        _wrap(Directories, name)
     laned._PAIR_BYTES = 104 << 10  # as little as the kernel gives to who is not privileged
     read = OriginImage.read
 
@@ -161,7 +148,7 @@ def _inject() -> None:
             raise OriginError(5, "injected")
         return read(self, offset, length)
 
-    OriginImage.read = faulty  # type: ignore[method-assign]
+    OriginImage.read = faulty  # type: ignore[method-assign]  # on purpose
     for name in ("read", "write", "truncate", "extend", "sync"):
         _stalling(OriginImage, name)
 

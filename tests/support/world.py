@@ -41,6 +41,14 @@ class Cut(BaseException):
     """The switch fell."""
 
 
+def order_follows(seed: int) -> None:
+    """The order in which trio runs its tasks follows from the seed, so that a failure can be run
+    again."""
+    scheduler = trio._core._run
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]  # as trio's own tests do
+    scheduler._r.seed(seed)
+
+
 @dataclass
 class Pages:
     """Bytes on a medium with a volatile cache in front of it."""
