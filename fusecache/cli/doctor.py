@@ -104,6 +104,14 @@ def fuse(machine: Machine) -> Iterator[Finding]:
     version = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
     if version and version < _KERNEL:
         yield Finding(UNWISE, f"The kernel is {release}: fusecache is tested from 6.1 on.")
+    disabled = machine.text("proc/sys/kernel/io_uring_disabled").strip()
+    if disabled == "2" or (disabled == "1" and machine.user != 0):
+        yield Finding(
+            UNWISE,
+            "io_uring is forbidden (kernel.io_uring_disabled): hits on the SSD that are not in "
+            "memory take a slower way. If nothing speaks against it: sysctl "
+            "kernel.io_uring_disabled=0.",
+        )
     if machine.user != 0:
         if shutil.which("fusermount3") is None:
             yield Finding(WRONG, "fusermount3 is missing: install the package fuse3.")

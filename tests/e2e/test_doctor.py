@@ -56,6 +56,19 @@ def test_a_machine_as_it_should_be_is_not_blamed(machine: Machine, tmp_path: Pat
         judged(check, machine)
 
 
+@pytest.mark.parametrize(
+    ("disabled", "user", "blamed"),
+    [("0", 1000, False), ("1", 0, False), ("1", 1000, True), ("2", 0, True), ("", 0, False)],
+)
+def test_io_uring_that_is_forbidden(
+    machine: Machine, disabled: str, user: int, blamed: bool
+) -> None:
+    put(machine, "proc/sys/kernel/io_uring_disabled", disabled + "\n")
+    put(machine, "etc/fuse.conf", "user_allow_other\n")
+    machine.user = user
+    judged(doctor.fuse, machine, *[(UNWISE, "io_uring")] * blamed)
+
+
 def test_what_fuse_lacks(machine: Machine) -> None:
     (machine.root / "dev/fuse").unlink()
     put(machine, "proc/sys/kernel/osrelease", "5.10.0-8-amd64\n")
