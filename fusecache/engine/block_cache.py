@@ -15,10 +15,12 @@ from fusecache.config import Policy, Rule, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
 from fusecache.engine.cleaner import Cleaner
+from fusecache.engine.closing import Closing
 from fusecache.engine.committer import Committer
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_writes import DirtyWrites
 from fusecache.engine.discards import Discards, Removal
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
 from fusecache.engine.holes import Holes
@@ -28,6 +30,8 @@ from fusecache.engine.images import Images
 from fusecache.engine.in_place import InPlace
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.lasting import Lasting
+from fusecache.engine.names import Names
+from fusecache.engine.opening import Opening
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Clock, Invalidate, Pin, Threads, no_image, no_pages
@@ -39,6 +43,7 @@ from fusecache.engine.sampler import Sampler
 from fusecache.engine.seeks import Seeks
 from fusecache.engine.slot_io import SlotIO
 from fusecache.engine.state import UNEXPECTED, CacheState
+from fusecache.engine.truth import Truth
 from fusecache.engine.writes import Write, Writes
 from fusecache.errors import CacheDeviceError, FusecacheError, OriginError
 from fusecache.store.block_map import Batch, BlockMap
@@ -80,97 +85,98 @@ class BlockCache:
         self._background = trio.CancelScope()
         self._rescuing = trio.CancelScope()
         self._background_ended = trio.Event()
-        self.images = Images(
-            core, self.state, threads, clock, tuning, policy, new_origin, invalidate
-        )
+        state = self.state
+        self.images = images = Images(core, state, threads, tuning, policy, new_origin)
         here = InPlace(clock.monotonic)
-        self.committer = Committer(
+        self.committer = committer = Committer(
             core,
             device,
             block_map,
-            self.images.all,
+            images.all,
             threads,
-            self.state.counters,
+            state.counters,
             clock,
             tuning,
             here,
-            self.state.unusable,
+            state.unusable,
         )
-        self.images.committer = self.committer
-        self._lasting = self.images.lasting = Lasting(
-            nursery, self.state, threads, self._begin_distrust
+        self._dropping = dropping = Dropping(core, state, committer, threads)
+        self.lasting = lasting = Lasting(nursery, state, threads, self._begin_distrust)
+        self.truth = truth = Truth(
+            core, images, dropping, lasting, threads, clock, tuning, invalidate
         )
-        self.images.ownership = Ownership(
-            self.images, core, self.state, threads, clock, tuning, pin
-        )
-        self._intents = WriteIntents(
-            self.committer,
+        ownership = Ownership(
+            core,
+            state,
+            images,
+            committer,
+            dropping,
+            lasting,
+            truth,
             threads,
+            clock,
             tuning,
-            clock.monotonic,
-            self._lasting,
+            pin,
         )
-        self.reclaimer = Reclaimer(core, self.committer, self.state)
-        self._fills = Fills(core, self.state, threads, nursery, self.reclaimer.wake)
-        self._readahead = readahead = Readahead(core, self.state, self._fills)
+        self._opening = Opening(core, images, ownership, truth, clock, tuning)
+        self.closing = closing = Closing(
+            core, state, images, committer, lasting, ownership, threads, clock, tuning
+        )
+        self.names = Names(core, images, committer)
+        self._intents = intents = WriteIntents(committer, threads, tuning, clock.monotonic, lasting)
+        self.reclaimer = Reclaimer(core, committer, state)
+        self._fills = Fills(core, state, threads, nursery, self.reclaimer.wake)
+        self._readahead = readahead = Readahead(core, state, self._fills)
         slots = SlotIO(device, threads, here)
-        origin = OriginWrites(core, self.state, threads, clock.monotonic)
-        dirty = DirtyWrites(core, self.state, self.committer, self._intents, threads, slots)
-        self._degraded = Degraded(
-            core,
-            self.state,
-            self.committer,
-            self._intents,
-            self._lasting,
-            origin,
-            threads,
-            self.images.ownership.adopted,
+        origin = OriginWrites(core, state, threads, clock.monotonic)
+        dirty = DirtyWrites(core, state, committer, intents, threads, slots)
+        self._degraded = degraded = Degraded(
+            core, state, committer, intents, lasting, origin, threads, ownership.adopted
         )
-        self._reads = Reads(core, self.state, self._fills, readahead, self._degraded, threads)
-        self._writes = Writes(
-            core,
-            self.state,
-            self._intents,
-            origin,
-            dirty,
-            self._degraded,
-            self.reclaimer.wake,
-        )
+        self._reads = Reads(core, state, self._fills, readahead, degraded, threads)
+        self._writes = Writes(core, state, intents, origin, dirty, degraded, self.reclaimer.wake)
         self._holes = Holes(
-            core,
-            self.state,
-            self.committer,
-            self._intents,
-            self._lasting,
-            origin,
-            self._degraded,
-            self._writes.put,
+            core, state, committer, intents, lasting, origin, degraded, self._writes.put
         )
-        self._seeks = Seeks(core, self.state, threads)
+        self._seeks = Seeks(core, state, threads)
         self.cleaner = Cleaner(
-            core, self.state, self.images, self.committer, threads, clock, tuning
+            core, state, images, ownership, committer, lasting, threads, clock, tuning
         )
         self.housekeeping = Housekeeping(
-            core, self.state, self.images, self.committer, self._intents, clock, tuning
+            core,
+            state,
+            images,
+            ownership,
+            truth,
+            closing,
+            committer,
+            intents,
+            clock,
+            tuning,
         )
         self._discards = Discards(
             core,
-            self.state,
-            self.images,
-            self._intents,
+            state,
+            images,
+            dropping,
+            lasting,
+            ownership,
+            truth,
+            closing,
+            intents,
             self.cleaner,
-            self._degraded,
+            degraded,
             threads,
             invalidate,
         )
         self._follower = RuleFollower(
-            self.state, self.images, threads, pin, self.evict, self._change_mode
+            state, images, closing, threads, pin, self.evict, self._change_mode
         )
         self.lane_counters: Callable[[], dict[str, Any]] | None = None
         """What the lane counted, if there is one; see ``Lane.counters``."""
-        self.sampler = Sampler(self.images, self.state, clock)
+        self.sampler = Sampler(images, state, clock)
         """Whoever serves requests has it run."""
-        hits = HitPath(core, self.state, slots, readahead)
+        hits = HitPath(core, state, slots, readahead)
         self.try_read = hits.try_read
         """See ``HitPath.try_read``."""
         self.try_write = hits.try_write
@@ -199,12 +205,12 @@ class BlockCache:
     # -- handles and data --------------------------------------------------------------------------
 
     async def open(self, identity: bytes, path: bytes, path_fd: int, *, write: bool) -> Image:
-        """See ``Images.open``."""
-        return await self.images.open(identity, path, path_fd, write=write)
+        """See ``Opening.open``."""
+        return await self._opening.open(identity, path, path_fd, write=write)
 
     async def close(self, image: Image, *, write: bool) -> None:
         """Ends one ``open``."""
-        await self.images.close(image, write=write)
+        await self.closing.close(image, write=write)
 
     async def read(self, image: Image, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``; fewer only at the end of the image.
@@ -259,7 +265,7 @@ class BlockCache:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._make_stable, image, errors)
                 try:
-                    await self._lasting.sync(image, metadata=metadata)
+                    await self.lasting.sync(image, metadata=metadata)
                 except OriginError as exc:
                     errors.append(exc)
         if image.sync_error_owed:
@@ -387,7 +393,7 @@ class BlockCache:
             await self.flush(image)
 
     async def _end_image(self, image: Image) -> None:
-        await self.images.end(image)
+        await self.closing.end(image)
         await self._sync_at_end(image)
         await self._intents.remove_old(image, older_than=0)
 
@@ -407,7 +413,7 @@ class BlockCache:
         while True:
             try:
                 async with image.opening, image.lock.everything():
-                    await self.images.drop(image, 0, dirty=False)
+                    await self._dropping.drop(image, 0, dirty=False)
                 return
             except Exception as exc:
                 self.state.unexpected(exc, "dropping blocks after a failed sync")
@@ -541,7 +547,7 @@ class BlockCache:
                 log.error("the cache could not be closed cleanly: %s", exc)
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
-                nursery.start_soon(self._lasting.close, image)
+                nursery.start_soon(self.lasting.close, image)
 
 
 @asynccontextmanager

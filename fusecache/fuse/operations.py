@@ -168,7 +168,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """One more name; the image stays the same."""
         node, parent = self.inodes[inode], self.inodes[new_parent_inode]
-        async with self._cache.images.own_change(node.identity, node.fd):
+        async with self._cache.truth.own_change(node.identity, node.fd):
             await self._metadata(self._tree.link, node.fd, parent.fd, new_name)
         return self._entry(await self._metadata(self._tree.find, parent.fd, new_name))
 
@@ -193,7 +193,7 @@ class Operations(pyfuse3.Operations):
             return None
         if found.st.st_nlink == 1:
             return await stack.enter_async_context(self._cache.removing(found.identity))
-        await stack.enter_async_context(self._cache.images.own_change(found.identity, found.fd))
+        await stack.enter_async_context(self._cache.truth.own_change(found.identity, found.fd))
         return None
 
     @guarded
@@ -223,7 +223,7 @@ class Operations(pyfuse3.Operations):
                     if found is replaced and replaced.identity == moved.identity:
                         continue
                     if found is moved or flags & RENAME_EXCHANGE:
-                        change = self._cache.images.own_change(found.identity, found.fd)
+                        change = self._cache.truth.own_change(found.identity, found.fd)
                         await stack.enter_async_context(change)
                     elif not flags:
                         removal = await self._losing_a_name(stack, found)
@@ -245,9 +245,9 @@ class Operations(pyfuse3.Operations):
         after = [self._tree.path_of(found.fd) for found in moved]
         for found, path in zip(moved, after, strict=True):
             if stat.S_ISREG(found.st.st_mode):
-                await self._cache.images.moved(found.identity, path)
+                await self._cache.names.moved(found.identity, path)
         if any(stat.S_ISDIR(found.st.st_mode) for found in moved):
-            await self._cache.images.moved_below(dict(zip(before, after, strict=True)))
+            await self._cache.names.moved_below(dict(zip(before, after, strict=True)))
 
     async def _find_or_none(self, parent: Node, name: bytes) -> Found | None:
         try:
@@ -335,7 +335,7 @@ class Operations(pyfuse3.Operations):
         node.asked = True
         st = os.fstat(node.fd) if node.local else await self._stat(inode, node.fd)
         if node.regular:
-            await self._cache.images.noticed(node.identity, Attributes.of(st), node.fd)
+            await self._cache.truth.noticed(node.identity, Attributes.of(st), node.fd)
         return entry_of(inode, st, self._timeout)
 
     @guarded
@@ -353,10 +353,10 @@ class Operations(pyfuse3.Operations):
             await self._truncate(node, attr.st_size, fh)
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
-            with self._cache.images.setting_attributes(node.identity):
+            with self._cache.truth.setting_attributes(node.identity):
                 await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
         elif fields.update_mode or fields.update_uid or fields.update_gid:
-            async with self._cache.images.own_change(node.identity, node.fd):
+            async with self._cache.truth.own_change(node.identity, node.fd):
                 await self._metadata(self._set, node, attr, fields, self._mode(node, attr))
         if fields.update_mode and self._written(node):
             await self._drop_privileges(node)  # of an image that was opened meanwhile
@@ -429,7 +429,7 @@ class Operations(pyfuse3.Operations):
         self._with_xattrs(node)
         if name == _CAPABILITY and node.regular:
             raise FUSEError(errno.EOPNOTSUPP)
-        async with self._cache.images.own_change(node.identity, node.fd):
+        async with self._cache.truth.own_change(node.identity, node.fd):
             await self._metadata(self._tree.setxattr, node.fd, name, value)
 
     @guarded
@@ -446,7 +446,7 @@ class Operations(pyfuse3.Operations):
         """As on the origin."""
         node = self.inodes[inode]
         self._with_xattrs(node)
-        async with self._cache.images.own_change(node.identity, node.fd):
+        async with self._cache.truth.own_change(node.identity, node.fd):
             await self._metadata(self._tree.removexattr, node.fd, name)
 
     # -- files -------------------------------------------------------------------------------------
@@ -470,7 +470,7 @@ class Operations(pyfuse3.Operations):
         st = os.fstat(node.fd) if node.local else await self._stat(node.id, node.fd)
         mode = without_privileges(st.st_mode)
         if mode != st.st_mode:
-            async with self._cache.images.own_change(node.identity, node.fd):
+            async with self._cache.truth.own_change(node.identity, node.fd):
                 await self._metadata(self._tree.chmod, node.fd, mode)
 
     def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
@@ -524,7 +524,7 @@ class Operations(pyfuse3.Operations):
         try:
             info = await self._open(node, flags, ctx)
             if private != mode:
-                with self._cache.images.setting_attributes(node.identity):
+                with self._cache.truth.setting_attributes(node.identity):
                     await self._metadata(self._tree.chmod, node.fd, mode)
                 st = await self._metadata(os.fstat, node.fd)
                 entry = entry_of(node.id, st, self._timeout)
@@ -577,7 +577,7 @@ class Operations(pyfuse3.Operations):
         """A close(2): what others do after it must be seen as a change of its own (P3)."""
         handle = self.handles[fh]
         if handle.write:
-            await self._cache.images.before_close(handle.image)
+            await self._cache.closing.before_close(handle.image)
 
     @guarded
     async def release(self, fh: int) -> None:

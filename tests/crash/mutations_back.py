@@ -11,9 +11,9 @@ from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_writes import DirtyWrites, Part
 from fusecache.engine.discards import Discards
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
-from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.writes import Writes
@@ -226,12 +226,12 @@ def r4_the_row_of_a_whole_image_is_not_believed() -> Any:
 
 @mutation
 def r6_a_truncate_leaves_dirty_rows() -> Any:
-    original = Images.drop
+    original = Dropping.drop
 
-    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
+    async def drop(self: Dropping, image: Any, from_block: int, *, dirty: bool) -> None:
         await original(self, image, from_block, dirty=dirty and from_block == 0)
 
-    return patch(Images, "drop", drop)
+    return patch(Dropping, "drop", drop)
 
 
 @mutation
@@ -263,13 +263,13 @@ def r6_an_eviction_drops_dirty_data() -> Any:
 
 @mutation
 def r6_a_removed_image_keeps_its_rows() -> Any:
-    original = Images.drop
+    original = Dropping.drop
 
-    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
+    async def drop(self: Dropping, image: Any, from_block: int, *, dirty: bool) -> None:
         if not image.detached:
             await original(self, image, from_block, dirty=dirty)
 
-    return together(patch(Images, "drop", drop), patch(Committer, "forget", nothing))
+    return together(patch(Dropping, "drop", drop), patch(Committer, "forget", nothing))
 
 
 @mutation

@@ -12,7 +12,7 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError
 from trio.testing import MockClock
 
-from fusecache.engine import images
+from fusecache.engine import truth
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.fuse.inodes import ROOT_ID
@@ -50,7 +50,7 @@ class Mounted:
         return self.world.files[self.numbers[os.fstat(path_fd).st_ino]]
 
     def attributes_of(self, path_fd: int) -> Attributes:
-        """See ``images.attributes_of``."""
+        """See ``truth.attributes_of``."""
         file = self.file(path_fd)
         return Attributes(file.size, file.mtime_ns, file.ctime_ns)
 
@@ -78,7 +78,7 @@ async def _mounted(
     root.mkdir()
     made = Mounted(world, root)
     monkeypatch.setattr(world, "file", made.file)
-    monkeypatch.setattr(images, "attributes_of", made.attributes_of)
+    monkeypatch.setattr(truth, "attributes_of", made.attributes_of)
     tree = Tree(root)
     async with world.open() as cache:
         made.cache = cache
@@ -148,7 +148,7 @@ def _attributes(mounted: Mounted, patch: pytest.MonkeyPatch) -> None:
             _fails()
         return mounted.attributes_of(path_fd)
 
-    patch.setattr(images, "attributes_of", fails_afterwards)
+    patch.setattr(truth, "attributes_of", fails_afterwards)
 
 
 @pytest.mark.parametrize("fault", [_directory, _new_path, _attributes])
