@@ -6,7 +6,6 @@ from typing import Any
 import trio
 
 from fusecache.core.index import CacheIndex
-from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_writes import DirtyWrites, Part
@@ -16,6 +15,7 @@ from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
+from fusecache.engine.write_modes import WriteModes
 from fusecache.engine.writes import Writes
 from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap
 from tests.crash.mutation import mutation, nothing, patch, together
@@ -339,13 +339,9 @@ def growing_is_not_one_at_a_time() -> Any:
 
 @mutation
 def leaving_write_back_does_not_flush() -> Any:
-    original = BlockCache.set_write_mode
+    original = WriteModes.set
 
-    async def set_write_mode(self: BlockCache, *args: Any) -> None:
-        self.flush = nothing  # type: ignore[method-assign]
-        try:
-            await original(self, *args)
-        finally:
-            del self.flush
+    async def set_mode(self: WriteModes, *args: Any) -> Any:
+        return await original(WriteModes(self._images, self._committer, nothing), *args)
 
-    return patch(BlockCache, "set_write_mode", set_write_mode)
+    return patch(WriteModes, "set", set_mode)

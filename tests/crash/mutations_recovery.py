@@ -6,11 +6,11 @@ import trio
 
 from fusecache.core.slots import NO_SLOT
 from fusecache.engine import block_cache, recovery
-from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dropping import Dropping
 from fusecache.engine.images import Images
 from fusecache.engine.ownership import Ownership
+from fusecache.engine.rescuer import Rescuer
 from fusecache.engine.state import CacheState
 from fusecache.engine.truth import Truth
 from fusecache.store.block_map import BlockMap
@@ -226,4 +226,4 @@ def reads_past_a_broken_cache_leave_out_what_is_dirty() -> Any:
 
 @mutation
 def a_rescue_is_over_before_everything_is_on_the_origin() -> Any:
-    return patch(BlockCache, "_rescue", nothing)
+    return patch(Rescuer, "_rescue", nothing)
