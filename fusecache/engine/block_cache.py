@@ -15,11 +15,15 @@ from fusecache.config import Policy, Rule, Tuning, WriteMode
 from fusecache.core.index import CacheIndex
 from fusecache.engine import recovery
 from fusecache.engine.cleaner import Cleaner
+from fusecache.engine.closing import Closing
 from fusecache.engine.committer import Committer
 from fusecache.engine.degraded import Degraded
 from fusecache.engine.dirty_writes import DirtyWrites
 from fusecache.engine.discards import Discards, Removal
+from fusecache.engine.distrust import Distrust
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.fills import Fills
+from fusecache.engine.flushes import Flushes
 from fusecache.engine.hit_path import HitPath
 from fusecache.engine.holes import Holes
 from fusecache.engine.housekeeping import Housekeeping
@@ -28,20 +32,25 @@ from fusecache.engine.images import Images
 from fusecache.engine.in_place import InPlace
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.lasting import Lasting
+from fusecache.engine.names import Names
+from fusecache.engine.opening import Opening
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Clock, Invalidate, Pin, Threads, no_image, no_pages
 from fusecache.engine.readahead import Readahead
 from fusecache.engine.reads import Reads
 from fusecache.engine.reclaimer import Reclaimer
+from fusecache.engine.rescuer import Rescuer
 from fusecache.engine.rule_follower import RuleFollower
 from fusecache.engine.sampler import Sampler
 from fusecache.engine.seeks import Seeks
 from fusecache.engine.slot_io import SlotIO
-from fusecache.engine.state import UNEXPECTED, CacheState
+from fusecache.engine.state import CacheState
+from fusecache.engine.truth import Truth
+from fusecache.engine.write_modes import WriteModes
 from fusecache.engine.writes import Write, Writes
-from fusecache.errors import CacheDeviceError, FusecacheError, OriginError
-from fusecache.store.block_map import Batch, BlockMap
+from fusecache.errors import FusecacheError, OriginError
+from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.origin import OriginImage
 
@@ -78,99 +87,88 @@ class BlockCache:
         self.state.shut = core.gates.shut
         self._nursery = nursery
         self._background = trio.CancelScope()
-        self._rescuing = trio.CancelScope()
         self._background_ended = trio.Event()
-        self.images = Images(
-            core, self.state, threads, clock, tuning, policy, new_origin, invalidate
-        )
+        state = self.state
+        self.images = images = Images(core, state, threads, tuning, policy, new_origin)
         here = InPlace(clock.monotonic)
-        self.committer = Committer(
+        self.committer = committer = Committer(
             core,
             device,
             block_map,
-            self.images.all,
+            images.all,
             threads,
-            self.state.counters,
+            state.counters,
             clock,
             tuning,
             here,
-            self.state.unusable,
+            state.unusable,
         )
-        self.images.committer = self.committer
-        self._lasting = self.images.lasting = Lasting(
-            nursery, self.state, threads, self._begin_distrust
+        dropping = Dropping(core, state, committer, threads)
+        distrust = Distrust(nursery, state, images, dropping)
+        self.lasting = lasting = Lasting(nursery, state, threads, distrust.begin)
+        self.truth = truth = Truth(
+            core, images, dropping, lasting, threads, clock, tuning, invalidate
         )
-        self.images.ownership = Ownership(
-            self.images, core, self.state, threads, clock, tuning, pin
+        ownership = Ownership(
+            core, state, images, committer, dropping, lasting, truth, threads, clock, tuning, pin
         )
-        self._intents = WriteIntents(
-            self.committer,
-            threads,
-            tuning,
-            clock.monotonic,
-            self._lasting,
+        self._opening = Opening(core, images, ownership, truth, clock, tuning)
+        self.closing = closing = Closing(
+            core, state, images, committer, lasting, ownership, threads, clock, tuning
         )
-        self.reclaimer = Reclaimer(core, self.committer, self.state)
-        self._fills = Fills(core, self.state, threads, nursery, self.reclaimer.wake)
-        self._readahead = readahead = Readahead(core, self.state, self._fills)
+        self.names = Names(core, images, committer)
+        self._intents = intents = WriteIntents(committer, threads, tuning, clock.monotonic, lasting)
+        self.reclaimer = Reclaimer(core, committer, state)
+        self._fills = Fills(core, state, threads, nursery, self.reclaimer.wake)
+        self._readahead = readahead = Readahead(core, state, self._fills)
         slots = SlotIO(device, threads, here)
-        origin = OriginWrites(core, self.state, threads, clock.monotonic)
-        dirty = DirtyWrites(core, self.state, self.committer, self._intents, threads, slots)
-        self._degraded = Degraded(
-            core,
-            self.state,
-            self.committer,
-            self._intents,
-            self._lasting,
-            origin,
-            threads,
-            self.images.ownership.adopted,
+        origin = OriginWrites(core, state, threads, clock.monotonic)
+        dirty = DirtyWrites(core, state, committer, intents, threads, slots)
+        degraded = Degraded(
+            core, state, committer, intents, lasting, origin, threads, ownership.adopted
         )
-        self._reads = Reads(core, self.state, self._fills, readahead, self._degraded, threads)
-        self._writes = Writes(
-            core,
-            self.state,
-            self._intents,
-            origin,
-            dirty,
-            self._degraded,
-            self.reclaimer.wake,
-        )
+        self._reads = Reads(core, state, self._fills, readahead, degraded, threads)
+        self._writes = Writes(core, state, intents, origin, dirty, degraded, self.reclaimer.wake)
         self._holes = Holes(
+            core, state, committer, intents, lasting, origin, degraded, self._writes.put
+        )
+        self._seeks = Seeks(core, state, threads)
+        self.cleaner = cleaner = Cleaner(
+            core, state, images, ownership, committer, lasting, threads, clock, tuning
+        )
+        self.housekeeping = housekeeping = Housekeeping(
+            core, state, images, ownership, truth, closing, committer, intents, clock, tuning
+        )
+        self._discards = discards = Discards(
             core,
-            self.state,
-            self.committer,
-            self._intents,
-            self._lasting,
-            origin,
-            self._degraded,
-            self._writes.put,
-        )
-        self._seeks = Seeks(core, self.state, threads)
-        self.cleaner = Cleaner(
-            core, self.state, self.images, self.committer, threads, clock, tuning
-        )
-        self.housekeeping = Housekeeping(
-            core, self.state, self.images, self.committer, self._intents, clock, tuning
-        )
-        self._discards = Discards(
-            core,
-            self.state,
-            self.images,
-            self._intents,
-            self.cleaner,
-            self._degraded,
+            state,
+            images,
+            dropping,
+            lasting,
+            ownership,
+            truth,
+            closing,
+            intents,
+            cleaner,
+            degraded,
             threads,
             invalidate,
         )
+        self._flushes = flushes = Flushes(
+            core, state, images, committer, lasting, cleaner, discards, degraded, threads
+        )
+        self._write_modes = WriteModes(images, committer, flushes.flush)
         self._follower = RuleFollower(
-            self.state, self.images, threads, pin, self.evict, self._change_mode
+            state, images, closing, threads, pin, discards.evict, self._write_modes.change
+        )
+        self._rescuer = Rescuer(
+            core, state, block_map, images, committer, cleaner, housekeeping, degraded, nursery
         )
         self.lane_counters: Callable[[], dict[str, Any]] | None = None
         """What the lane counted, if there is one; see ``Lane.counters``."""
-        self.sampler = Sampler(self.images, self.state, clock)
+        self.sampler = Sampler(images, state, clock)
         """Whoever serves requests has it run."""
-        hits = HitPath(core, self.state, slots, readahead)
+        hits = HitPath(core, state, slots, readahead)
         self.try_read = hits.try_read
         """See ``HitPath.try_read``."""
         self.try_write = hits.try_write
@@ -199,12 +197,12 @@ class BlockCache:
     # -- handles and data --------------------------------------------------------------------------
 
     async def open(self, identity: bytes, path: bytes, path_fd: int, *, write: bool) -> Image:
-        """See ``Images.open``."""
-        return await self.images.open(identity, path, path_fd, write=write)
+        """See ``Opening.open``."""
+        return await self._opening.open(identity, path, path_fd, write=write)
 
     async def close(self, image: Image, *, write: bool) -> None:
         """Ends one ``open``."""
-        await self.images.close(image, write=write)
+        await self.closing.close(image, write=write)
 
     async def read(self, image: Image, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``; fewer only at the end of the image.
@@ -243,91 +241,16 @@ class BlockCache:
         return await self._seeks.seek(image, offset, whence)
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:
-        """What was written and acknowledged is on stable storage (P2).
-
-        The origin's sync and the barrier run side by side: the one for what went to the origin,
-        the other for what changed in the cache (R1).
-
-        Raises:
-            OriginError: the origin's sync failed, or one that no guest asked for since the last.
-            CacheDeviceError, DatabaseError, LostDataError: what the cache alone has is not stable.
-        """
-        errors: list[FusecacheError] = []
-        if image.synced >= image.guest_written:
-            await self._make_stable(image, errors)
-        else:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._make_stable, image, errors)
-                try:
-                    await self._lasting.sync(image, metadata=metadata)
-                except OriginError as exc:
-                    errors.append(exc)
-        if image.sync_error_owed:
-            image.sync_error_owed = False
-            errors.append(OriginError(5, "a sync of the origin failed since the last fsync"))
-        if errors:
-            raise errors[0]
-
-    async def _make_stable(self, image: Image, errors: list[FusecacheError]) -> None:
-        try:
-            if self.state.usable and not image.detached:
-                await self.committer.make_stable(image)
-        except FusecacheError as exc:
-            # Of clean data the origin has all, and the guest's fsync stands.
-            log.debug("no barrier: %s", exc)
-            if self.state.usable and self.core.dirty.holds(image.id):
-                errors.append(exc)
-        try:
-            if not self.state.usable:
-                await self._stable_without_map(image)
-        except FusecacheError as exc:
-            errors.append(exc)
-
-    async def _stable_without_map(self, image: Image) -> None:
-        """The cache is broken: what is dirty is brought to the origin, and the slots are synced,
-        since the next start may believe them."""
-        await self.state.passable()
-        if self._counts(image):
-            await self._degraded.rescue(image)
-            if self._degraded.holds(image):
-                await self.threads.device(self.device.sync)
+        """See ``Flushes.fsync``."""
+        await self._flushes.fsync(image, metadata=metadata)
 
     async def flush(self, image: Image, path_fd: int | None = None) -> None:
-        """Everything acknowledged for the image is on the origin, synced; rows are stable.
-
-        Raises:
-            OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.
-        """
-        if not self.state.usable:
-            await self._stable_without_map(image)
-            await self._discards.sync(image, path_fd)
-            return
-        if self.core.dirty.pages(image.id):
-            flush = self._discards.drain if self.state.draining else self.cleaner.flush
-            await flush(image)
-        await self._discards.sync(image, path_fd)
-        await self.committer.barrier()
+        """See ``Flushes.flush``."""
+        await self._flushes.flush(image, path_fd)
 
     async def flush_all(self) -> list[tuple[Image, FusecacheError]]:
-        """``flush`` of every image, side by side: one that stalls holds up no other (P6).
-
-        Returns what failed.
-        """
-        failed: list[tuple[Image, FusecacheError]] = []
-        async with trio.open_nursery() as nursery:
-            for image in self.images.all():
-                nursery.start_soon(self._flush_one, image, failed)
-        return failed
-
-    async def _flush_one(self, image: Image, failed: list[tuple[Image, FusecacheError]]) -> None:
-        try:
-            await self.flush(image)
-        except FusecacheError as exc:
-            if self.core.dirty.holds(image.id):
-                self.cleaner.failed(image, exc)
-            else:
-                log.error("%s could not be synced: %s", image.name, exc)
-            failed.append((image, exc))
+        """See ``Flushes.flush_all``."""
+        return await self._flushes.flush_all()
 
     def drain(self) -> None:
         """The mount is about to end: no page becomes dirty that was not, in any image."""
@@ -358,63 +281,9 @@ class BlockCache:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: not all is on the origin,
                 or the mode is not stable in the database.
         """
-        while True:
-            async with image.opening:
-                known = self.images.known(image.row.identity, image.row.path)
-                if known is not image:
-                    image = known  # it was evicted and forgotten while we waited
-                    continue
-                async with image.cleaning, image.lock.everything():
-                    leaving = image.write_mode is WriteMode.BACK
-                    image.write_mode = mode or self.images.policy.mode_of(image.row.path)
-                    image.row.write_mode = "" if mode is None else mode.value
-                    image.row_owed = True
-                    if mode is not None and image.bypassed and not image.handles:
-                        image.bypassed = image.detached = False
-                await self.committer.commit(Batch, stable=True)
-                break
-        if leaving and image.write_mode is not WriteMode.BACK:
-            await self.flush(image)
+        image = await self._write_modes.set(image, mode)
         if mode is None:
             await self._follower.follow(image)
-
-    async def _change_mode(self, image: Image, mode: WriteMode) -> None:
-        """As ``set_write_mode``, where a rule asks for it; raises what ``flush`` does."""
-        async with image.opening, image.cleaning, image.lock.everything():
-            leaving = image.write_mode is WriteMode.BACK
-            image.write_mode = mode
-        if leaving and mode is not WriteMode.BACK:
-            await self.flush(image)
-
-    async def _end_image(self, image: Image) -> None:
-        await self.images.end(image)
-        await self._sync_at_end(image)
-        await self._intents.remove_old(image, older_than=0)
-
-    async def _sync_at_end(self, image: Image) -> None:
-        try:
-            await self._discards.sync(image)
-        except OriginError as exc:
-            log.error("the origin could not be synced: %s", exc)
-
-    def _begin_distrust(self, image: Image) -> None:
-        self._nursery.start_soon(self._distrust, image)
-
-    async def _distrust(self, image: Image) -> None:
-        """After a failed origin sync the kernel may have dropped what was written: the cache
-        would be newer than the origin, and go back in time when a block leaves it."""
-        pause = self.tuning.clean_pause
-        while True:
-            try:
-                async with image.opening, image.lock.everything():
-                    await self.images.drop(image, 0, dirty=False)
-                return
-            except Exception as exc:
-                self.state.unexpected(exc, "dropping blocks after a failed sync")
-            await trio.sleep(pause)
-            pause = min(self.tuning.clean_pause_most, pause * 2)
-            if self.images.find(image.row.identity) is not image:
-                return
 
     # -- discarding --------------------------------------------------------------------------------
 
@@ -446,7 +315,7 @@ class BlockCache:
         """Starts what runs beside the requests."""
         self._nursery.start_soon(self.committer.run)
         self._nursery.start_soon(self._run_background)
-        self._nursery.start_soon(self._fence_when_broken)
+        self._nursery.start_soon(self._rescuer.run)
 
     async def _run_background(self) -> None:
         try:
@@ -459,62 +328,6 @@ class BlockCache:
         finally:
             self._background_ended.set()
 
-    async def _fence_when_broken(self) -> None:
-        """Once the cache is unusable: no write may pass it before the next start is warned.
-
-        Then what is dirty is rescued; when all of it is on the origin, nothing in the slots
-        counts any more.
-        """
-        await self.state.broken.wait()
-        held = self.core.dirty.any_held
-        # After a failed sync of the device all that was not synced before is lost already.
-        synced = isinstance(self.committer.broken, CacheDeviceError)
-        rows = self.core.take_owed()
-        worked = await self.committer.fence(
-            partial(recovery.fence, self.device, self.block_map, rows, synced=synced, dirty=held)
-        )
-        if not worked:
-            # P3 takes changes for ours up to 2 s after the last heartbeat, and none after.
-            await trio.sleep(self.housekeeping.until_not_ours())
-        self.state.emptied = worked and not held
-        self.state.fenced.set()
-        if held:
-            self._nursery.start_soon(self._rescue_all)
-
-    async def _rescue_all(self) -> None:
-        """Every image by itself, again and again with growing pauses, until the origin has
-        everything."""
-        with self._rescuing:
-            async with trio.open_nursery() as nursery:
-                for image in self.images.all():
-                    if self._counts(image):
-                        nursery.start_soon(self._rescue, image)
-            try:
-                empty = partial(recovery.fence, self.device, self.block_map, None, dirty=False)
-                self.state.emptied = await self.committer.fence(empty)
-            except Exception as exc:
-                self.state.unexpected(exc, "fencing an empty cache")
-            if self.state.emptied:
-                log.warning("everything that was dirty is on the origin")
-
-    def _counts(self, image: Image) -> bool:
-        """Whether slots of the image still count although the cache is broken."""
-        return self._degraded.holds(image) and self.core.dirty.holds(image.id)
-
-    async def _rescue(self, image: Image) -> None:
-        pause = self.tuning.clean_pause
-        while not image.rescued and self._counts(image):
-            try:
-                await self._degraded.rescue(image)
-                continue
-            except FusecacheError as exc:
-                self.cleaner.failed(image, exc)
-            except Exception as exc:
-                self.state.unexpected(exc, "rescuing what is dirty")
-                self.cleaner.failed(image, OriginError(5, UNEXPECTED))
-            await trio.sleep(pause)
-            pause = min(self.tuning.clean_pause_most, pause * 2)
-
     async def aclose(self) -> None:
         """The clean stop; nobody uses the cache any more. Never raises for a cache in trouble.
 
@@ -522,7 +335,7 @@ class BlockCache:
         """
         await self.housekeeping.settle_all()
         self._background.cancel()
-        self._rescuing.cancel()
+        self._rescuer.cancel()
         await self._background_ended.wait()
         with trio.move_on_after(_DRAINING) as draining:
             await self._fills.drained()
@@ -541,7 +354,18 @@ class BlockCache:
                 log.error("the cache could not be closed cleanly: %s", exc)
         async with trio.open_nursery() as nursery:
             for image in self.images.all():
-                nursery.start_soon(self._lasting.close, image)
+                nursery.start_soon(self.lasting.close, image)
+
+    async def _end_image(self, image: Image) -> None:
+        await self.closing.end(image)
+        await self._sync_at_end(image)
+        await self._intents.remove_old(image, older_than=0)
+
+    async def _sync_at_end(self, image: Image) -> None:
+        try:
+            await self._discards.sync(image)
+        except OriginError as exc:
+            log.error("the origin could not be synced: %s", exc)
 
 
 @asynccontextmanager

@@ -28,6 +28,8 @@ from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_reads import DirtyReads, note_unreadable, unreadable_ranges
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
+from fusecache.engine.lasting import Lasting
+from fusecache.engine.ownership import Ownership
 from fusecache.engine.pace import Pace
 from fusecache.engine.ports import Clock, Threads
 from fusecache.engine.state import UNEXPECTED, CacheState
@@ -56,7 +58,9 @@ class Cleaner:
         core: CacheIndex,
         state: CacheState,
         images: Images,
+        ownership: Ownership,
         committer: Committer,
+        lasting: Lasting,
         threads: Threads,
         clock: Clock,
         tuning: Tuning,
@@ -66,7 +70,9 @@ class Cleaner:
         self._dirty = core.dirty
         self._state = state
         self._images = images
+        self._ownership = ownership
         self._committer = committer
+        self._lasting = lasting
         self._threads = threads
         self._clock = clock
         self._tuning = tuning
@@ -191,11 +197,11 @@ class Cleaner:
     async def _recorded(self, image: Image) -> AsyncIterator[None]:
         """Around batches: the image can be written on the origin, and afterwards what this made
         of its attributes is recorded as ours (P3)."""
-        await self._images.ownership.adopted(image)
+        await self._ownership.adopted(image)
         try:
             yield
         finally:
-            await self._images.ownership.cleaned(image)
+            await self._ownership.cleaned(image)
 
     async def finish(self, image: Image) -> None:
         """The rest, for a caller that holds ``cleaning`` and all of ``lock``: nobody writes.
@@ -284,7 +290,7 @@ class Cleaner:
             image.own_pending = True
             await self._write_runs(image, noted, taken, skipped, errors)  # 2.
             if taken:
-                await self._images.lasting.sync(image)  # 3.
+                await self._lasting.sync(image)  # 3.
             if image.failed_syncs != failed_syncs:
                 raise OriginError(5, "a sync of the origin failed, all is written again")
             for slot in taken:

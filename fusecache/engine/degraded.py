@@ -61,6 +61,10 @@ class Degraded:
         """Whether slots still count for the image although the cache is broken."""
         return not self._state.emptied and self._core.dirty.any_held and not image.detached
 
+    def counts(self, image: Image) -> bool:
+        """Whether any slot of this image still does."""
+        return self.holds(image) and self._core.dirty.holds(image.id)
+
     # -- guests ------------------------------------------------------------------------------------
 
     async def write(self, image: Image, offset: int, data: bytes) -> None:

@@ -14,12 +14,17 @@ import trio
 from fusecache.core.geometry import region_of
 from fusecache.core.index import CacheIndex
 from fusecache.engine.cleaner import Cleaner
+from fusecache.engine.closing import Closing
 from fusecache.engine.degraded import Degraded
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
+from fusecache.engine.lasting import Lasting
+from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Invalidate, Threads
 from fusecache.engine.state import CacheState
+from fusecache.engine.truth import Truth
 from fusecache.errors import DatabaseError, ImageOpenError, OriginError
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,11 @@ class Discards:
         core: CacheIndex,
         state: CacheState,
         images: Images,
+        dropping: Dropping,
+        lasting: Lasting,
+        ownership: Ownership,
+        truth: Truth,
+        closing: Closing,
         intents: WriteIntents,
         cleaner: Cleaner,
         degraded: Degraded,
@@ -51,6 +61,11 @@ class Discards:
         self._core = core
         self._state = state
         self._images = images
+        self._dropping = dropping
+        self._lasting = lasting
+        self._ownership = ownership
+        self._truth = truth
+        self._closing = closing
         self._intents = intents
         self._cleaner = cleaner
         self._degraded = degraded
@@ -116,7 +131,7 @@ class Discards:
             if tail:
                 self._core.clear(image.id, block, geometry.touched(tail, geometry.block_size))
             cut = image.size < before
-            await self._images.drop(image, block + (1 if tail else 0), dirty=cut)
+            await self._dropping.drop(image, block + (1 if tail else 0), dirty=cut)
 
     async def _learn_size(self, image: Image) -> None:
         try:
@@ -136,7 +151,7 @@ class Discards:
         finally:
             image.written += 1
             image.guest_written = image.written
-        await self._images.lasting.sync(image)
+        await self._lasting.sync(image)
 
     @asynccontextmanager
     async def removing(self, identity: bytes) -> AsyncIterator[Removal | None]:
@@ -147,7 +162,7 @@ class Discards:
         """
         while (image := self._images.find(identity)) is not None:
             if self._outlives(image):
-                await self._images.ownership.adopted(image)
+                await self._ownership.adopted(image)
                 if not self._state.usable:
                     await self._degraded.rescue(image)
             async with image.opening, image.cleaning, image.lock.everything():
@@ -178,12 +193,12 @@ class Discards:
         image.detached = image.gone = True
         with trio.CancelScope(shield=True):
             try:
-                await self._images.drop(image, 0, dirty=True)
+                await self._dropping.drop(image, 0, dirty=True)
             except DatabaseError as exc:
                 log.error("rows of a removed image stay: %s", exc)
-        await self._images.ownership.unlock(image)
+        await self._ownership.unlock(image)
         if not image.handles:
-            await self._images.forget(image, gone=True)
+            await self._closing.forget(image, gone=True)
 
     async def evict(
         self,
@@ -222,21 +237,21 @@ class Discards:
                 # All or nothing, also if whoever asked gives up: a write past the cache must not
                 # meet rows or pages that are left.
                 with trio.CancelScope(shield=True):
-                    await self._images.drop(image, 0, dirty=True)
+                    await self._dropping.drop(image, 0, dirty=True)
                     image.detached = image.adopted = True
                     image.unreadable.clear()
         finally:
             image.draining -= 1
             if image.own_pending:
-                await self._images.ownership.cleaned(image)
+                await self._ownership.cleaned(image)
         await self._threads.kernel(self._invalidate, image.row.identity)
         async with image.opening:
             async with image.lock.everything():
                 await self._sync(image, path_fd)
             if self._images.find(image.row.identity) is image:  # else it was forgotten meanwhile
-                await self._images.ownership.unlock(image)
+                await self._ownership.unlock(image)
                 if not image.handles:
-                    await self._images.forget(image)
+                    await self._closing.forget(image)
         self._refuse_broken()
         return blocks
 
@@ -264,12 +279,12 @@ class Discards:
                     await self._cleaner.finish(image)
                 blocks = self._core.usage(image.id).blocks
                 with trio.CancelScope(shield=True):
-                    await self._images.drop(image, 0, dirty=True)
+                    await self._dropping.drop(image, 0, dirty=True)
                     image.unreadable.clear()
                 await self._sync(image, path_fd)
             await self._threads.kernel(self._invalidate, image.row.identity)
-            await self._images.ownership.unlock(image)
-            await self._images.forget(image)
+            await self._ownership.unlock(image)
+            await self._closing.forget(image)
         self._refuse_broken()
         return blocks
 
@@ -294,7 +309,7 @@ class Discards:
                     await self._cleaner.finish(image)
         finally:
             image.draining -= 1
-            await self._images.ownership.cleaned(image)
+            await self._ownership.cleaned(image)
 
     async def sync(self, image: Image, path_fd: int | None = None) -> None:
         """Origin sync if anything was written since the last; see ``evict`` for ``path_fd``.
@@ -312,12 +327,12 @@ class Discards:
         if not image.origin_open:
             if path_fd is None:
                 return  # the file is gone, or its last holder synced it
-            await self._images.open_side(image, path_fd, write=False)
+            await self._truth.open_side(image, path_fd, write=False)
         try:
-            await self._images.lasting.sync(image)
+            await self._lasting.sync(image)
         finally:
             if self._images.find(image.row.identity) is not image:
-                await self._images.lasting.close(image)  # it was forgotten: nobody else will
+                await self._lasting.close(image)  # it was forgotten: nobody else will
 
 
 def _refuse_open(image: Image) -> None:

@@ -7,12 +7,15 @@ import trio
 
 from fusecache.config import Tuning
 from fusecache.core.index import CacheIndex
+from fusecache.engine.closing import Closing
 from fusecache.engine.committer import Committer
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
+from fusecache.engine.ownership import Ownership
 from fusecache.engine.ports import Clock
 from fusecache.engine.state import CacheState
+from fusecache.engine.truth import Truth
 from fusecache.errors import CacheDeviceError, DatabaseError
 from fusecache.store.block_map import Batch
 
@@ -33,6 +36,9 @@ class Housekeeping:
         core: CacheIndex,
         state: CacheState,
         images: Images,
+        ownership: Ownership,
+        truth: Truth,
+        closing: Closing,
         committer: Committer,
         intents: WriteIntents,
         clock: Clock,
@@ -41,6 +47,9 @@ class Housekeeping:
         self._core = core
         self._state = state
         self._images = images
+        self._ownership = ownership
+        self._truth = truth
+        self._closing = closing
         self._committer = committer
         self._intents = intents
         self._clock = clock
@@ -98,9 +107,9 @@ class Housekeeping:
         try:
             await self._intents.remove_old(image)
             if image.own_pending and not image.cleaning.locked():
-                await self._images.ownership.cleaned(image)  # a flush that was given up left this
-            await self._images.settle(image)
-            await self._images.close_idle(image)
+                await self._ownership.cleaned(image)  # a flush that was given up left this
+            await self._truth.settle(image)
+            await self._closing.close_idle(image)
         except Exception as exc:
             self._state.unexpected(exc, "looking after an image")
         finally:
@@ -116,7 +125,7 @@ class Housekeeping:
             if not image.opening.locked():
                 async with image.opening:
                     if self._images.unused(image):
-                        await self._images.forget(image)
+                        await self._closing.forget(image)
 
     async def _save_order_now(self) -> None:
         try:
@@ -137,7 +146,7 @@ class Housekeeping:
         with trio.move_on_after(self._tuning.settle_age + _SLACK):
             while waiting := [image for image in self._images.all() if image.settles]:
                 for image in waiting:
-                    await self._images.settle(image)
+                    await self._truth.settle(image)
                     if image.settles and not image.origin_open:
                         image.settles = False
                 await trio.sleep(0.05)

@@ -1,27 +1,26 @@
 """Ownership: which images this host may write, and dirty data that an earlier life left (P8).
 
-The images themselves are opened and compared with their records by ``images``; here is what
-write-back needs besides: the lock on the origin, a place in it for data nobody has open, and the
-record of what the cleaner did.
+Images are opened by ``opening`` and compared with their records by ``truth``; here is what
+write-back needs besides: the lock on the origin, the record that somebody writes, a place in the
+origin for data nobody has open, and the record of what the cleaner did.
 """
-
-from __future__ import annotations
 
 import errno
 import logging
 import os
-from typing import TYPE_CHECKING
 
 from fusecache.config import Tuning
 from fusecache.core.index import CacheIndex
+from fusecache.engine.committer import Committer
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.image import Image
+from fusecache.engine.images import Images
+from fusecache.engine.lasting import Lasting
 from fusecache.engine.ports import Clock, Pin, Threads
 from fusecache.engine.state import CacheState
+from fusecache.engine.truth import Truth
 from fusecache.errors import DatabaseError, LockedElsewhereError, LocksUnsupportedError, OriginError
 from fusecache.observe.logs import fields
-
-if TYPE_CHECKING:
-    from fusecache.engine.images import Images
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +30,25 @@ class Ownership:
 
     def __init__(
         self,
-        images: Images,
         core: CacheIndex,
         state: CacheState,
+        images: Images,
+        committer: Committer,
+        dropping: Dropping,
+        lasting: Lasting,
+        truth: Truth,
         threads: Threads,
         clock: Clock,
         tuning: Tuning,
         pin: Pin,
     ) -> None:
-        self._images = images
         self._core = core
         self._state = state
+        self._images = images
+        self._committer = committer
+        self._dropping = dropping
+        self._lasting = lasting
+        self._truth = truth
         self._threads = threads
         self._clock = clock
         self._tuning = tuning
@@ -54,7 +61,7 @@ class Ownership:
         Raises:
             LockedElsewhereError: one does.
         """
-        await self._images.lasting.unlocked(image)
+        await self._lasting.unlocked(image)
         try:
             await self._threads.harmless(image.limiter, image.origin.locker(path_fd))
         except LockedElsewhereError as exc:
@@ -76,6 +83,16 @@ class Ownership:
                 raise
             log.debug("%s is not locked: %s", image.name, exc)
 
+    async def begin_writing(self, image: Image) -> None:
+        """From here on a killed daemon's successor may take young changes for ours (P3)."""
+        if not image.row.writing and self._state.serves(image):
+            image.row.writing = 1
+            image.row_owed = True
+            try:
+                await self._committer.heartbeat()
+            except DatabaseError:
+                log.debug("not recorded as open for writing: the cache is unusable")
+
     async def release(self, image: Image) -> None:
         """Gives the lock up if nobody writes the image and nothing of it is dirty, nor settling: a
         power cut would bring that back over what another host has written since.
@@ -90,7 +107,7 @@ class Ownership:
             image.row_owed = True
         try:
             if image.row_owed and self._state.usable:
-                await self._images.committer.commit_owed()
+                await self._committer.commit_owed()
         except DatabaseError:
             log.debug("not recorded as closed: the cache is unusable")
         await self._state.passable()
@@ -99,7 +116,7 @@ class Ownership:
     async def unlock(self, image: Image) -> None:
         """Other hosts may write the image again."""
         if image.origin.locked:
-            await self._images.lasting.unlock(image)
+            await self._lasting.unlock(image)
 
     async def adopt(self, image: Image) -> None:
         """Fits an earlier life's dirty data to the origin: what lies past its end goes.
@@ -111,10 +128,10 @@ class Ownership:
         """
         if image.adopted or not self._state.serves(image):
             return
-        await self._images.lasting.sync(image)
+        await self._lasting.sync(image)
         seen = await self._threads.harmless(image.limiter, image.origin.attributes)
         async with image.cleaning, image.lock.everything():
-            await self._images.fit(image, seen.size)
+            await self._dropping.fit(image, seen.size)
             image.size = seen.size
         image.adopted = True
 
@@ -136,14 +153,14 @@ class Ownership:
             path_fd = await self._pinned(image)
             try:
                 await self.lock(image, path_fd)
-                seen = await self._images.open_side(image, path_fd, write=False)
-                await self._images.open_side(image, path_fd, write=True)
+                seen = await self._truth.open_side(image, path_fd, write=False)
+                await self._truth.open_side(image, path_fd, write=True)
             finally:
                 os.close(path_fd)
             if image.writers == 0 and not image.own_pending:
-                await self._images.check(image, seen)
+                await self._truth.check(image, seen)
             await self.adopt(image)
-            await self._images.begin_writing(image)
+            await self.begin_writing(image)
 
     async def _pinned(self, image: Image) -> int:
         """A new descriptor of an image that nobody has open."""

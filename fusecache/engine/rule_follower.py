@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from fusecache.config import WriteMode
+from fusecache.engine.closing import Closing
 from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.ports import Pin, Threads
@@ -45,6 +46,7 @@ class RuleFollower:
         self,
         state: CacheState,
         images: Images,
+        closing: Closing,
         threads: Threads,
         pin: Pin,
         evict: Evict,
@@ -52,6 +54,7 @@ class RuleFollower:
     ) -> None:
         self._state = state
         self._images = images
+        self._closing = closing
         self._threads = threads
         self._pin = pin
         self._evict = evict
@@ -135,7 +138,7 @@ class RuleFollower:
         elif image.bypassed:
             async with image.opening:
                 if self._images.find(image.row.identity) is image and not image.handles:
-                    await self._images.end_detached(image)
+                    await self._closing.end_detached(image)
         else:
             await self._change_mode(image, self._images.policy.mode_of(image.row.path))
 

@@ -17,12 +17,11 @@ class Names:
     def __init__(self, cache: BlockCache, tree: Tree) -> None:
         self._cache = cache
         self._tree = tree
-        self._images = cache.images
         self._metadata = cache.threads.metadata
 
     async def link(self, node: Node, parent: Node, name: bytes) -> Found:
         """One more name; the image stays the same."""
-        async with self._images.own_change(node.identity, node.fd):
+        async with self._cache.truth.own_change(node.identity, node.fd):
             await self._metadata(self._tree.link, node.fd, parent.fd, name)
         return await self._metadata(self._tree.find, parent.fd, name)
 
@@ -70,7 +69,7 @@ class Names:
             if found is replaced and replaced.identity == moved.identity:
                 continue
             if found is moved or flags & RENAME_EXCHANGE:
-                change = self._images.own_change(found.identity, found.fd)
+                change = self._cache.truth.own_change(found.identity, found.fd)
                 await stack.enter_async_context(change)
             elif not flags:
                 removal = await self._losing_a_name(stack, found)
@@ -82,16 +81,16 @@ class Names:
             return None
         if found.st.st_nlink == 1:
             return await stack.enter_async_context(self._cache.removing(found.identity))
-        await stack.enter_async_context(self._images.own_change(found.identity, found.fd))
+        await stack.enter_async_context(self._cache.truth.own_change(found.identity, found.fd))
         return None
 
     async def _moved(self, moved: list[Found], before: list[bytes]) -> None:
         after = [self._tree.path_of(found.fd) for found in moved]
         for found, path in zip(moved, after, strict=True):
             if stat.S_ISREG(found.st.st_mode):
-                await self._images.moved(found.identity, path)
+                await self._cache.names.moved(found.identity, path)
         if any(stat.S_ISDIR(found.st.st_mode) for found in moved):
-            await self._images.moved_below(dict(zip(before, after, strict=True)))
+            await self._cache.names.moved_below(dict(zip(before, after, strict=True)))
 
     async def _find_or_none(self, parent: Node, name: bytes) -> Found | None:
         try:

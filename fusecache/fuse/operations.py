@@ -213,7 +213,7 @@ class Operations(pyfuse3.Operations):
         node.asked = True
         st = os.fstat(node.fd) if node.local else await self._stat(inode, node.fd)
         if node.regular:
-            await self._cache.images.noticed(node.identity, Attributes.of(st), node.fd)
+            await self._cache.truth.noticed(node.identity, Attributes.of(st), node.fd)
         return entry_of(inode, st, self._timeout)
 
     @guarded
@@ -231,10 +231,10 @@ class Operations(pyfuse3.Operations):
             await self._truncate(node, attr.st_size, fh)
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
-            with self._cache.images.setting_attributes(node.identity):
+            with self._cache.truth.setting_attributes(node.identity):
                 await self._set(node, attr, fields)
         elif fields.update_mode or fields.update_uid or fields.update_gid:
-            async with self._cache.images.own_change(node.identity, node.fd):
+            async with self._cache.truth.own_change(node.identity, node.fd):
                 await self._set(node, attr, fields)
         if fields.update_mode and self._privileges.written(node):
             await self._privileges.drop(node)  # of an image that was opened meanwhile
@@ -289,7 +289,7 @@ class Operations(pyfuse3.Operations):
         self._with_xattrs(node)
         if name == _CAPABILITY and node.regular:
             raise FUSEError(errno.EOPNOTSUPP)
-        async with self._cache.images.own_change(node.identity, node.fd):
+        async with self._cache.truth.own_change(node.identity, node.fd):
             await self._metadata(self._tree.setxattr, node.fd, name, value)
 
     @guarded
@@ -306,7 +306,7 @@ class Operations(pyfuse3.Operations):
         """As on the origin."""
         node = self.inodes[inode]
         self._with_xattrs(node)
-        async with self._cache.images.own_change(node.identity, node.fd):
+        async with self._cache.truth.own_change(node.identity, node.fd):
             await self._metadata(self._tree.removexattr, node.fd, name)
 
     # -- files -------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ class Operations(pyfuse3.Operations):
             if private != mode:
                 # The kernel, told of an error, sends no release.
                 async with undone_on_failure(self._end_handle, info.fh):
-                    with self._cache.images.setting_attributes(node.identity):
+                    with self._cache.truth.setting_attributes(node.identity):
                         await self._metadata(self._tree.chmod, node.fd, mode)
                     st = await self._metadata(os.fstat, node.fd)
                     entry = entry_of(node.id, st, self._timeout)
@@ -415,7 +415,7 @@ class Operations(pyfuse3.Operations):
         """A close(2): what others do after it must be seen as a change of its own (P3)."""
         handle = self.handles[fh]
         if handle.write:
-            await self._cache.images.before_close(handle.image)
+            await self._cache.closing.before_close(handle.image)
 
     @guarded
     async def release(self, fh: int) -> None:

@@ -23,14 +23,14 @@ class Privileges:
     INIT so that it does not)."""
 
     def __init__(self, cache: BlockCache, tree: Tree, shared: SharedStat) -> None:
-        self._images = cache.images
+        self._cache = cache
         self._tree = tree
         self._stat = shared
         self._metadata = cache.threads.metadata
 
     def written(self, node: Node) -> bool:
         """Whether it is open for writing, or is about to be."""
-        image = self._images.find(node.identity)
+        image = self._cache.images.find(node.identity)
         return image is not None and image.writers > 0
 
     def allowed(self, node: Node, mode: int) -> int:
@@ -42,5 +42,5 @@ class Privileges:
         st = os.fstat(node.fd) if node.local else await self._stat(node.id, node.fd)
         mode = without_privileges(st.st_mode)
         if mode != st.st_mode:
-            async with self._images.own_change(node.identity, node.fd):
+            async with self._cache.truth.own_change(node.identity, node.fd):
                 await self._metadata(self._tree.chmod, node.fd, mode)

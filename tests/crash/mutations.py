@@ -9,7 +9,7 @@ from fusecache.core.index import CacheIndex
 from fusecache.core.replacement import Lru
 from fusecache.engine import committer, images, writes
 from fusecache.engine.committer import Committer
-from fusecache.engine.images import Images
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.lasting import Lasting
 from fusecache.engine.locks import SpanLock
@@ -81,13 +81,13 @@ def r4_rows_are_removed_without_an_origin_sync() -> Any:
 
 @mutation
 def r6_a_truncate_leaves_the_rows() -> Any:
-    original = Images.drop
+    original = Dropping.drop
 
-    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
+    async def drop(self: Dropping, image: Any, from_block: int, *, dirty: bool) -> None:
         if from_block == 0:
             await original(self, image, from_block, dirty=dirty)
 
-    return patch(Images, "drop", drop)
+    return patch(Dropping, "drop", drop)
 
 
 @mutation
@@ -241,10 +241,10 @@ def p3_a_change_by_others_is_not_noticed() -> Any:
 
 @mutation
 def evict_leaves_the_blocks() -> Any:
-    original = Images.drop
+    original = Dropping.drop
 
-    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
+    async def drop(self: Dropping, image: Any, from_block: int, *, dirty: bool) -> None:
         if not image.draining:
             await original(self, image, from_block, dirty=dirty)
 
-    return patch(Images, "drop", drop)
+    return patch(Dropping, "drop", drop)

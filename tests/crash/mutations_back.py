@@ -6,16 +6,16 @@ from typing import Any
 import trio
 
 from fusecache.core.index import CacheIndex
-from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.cleaner import Cleaner
 from fusecache.engine.committer import Committer
 from fusecache.engine.dirty_writes import DirtyWrites, Part
 from fusecache.engine.discards import Discards
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
-from fusecache.engine.images import Images
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
+from fusecache.engine.write_modes import WriteModes
 from fusecache.engine.writes import Writes
 from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap
 from tests.crash.mutation import mutation, nothing, patch, together
@@ -226,12 +226,12 @@ def r4_the_row_of_a_whole_image_is_not_believed() -> Any:
 
 @mutation
 def r6_a_truncate_leaves_dirty_rows() -> Any:
-    original = Images.drop
+    original = Dropping.drop
 
-    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
+    async def drop(self: Dropping, image: Any, from_block: int, *, dirty: bool) -> None:
         await original(self, image, from_block, dirty=dirty and from_block == 0)
 
-    return patch(Images, "drop", drop)
+    return patch(Dropping, "drop", drop)
 
 
 @mutation
@@ -263,13 +263,13 @@ def r6_an_eviction_drops_dirty_data() -> Any:
 
 @mutation
 def r6_a_removed_image_keeps_its_rows() -> Any:
-    original = Images.drop
+    original = Dropping.drop
 
-    async def drop(self: Images, image: Any, from_block: int, *, dirty: bool) -> None:
+    async def drop(self: Dropping, image: Any, from_block: int, *, dirty: bool) -> None:
         if not image.detached:
             await original(self, image, from_block, dirty=dirty)
 
-    return together(patch(Images, "drop", drop), patch(Committer, "forget", nothing))
+    return together(patch(Dropping, "drop", drop), patch(Committer, "forget", nothing))
 
 
 @mutation
@@ -339,13 +339,9 @@ def growing_is_not_one_at_a_time() -> Any:
 
 @mutation
 def leaving_write_back_does_not_flush() -> Any:
-    original = BlockCache.set_write_mode
+    original = WriteModes.set
 
-    async def set_write_mode(self: BlockCache, *args: Any) -> None:
-        self.flush = nothing  # type: ignore[method-assign]  # for this call alone
-        try:
-            await original(self, *args)
-        finally:
-            del self.flush
+    async def set_mode(self: WriteModes, *args: Any) -> Any:
+        return await original(WriteModes(self._images, self._committer, nothing), *args)
 
-    return patch(BlockCache, "set_write_mode", set_write_mode)
+    return patch(WriteModes, "set", set_mode)

@@ -6,11 +6,13 @@ import trio
 
 from fusecache.core.slots import NO_SLOT
 from fusecache.engine import block_cache, recovery
-from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.degraded import Degraded
+from fusecache.engine.dropping import Dropping
 from fusecache.engine.images import Images
 from fusecache.engine.ownership import Ownership
+from fusecache.engine.rescuer import Rescuer
 from fusecache.engine.state import CacheState
+from fusecache.engine.truth import Truth
 from fusecache.store.block_map import BlockMap
 from fusecache.store.packing import RegionColumns
 from fusecache.store.superblock import Fence
@@ -121,12 +123,12 @@ def the_first_fsync_of_a_life_does_not_sync_the_origin() -> Any:
 
 @mutation
 def dirty_pages_past_the_end_are_kept() -> Any:
-    return patch(Images, "fit", nothing)
+    return patch(Dropping, "fit", nothing)
 
 
 @mutation
 def dirty_data_is_adopted_without_a_sync_of_the_origin() -> Any:
-    adopt, check = Ownership.adopt, Images.check
+    adopt, check = Ownership.adopt, Truth.check
 
     def unsynced(original: Any) -> Any:
         async def call(self: Any, image: Any, *args: Any) -> Any:
@@ -139,16 +141,16 @@ def dirty_data_is_adopted_without_a_sync_of_the_origin() -> Any:
         return call
 
     return together(
-        patch(Ownership, "adopt", unsynced(adopt)), patch(Images, "check", unsynced(check))
+        patch(Ownership, "adopt", unsynced(adopt)), patch(Truth, "check", unsynced(check))
     )
 
 
 @mutation
 def the_last_page_is_not_filled_with_zeros() -> Any:
-    fit, write = Images.fit, DeviceDouble.write
+    fit, write = Dropping.fit, DeviceDouble.write
     fitting: list[None] = []
 
-    async def flagged(self: Images, *args: Any) -> None:
+    async def flagged(self: Dropping, *args: Any) -> None:
         fitting[:] = [None]
         try:
             await fit(self, *args)
@@ -159,7 +161,7 @@ def the_last_page_is_not_filled_with_zeros() -> Any:
         if not fitting or any(bytes(data)):
             write(self, position, data)
 
-    return together(patch(Images, "fit", flagged), patch(DeviceDouble, "write", maybe))
+    return together(patch(Dropping, "fit", flagged), patch(DeviceDouble, "write", maybe))
 
 
 # -- the fence -------------------------------------------------------------------------------------
@@ -224,4 +226,4 @@ def reads_past_a_broken_cache_leave_out_what_is_dirty() -> Any:
 
 @mutation
 def a_rescue_is_over_before_everything_is_on_the_origin() -> Any:
-    return patch(BlockCache, "_rescue", nothing)
+    return patch(Rescuer, "_rescue", nothing)

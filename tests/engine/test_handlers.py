@@ -11,7 +11,7 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError
 from trio.testing import MockClock
 
-from fusecache.engine import images
+from fusecache.engine import truth
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.fuse.inodes import ROOT_ID
@@ -49,7 +49,7 @@ class Mounted:
         return self.world.files[self.numbers[os.fstat(path_fd).st_ino]]
 
     def attributes_of(self, path_fd: int) -> Attributes:
-        """See ``images.attributes_of``."""
+        """See ``truth.attributes_of``."""
         file = self.file(path_fd)
         return Attributes(file.size, file.mtime_ns, file.ctime_ns)
 
@@ -79,7 +79,7 @@ async def mounted(
     root.mkdir()
     made = Mounted(back, root)
     monkeypatch.setattr(back, "file", made.file)
-    monkeypatch.setattr(images, "attributes_of", made.attributes_of)
+    monkeypatch.setattr(truth, "attributes_of", made.attributes_of)
     tree = Tree(root)
     async with back.open() as cache:
         made.cache = cache
@@ -147,7 +147,7 @@ def _attributes(mounted: Mounted, patch: pytest.MonkeyPatch) -> None:
             _fails()
         return mounted.attributes_of(path_fd)
 
-    patch.setattr(images, "attributes_of", fails_afterwards)
+    patch.setattr(truth, "attributes_of", fails_afterwards)
 
 
 @pytest.mark.parametrize("fault", [_directory, _new_path, _attributes])

@@ -158,11 +158,11 @@ async def test_syncs_that_wait_for_each_other_are_one(
         back.before = {"~sync": 1.0}
         began = trio.current_time()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(cache.images.lasting.sync, image, metadata=False))
+            nursery.start_soon(partial(cache.lasting.sync, image, metadata=False))
             await trio.sleep(0.5)
             image.written += 1
             for metadata in (False, True, False):
-                nursery.start_soon(partial(cache.images.lasting.sync, image, metadata=metadata))
+                nursery.start_soon(partial(cache.lasting.sync, image, metadata=metadata))
             await trio.sleep(1)
             assert image.synced == image.written - 1
         assert asked == [False, True] and image.synced == image.written
@@ -178,7 +178,7 @@ async def test_at_the_end_nobody_waits_for_a_sync_that_hangs(
     async def wait(cache: BlockCache, image: Image) -> None:
         nonlocal failed
         with trio.CancelScope(shield=True), pytest.raises(OriginError, match="stopping"):
-            await cache.images.lasting.sync(image)
+            await cache.lasting.sync(image)
         failed += 1
 
     async with trio.open_nursery() as nursery:
@@ -220,11 +220,11 @@ async def test_the_origin_is_closed_after_the_sync_that_is_under_way(
     async with trio.open_nursery() as nursery, back.open() as cache:
         image = await opened(cache)
         back.before = {"~sync": 3.0}
-        nursery.start_soon(cache.images.lasting.sync, image)
+        nursery.start_soon(cache.lasting.sync, image)
         await trio.sleep(1)
         began = trio.current_time()
-        await cache.images.lasting.close(image)
+        await cache.lasting.close(image)
         assert trio.current_time() - began == pytest.approx(2.0)
         assert image.synced == image.written and not image.origin_open
         back.before = {}
-        await cache.images.forget(image)
+        await cache.closing.forget(image)

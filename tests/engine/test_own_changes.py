@@ -7,7 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from fusecache.engine import images
+from fusecache.engine import truth
 from fusecache.engine.block_cache import BlockCache
 from fusecache.store.origin import Attributes
 from tests.engine.conftest import BLOCK
@@ -26,16 +26,16 @@ def _attributes_of_the_world(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         file = world.files[path_fd]
         return Attributes(file.size, file.mtime_ns, file.ctime_ns)
 
-    monkeypatch.setattr(images, "attributes_of", attributes_of)
+    monkeypatch.setattr(truth, "attributes_of", attributes_of)
 
 
 async def _chown(cache: BlockCache, world: World) -> None:
-    async with cache.images.own_change(_IDENTITY, 1):
+    async with cache.truth.own_change(_IDENTITY, 1):
         world.files[1].ctime_ns = world.tick_ns()
 
 
 async def _utimens(cache: BlockCache, world: World) -> None:
-    with cache.images.setting_attributes(_IDENTITY):
+    with cache.truth.setting_attributes(_IDENTITY):
         world.files[1].mtime_ns, world.files[1].ctime_ns = 1, world.tick_ns()
 
 
@@ -52,7 +52,7 @@ async def test_what_others_write_between_a_chown_and_the_release_is_not_taken_fo
     async with world.open() as cache:
         image = await opened(cache)
         await write(cache, image, 0, BLOCK, 2)
-        await cache.images.before_close(image)
+        await cache.closing.before_close(image)
         await trio.sleep(0.05)
         await change(cache, world)
         await trio.sleep(0.05)
@@ -79,7 +79,7 @@ async def test_an_fsync_covers_a_change_that_was_under_way_during_the_one_before
         if known:
             image = await opened(cache)
             await cache.fsync(image, metadata=True)
-        async with cache.images.own_change(_IDENTITY, 1):
+        async with cache.truth.own_change(_IDENTITY, 1):
             if image is None:
                 image = await opened(cache)
             await cache.fsync(image, metadata=True)
@@ -94,7 +94,7 @@ async def test_an_fsync_covers_times_that_were_being_set_during_the_one_before(
 ) -> None:
     async with world.open() as cache:
         image = await opened(cache)
-        with cache.images.setting_attributes(_IDENTITY):
+        with cache.truth.setting_attributes(_IDENTITY):
             await cache.fsync(image, metadata=True)
             world.files[1].mtime_ns = 1
         await cache.fsync(image, metadata=True)

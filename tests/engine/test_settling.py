@@ -18,7 +18,7 @@ async def _written_and_closed(cache: BlockCache) -> None:
     await versions(cache, image, 0, _SIZE)
     await trio.sleep(0.1)
     await write(cache, image, 0, BLOCK, 2)
-    await cache.images.before_close(image)
+    await cache.closing.before_close(image)
     await cache.close(image, write=True)
 
 

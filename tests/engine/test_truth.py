@@ -86,7 +86,7 @@ async def test_our_own_writes_are_trusted_once_they_are_old_enough(
     async with world.open() as cache:
         image = await cache.open(b"1", b"a", 1, write=True)
         await cache.write(image, 0, stamped(1, 0, BLOCK, 2))
-        await cache.images.before_close(image)
+        await cache.closing.before_close(image)
         await cache.close(image, write=True)
         await trio.sleep(3)
         reads = image.counters.origin_reads
@@ -103,7 +103,7 @@ async def test_a_change_between_close_and_release_is_not_taken_for_ours(
     async with world.open() as cache:
         image = await cache.open(b"1", b"a", 1, write=True)
         await cache.write(image, 0, stamped(1, 0, BLOCKS * BLOCK, 2))
-        await cache.images.before_close(image)
+        await cache.closing.before_close(image)
         world.change_outside(1, 0, stamped(1, 0, BLOCKS * BLOCK, 3))
         await cache.close(image, write=True)
         await trio.sleep(5)
@@ -256,7 +256,7 @@ async def test_a_failed_sync_after_the_last_close_leaves_nothing_newer_than_the_
     async with world.open() as cache:
         image = await cache.open(b"1", b"a", 1, write=True)
         await cache.write(image, 0, stamped(1, 0, BLOCK, 2))
-        await cache.images.before_close(image)
+        await cache.closing.before_close(image)
         await cache.close(image, write=True)
         image.intents.clear()
         world.faults.fail = lambda kind, number: kind == "origin.sync"
@@ -281,7 +281,7 @@ async def test_a_failed_writeback_fails_no_fsync_of_a_guest_whose_data_is_dirty(
     world.failed_syncs_lose = True
     async with world.open() as cache:
         image = await cache.open(b"1", b"a", 1, write=True)
-        with cache.images.setting_attributes(b"1"):
+        with cache.truth.setting_attributes(b"1"):
             pass
         first = (BLOCKS if grows else 0) * BLOCK
         await cache.write(image, first, stamped(1, first, BLOCK, 2))

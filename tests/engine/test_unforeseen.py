@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from fusecache.engine import recovery
 from fusecache.engine.degraded import Degraded
-from fusecache.engine.images import Images
+from fusecache.engine.dropping import Dropping
 from fusecache.errors import OriginError
 from tests.engine.conftest import BLOCK
 from tests.engine.handles import fail, on_origin, opened, versions, write
@@ -82,7 +82,7 @@ async def test_while_blocks_are_dropped_after_a_failed_sync(
     async with world.open() as cache:
         image = await opened(cache)
         await write(cache, image, 0, BLOCK, 2)
-        _fails_first(monkeypatch, Images, "drop", 2)
+        _fails_first(monkeypatch, Dropping, "drop", 2)
         fail(world, "origin.sync")
         with pytest.raises(OriginError):
             await cache.fsync(image, metadata=False)

@@ -123,7 +123,7 @@ _CASES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "opendir": ("Directories.open", _at_once(os.listdir)),
     "readdir": ("Tree.names", _listed),
     "fsyncdir": ("Tree.sync_directory", _synced_directory),
-    "getattr": ("Images.noticed", _with_handle(_written_then_asked)),
+    "getattr": ("Truth.noticed", _with_handle(_written_then_asked)),
     "setattr": ("Tree.chmod", _at_once(lambda at: (at / "image").chmod(0o600))),
     "setattr (size)": ("BlockCache.truncate", _at_once(lambda at: os.truncate(at / "image", 9))),
     "statfs": ("Tree.statvfs", _at_once(os.statvfs)),
@@ -142,7 +142,7 @@ _CASES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "write": ("BlockCache.write_slowly", _with_handle(lambda fd: os.pwrite(fd, b"x", 0))),
     "write (hit)": ("HitPath.try_write", _with_handle(lambda fd: os.pwrite(fd, b"x", 0))),
     "fsync": ("BlockCache.fsync", _with_handle(os.fsync)),
-    "flush": ("Images.before_close", _close_fails),
+    "flush": ("Closing.before_close", _close_fails),
 }  # fmt: skip
 
 

@@ -114,8 +114,9 @@ def _wrap(owner: type, name: str) -> None:
 def _inject() -> None:
     from fusecache.engine import trouble
     from fusecache.engine.block_cache import BlockCache
+    from fusecache.engine.closing import Closing
     from fusecache.engine.hit_path import HitPath
-    from fusecache.engine.images import Images
+    from fusecache.engine.truth import Truth
     from fusecache.errors import OriginError
     from fusecache.fuse import laned
     from fusecache.fuse.directories import Directories
@@ -130,8 +131,8 @@ def _inject() -> None:
         _wrap(Tree, name)
     for name in ("open", "close", "read_slowly", "write_slowly", "fsync", "truncate"):
         _wrap(BlockCache, name)
-    for name in ("noticed", "before_close"):
-        _wrap(Images, name)
+    _wrap(Truth, "noticed")
+    _wrap(Closing, "before_close")
     for name in ("try_read", "try_write"):
         _wrap(HitPath, name)
     _wrap(Inodes, "forget")
