@@ -71,7 +71,9 @@ class Requests:
                 await trio.lowlevel.wait_readable(self._lane.queue)
                 writes: list[tuple[Request, Write]] = []
                 for request in self._lane.take():
-                    if not self._at_once(request, writes):
+                    if request[1] in self._questions:
+                        nursery.start_soon(self._ask, request)
+                    elif not self._at_once(request, writes):
                         nursery.start_soon(self._answer, request)
                 for request in self._written_together(writes):
                     nursery.start_soon(self._answer, request)
@@ -79,8 +81,6 @@ class Requests:
     def _at_once(self, request: Request, writes: list[tuple[Request, Write]]) -> bool:
         """Answers a hit; adds a write that is none to ``writes``. False for all else."""
         unique, opcode, number, offset, length, _, data = request
-        if opcode in self._questions:
-            return False
         try:
             if opcode == lanes.READ:
                 hit = self._cache.try_read(self._handles[number].image, offset, length)
@@ -121,18 +121,23 @@ class Requests:
 
     async def _answer(self, request: Request) -> None:
         unique, opcode = request[:2]
-        question = self._questions.get(opcode)
         error, data = 0, b""  # type: int, bytes | memoryview
         try:
             # At a forced end questions and reads are left behind, but what changes something is
             # done whole.
-            with trio.CancelScope(shield=question is None and opcode != lanes.READ):
-                if question is None:
-                    data = await self._slowly[opcode](self._handles[request[2]], request)
-                else:
-                    data = await question(request)
+            with trio.CancelScope(shield=opcode != lanes.READ):
+                data = await self._slowly[opcode](self._handles[request[2]], request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
+        self._reply(unique, error, data)
+
+    async def _ask(self, request: Request) -> None:
+        unique, opcode = request[:2]
+        error, data = 0, b""
+        try:
+            data = await self._questions[opcode](request)
+        except Exception as exc:
+            error = answer(self._state, exc, _NAMES[opcode]).errno
         unseen = self._reply(unique, error, data)
         if unseen and opcode == lanes.LOOKUP and not error:  # the kernel will not forget it
             (node,) = _NODE.unpack_from(data)

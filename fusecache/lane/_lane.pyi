@@ -36,7 +36,8 @@ class Lane:
             device: the cache device, whose slots begin at ``data_offset``.
             readers: threads that read requests; ``spares`` take over while these wait for the
                 device.
-            ring: let one thread wait for the device by io_uring, where that is allowed.
+            ring: instead of spares let one thread wait for the device by io_uring, where that is
+                allowed. A reader waits by itself while another one reads and nobody waits.
             capability: answer the question for ``security.capability`` of images.
 
         Raises:

@@ -142,7 +142,8 @@ static void add_active(struct lane *lane, int more)
 bool lane_step_back(struct lane *lane)
 {
     pthread_mutex_lock(&lane->mutex);
-    bool may = lane->blocked < lane->spares && (lane->active > 1 || lane->parked > 0);
+    unsigned most = lane->ring ? 1 : lane->spares; /* io_uring is better for more */
+    bool may = lane->blocked < most && (lane->active > 1 || lane->parked > 0);
     if (may) {
         add_active(lane, -1);
         __atomic_fetch_add(&lane->blocked, 1, __ATOMIC_RELAXED);
@@ -352,8 +353,8 @@ int lane_start(struct lane *lane)
     make_locks(lane);
     int error = cold_make(&lane->cold, lane->ring);
     lane->ring = lane->cold.free != NULL;
-    if (lane->ring && lane->spares > 1)
-        lane->spares = 1;
+    if (lane->ring)
+        lane->spares = 0;
     lane->threads = lane->readers + lane->spares + 1 + lane->ring;
     if (error || (error = make_room(lane)) || (error = own(lane)))
         return error;

@@ -47,7 +47,7 @@ struct lane {
     uint64_t data_offset;
     unsigned readers; /* threads that wait for requests */
     unsigned spares;  /* more of them, in the place of those that wait for the device */
-    bool ring;        /* use io_uring, if we may: then one spare is enough */
+    bool ring;        /* use io_uring, if we may: then there are no spares */
     bool capability;  /* answer the question for security.capability */
     unsigned max_background;
 

@@ -37,7 +37,7 @@ def new_rig(tmp_path: Path, module: Path) -> Iterator[Callable[..., Rig]]:
 @pytest.fixture(params=["threads", "ring"])
 def cold_rig(new_rig: Callable[..., Rig], request: pytest.FixtureRequest) -> Rig:
     """A lane in which what is not in memory is awaited by whoever has it, or all by io_uring."""
-    return new_rig(ring=True, spares=0) if request.param == "ring" else new_rig()
+    return new_rig(ring=True, readers=1) if request.param == "ring" else new_rig()
 
 
 @pytest.fixture

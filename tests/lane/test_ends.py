@@ -258,7 +258,7 @@ def test_a_lane_with_a_thread_in_the_device_can_be_dropped(
     with kernel, fuse:
         rig.fill(5, 0)
         before = threads()
-        lane = make(fuse=fuse.fileno(), readers=1, spares=not ring, ring=ring)
+        lane = make(fuse=fuse.fileno(), readers=1, spares=1, ring=ring)
         settle()
         gate = rig.core.gates.open(5, BLOCK)
         assert gate is not None

@@ -273,7 +273,7 @@ def _fill_pages(rig: Rig, blocks: int) -> None:
 
 def test_a_crowd_that_is_not_in_memory_holds_up_nobody(new_rig: Callable[..., Rig]) -> None:
     """All go to one thread; what finds no room there is Python's; others are answered meanwhile."""
-    rig = new_rig(ring=True, spares=0, slots=8)
+    rig = new_rig(ring=True, readers=1)
     _fill_pages(rig, 7)
     rig.device.set(cold=True, before=True)
     pages = [page * PAGE for page in range(COLD_READS)]
@@ -298,7 +298,7 @@ def test_one_alone_that_is_not_in_memory_is_awaited_by_whoever_has_it(
     new_rig: Callable[..., Rig],
 ) -> None:
     """Without a hand-over. The next ones go to the thread for all."""
-    rig = new_rig(ring=True, spares=3)
+    rig = new_rig(ring=True)
     _fill_pages(rig, 4)
     rig.device.set(cold=True, before=True)
     held = []
@@ -315,7 +315,7 @@ def test_one_alone_that_is_not_in_memory_is_awaited_by_whoever_has_it(
 def test_what_is_read_in_pieces_is_put_together(
     new_rig: Callable[..., Rig], offset: int, length: int
 ) -> None:
-    rig = new_rig(ring=True, spares=0)
+    rig = new_rig(ring=True, readers=1)
     for block in (1, 0, 2):
         rig.fill(5, block)
         rig.fill(6, block)
