@@ -34,12 +34,10 @@ from fusecache.store.superblock import (
 from fusecache.store.telling import Tell, silent
 
 MIN_SLOTS = 16
-_PIECE = 64 << 10
-"""Bytes written from one buffer. Since Linux 6.16 ext4 keeps what came from one as one folio, and
-every later small write to it looks at all of its 4 KiB parts: 26 us for 1 MiB, 4 us for 64 KiB,
-where whole reads are as fast (measured)."""
-_PIECES = 512
-"""Buffers of one call; the kernel takes 1024."""
+_PIECE = 32 << 10
+"""Bytes written by one call. Since Linux 6.16 ext4 keeps what came by one as one folio, and every
+later small write to it looks at all of its 4 KiB parts: 7 to 26 us for 1 MiB, 3.7 for 64 KiB, 2.5
+for 32 KiB, where whole reads are as fast (measured)."""
 _EDGE = 1 << 20
 _SPACE_PART = 1 << 30
 
@@ -96,11 +94,7 @@ class CacheDevice:
         view = memoryview(data)
         try:
             while view:
-                if len(view) <= _PIECE:
-                    done = os.pwrite(self._fd, view, position + DATA_OFFSET)
-                else:
-                    pieces = [view[at : at + _PIECE] for at in range(0, len(view), _PIECE)]
-                    done = os.pwritev(self._fd, pieces[:_PIECES], position + DATA_OFFSET)
+                done = os.pwrite(self._fd, view[:_PIECE], position + DATA_OFFSET)
                 position += done
                 view = view[done:]
         except OSError as exc:
