@@ -246,8 +246,14 @@ MUTATIONS = {
     ),
     "privileges are said to be ours although the kernel knows of no such thing": Mutation(
         "serve.c",
-        "__atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2",
-        "FUSE_HANDLE_KILLPRIV_V2",
+        "init.flags |= known & (",
+        "init.flags |= (known | ~0u) & (",
+        "test_requests.py and our_concern",
+    ),
+    "the kernel drops pages by itself": Mutation(
+        "serve.c",
+        "    init.flags &= ~(uint32_t)FUSE_AUTO_INVAL_DATA;\n",
+        "",
         "test_requests.py and our_concern",
     ),
     "descriptors are the caller's": Mutation(

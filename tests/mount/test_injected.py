@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.helpers import wait_for
 from tests.support import daemon
 from tests.support.aio import AsyncReads
 from tests.support.daemon import BLOCK, old
@@ -254,6 +255,35 @@ def test_200_hanging_reads_of_one_image_hold_up_nothing_else(faulty: InjectedMou
             hang.unlink(missing_ok=True)
         assert mount.image("stalled")["waiting"] == 0
         assert mount.image("stalled")["errors"] == 0
+
+
+@pytest.mark.skipif(
+    "config.getoption('--lane') == 'off'", reason="libfuse has the kernel drop pages by itself"
+)
+def test_pages_of_a_write_that_is_under_way_stay_in_the_kernel(faulty: InjectedMount) -> None:
+    """Were they dropped, what is read ahead for somebody else would bring them back as they were
+    before. The time of modification changes meanwhile, as by all our own writes."""
+    mount = faulty
+    _image(mount, "stalled", 1, 4)
+    origin, page = mount.origin / "stalled", 4096
+    old(origin)
+    mount.start()
+    with opened(mount.mountpoint / "stalled", os.O_RDWR) as fd:
+        check_stamps(os.pread(fd, BLOCK, 0), 1, 0)
+        stall = mount.fault("stall", origin)
+        try:
+            data = stamped(1, page, page, 2)
+            writer = threading.Thread(target=os.pwrite, args=(fd, data, page), daemon=True)
+            writer.start()
+            wait_for(lambda: mount.image("stalled")["waiting"] == 1, "the write to be under way")
+            os.utime(origin)
+            time.sleep(1.2)  # until the kernel asks anew
+            assert os.fstat(fd).st_mtime_ns == origin.stat().st_mtime_ns
+            assert set(check_stamps(os.pread(fd, page, page), 1, page)) == {2}
+        finally:
+            stall.unlink()
+        writer.join(20)
+        assert set(check_stamps(os.pread(fd, page, page), 1, page)) == {2}
 
 
 def _use_everything_else(mount: InjectedMount) -> None:
