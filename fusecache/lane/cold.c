@@ -130,12 +130,28 @@ static void start(struct lane *lane, bool ended)
     }
 }
 
+/* From now on there is no room, and whatever came already is Python's. */
+static void give_up(struct lane *lane)
+{
+    struct cold *cold = &lane->cold;
+    pthread_mutex_lock(&cold->mutex);
+    cold->free = NULL;
+    struct cold_read *first = cold->first;
+    cold->first = NULL;
+    __atomic_store_n(&cold->under_way, 0, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&cold->mutex);
+    for (; first; first = first->next)
+        lane_queue(lane, &first->request, NULL);
+}
+
 void cold_run(struct lane *lane)
 {
     struct cold *cold = &lane->cold;
     struct ring_done done[COLD_READS + 1];
-    if (!ring_enter(&cold->ring))
+    if (!ring_enter(&cold->ring)) {
+        give_up(lane);
         return;
+    }
     for (;;) {
         bool ended = __atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE);
         start(lane, ended);

@@ -17,7 +17,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 HELD_DEVICE = (
     "-Dpreadv2=held_preadv2",
     "-Dpwrite=held_pwrite",
-    "-Wl,--wrap=ring_make,--wrap=ring_wait",
+    "-Wl,--wrap=ring_make,--wrap=ring_enter,--wrap=ring_wait",
     f"-I{SOURCES}",
     str(HERE / "held_device.c"),
 )

@@ -91,6 +91,7 @@ ssize_t held_preadv2(int fd, const struct iovec *parts, int count, off_t offset,
 /* -- the same by io_uring: the linker gives us the lane's calls (--wrap) ----------------------- */
 
 int __real_ring_make(struct ring *ring, unsigned room);
+bool __real_ring_enter(struct ring *ring);
 unsigned __real_ring_wait(struct ring *ring, struct ring_done *done, unsigned most);
 
 int __wrap_ring_make(struct ring *ring, unsigned room)
@@ -99,6 +100,16 @@ int __wrap_ring_make(struct ring *ring, unsigned room)
     bool refused = forbidden;
     pthread_mutex_unlock(&mutex);
     return refused ? EPERM : __real_ring_make(ring, room);
+}
+
+/* Not before something is handed over to its thread, if it is not to work. */
+bool __wrap_ring_enter(struct ring *ring)
+{
+    pthread_mutex_lock(&mutex);
+    bool works = !broken;
+    pthread_mutex_unlock(&mutex);
+    pass(&before, NULL);
+    return works && __real_ring_enter(ring);
 }
 
 /* Slots do not begin at 0, and the lane reads 8 bytes of something else to be woken. */

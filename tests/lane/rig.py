@@ -141,10 +141,10 @@ class Rig:
         spares: int = 4,
         ring: bool = False,
         capability: bool = True,
-        forbidden: bool = False,
+        **device: bool,
     ) -> None:
         self.device = Device(module)
-        self.device.set(forbidden=forbidden)
+        self.device.set(**device)
         self.core = CacheIndex(Geometry.of(BLOCK), slots)
         self.core.gates.used = True
         self.path = base / "cache.img"

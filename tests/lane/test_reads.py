@@ -340,6 +340,21 @@ def test_where_there_is_no_io_uring_threads_wait(new_rig: Callable[..., Rig]) ->
     assert not rig.lane.counters()["ring"] and not rig.lane.counters()["together"]
 
 
+def test_io_uring_that_fails_at_the_last_moment_hangs_nobody(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(ring=True, readers=1, broken=True, before=True)
+    _fill_pages(rig, 4)
+    rig.device.set(cold=True, before=True)
+    held = {rig.send(READ, read_body(1, block * BLOCK, PAGE)) for block in range(3)}
+    until(lambda: rig.lane.counters()["together"] == 3, "reads to be handed over")
+    rig.device.set(cold=True)
+    came: set[int] = set()
+    while came != held:
+        came |= {taken[0] for taken in rig.take()}
+    rig.read_is_pythons(3 * BLOCK, PAGE)
+    rig.device.set()
+    assert len(rig.read(3 * BLOCK, PAGE)) == PAGE
+
+
 def test_readers_in_the_device_hold_up_nobody(new_rig: Callable[..., Rig]) -> None:
     """Three of five threads hang; two others always go on, and never wait for the device."""
     rig = new_rig(readers=2, spares=3)
