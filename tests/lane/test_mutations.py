@@ -2,8 +2,8 @@
 
 Not here are looks that another one backs, so that no test can tell: at a gate's flags, a tag and
 valid pages before the data is read (after that they are looked at once more), and at a gate's flags
-for writes before the turn and in it. Nor that the thread for cold reads ends after its last one: the
-kernel takes back what is under way when it ends sooner, and nobody answers then.
+for writes before the turn and in it. Nor that the thread for cold reads ends after its last one:
+the kernel takes back what is under way when it ends sooner, and nobody answers then.
 """
 
 import os
