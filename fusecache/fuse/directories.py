@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pyfuse3
 
 from fusecache.engine.block_cache import BlockCache
-from fusecache.fuse.attributes import entry_of
 from fusecache.fuse.inodes import Inodes, Node
+from fusecache.fuse.told import Told
 from fusecache.store.tree import Found, Tree
 
 _LISTING_PART = 64
@@ -33,13 +33,13 @@ class Directories:
     """
 
     def __init__(
-        self, cache: BlockCache, tree: Tree, inodes: Inodes, numbers: Iterator[int]
+        self, cache: BlockCache, tree: Tree, inodes: Inodes, told: Told, numbers: Iterator[int]
     ) -> None:
         self._tree = tree
         self._inodes = inodes
         self._numbers = numbers
         self._metadata = cache.threads.metadata
-        self._timeout = cache.tuning.attribute_timeout
+        self._told = told
         self._listings: dict[int, Listing] = {}
 
     def open(self, node: Node) -> int:
@@ -82,7 +82,7 @@ class Directories:
     async def _reply_dot(self, listing: Listing, place: int, token: pyfuse3.ReaddirToken) -> bool:
         """``.`` and ``..``, which the kernel does not count as look-ups."""
         st = await self._metadata(os.fstat, listing.node.fd)
-        entry = entry_of(listing.node.id, st, self._timeout)
+        entry = self._told.entry(listing.node, st)
         return pyfuse3.readdir_reply(token, listing.names[place], entry, place + 1)
 
     def _reply_part(
@@ -98,7 +98,7 @@ class Directories:
                 os.close(entry.fd)
                 continue
             node = self._inodes.add(entry)
-            attributes = entry_of(node.id, entry.st, self._timeout)
+            attributes = self._told.entry(node, entry.st)
             if not pyfuse3.readdir_reply(token, name, attributes, places[name]):
                 self._inodes.forget(node.id, 1)
                 full = True

@@ -11,7 +11,17 @@ ROOT_ID = 1
 class Node:
     """An inode the kernel knows."""
 
-    __slots__ = ("asked", "fd", "fmt", "id", "identity", "local", "lookups")
+    __slots__ = (
+        "asked",
+        "buffered_writers",
+        "fd",
+        "fmt",
+        "id",
+        "identity",
+        "local",
+        "lookups",
+        "told_mtime_ns",
+    )
 
     def __init__(self, node_id: int, found: Found) -> None:
         self.id = node_id
@@ -22,6 +32,10 @@ class Node:
         self.lookups = 0
         self.asked = False
         """The kernel has asked for the attributes since the last read; see Operations.read."""
+        self.buffered_writers = 0
+        """Handles that write, not directly."""
+        self.told_mtime_ns = found.st.st_mtime_ns
+        """See ``Told``."""
 
     @property
     def regular(self) -> bool:

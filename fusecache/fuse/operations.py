@@ -14,13 +14,14 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
-from fusecache.fuse.attributes import entry_of, set_attributes, statvfs_of
+from fusecache.fuse.attributes import set_attributes, statvfs_of
 from fusecache.fuse.directories import Directories
 from fusecache.fuse.guard import answer, guarded, undone_on_failure
 from fusecache.fuse.inodes import Inodes, Node
 from fusecache.fuse.names import Names
 from fusecache.fuse.privileges import Privileges, without_privileges
 from fusecache.fuse.shared import SharedStat
+from fusecache.fuse.told import Told
 from fusecache.store.origin import Attributes
 from fusecache.store.tree import Found, Tree
 
@@ -39,6 +40,8 @@ class Handle:
     image: Image
     node: Node
     write: bool
+    buffered: bool
+    """Writes through the kernel's pages."""
     pid: int
 
 
@@ -58,13 +61,13 @@ class Operations(pyfuse3.Operations):
         self._try_write = cache.try_write
         self._metadata = cache.threads.metadata
         self._stat = SharedStat(self._fstat)
-        self._timeout = cache.tuning.attribute_timeout
+        self._told = Told(cache)
         self.inodes = Inodes(tree.find_root())
         self.handles: dict[int, Handle] = {}
         self._numbers = count(1)
         self._privileges = Privileges(cache, tree, self._stat)
         self._names = Names(cache, tree)
-        self._directories = Directories(cache, tree, self.inodes, self._numbers)
+        self._directories = Directories(cache, tree, self.inodes, self._told, self._numbers)
         self.serving = trio.Event()
         """Set when the kernel has said INIT."""
 
@@ -93,7 +96,7 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, found: Found) -> EntryAttributes:
         """Counts a look-up and takes over the descriptor."""
-        return entry_of(self.inodes.add(found).id, found.st, self._timeout)
+        return self._told.entry(self.inodes.add(found), found.st)
 
     @guarded
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -214,7 +217,7 @@ class Operations(pyfuse3.Operations):
         st = os.fstat(node.fd) if node.local else await self._stat(inode, node.fd)
         if node.regular:
             await self._cache.truth.noticed(node.identity, Attributes.of(st), node.fd)
-        return entry_of(inode, st, self._timeout)
+        return self._told.entry(node, st)
 
     @guarded
     async def setattr(
@@ -238,7 +241,10 @@ class Operations(pyfuse3.Operations):
                 await self._set(node, attr, fields)
         if fields.update_mode and self._privileges.written(node):
             await self._privileges.drop(node)  # of an image that was opened meanwhile
-        return entry_of(inode, await self._metadata(os.fstat, node.fd), self._timeout)
+        st = await self._metadata(os.fstat, node.fd)
+        if fields.update_mtime:
+            node.told_mtime_ns = st.st_mtime_ns
+        return self._told.entry(node, st)
 
     async def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         mode = self._privileges.allowed(node, attr.st_mode)
@@ -249,7 +255,7 @@ class Operations(pyfuse3.Operations):
         if handle is not None and handle.write:
             await self._cache.truncate(handle.image, size)
             return
-        image = await self._open_image(node, write=True)
+        image, _ = await self._open_image(node, write=True)
         try:
             await self._cache.truncate(image, size)
         finally:
@@ -311,20 +317,23 @@ class Operations(pyfuse3.Operations):
 
     # -- files -------------------------------------------------------------------------------------
 
-    async def _open_image(self, node: Node, *, write: bool) -> Image:
+    async def _open_image(self, node: Node, *, write: bool) -> tuple[Image, bool]:
+        """The image, and whether the kernel's pages of it are true."""
         path = self._tree.path_of(node.fd)  # from memory: never asks the origin
         image = await self._cache.open(node.identity, path, node.fd, write=write)
+        true = image.kernel_true  # as this open has found it: the next one may be told otherwise
         if write:
             async with undone_on_failure(self._cache.close, image, write=True):
                 await self._privileges.drop(node)  # only now: from here on nobody sets them
-        return image
+        return image, true
 
-    def _new_handle(self, image: Image, node: Node, write: bool, pid: int) -> FileInfo:
+    def _add_handle(self, handle: Handle) -> int:
         number = next(self._numbers)
-        self.handles[number] = Handle(image, node, write, pid)
-        if self.lane is not None and image.gate is not None:
-            self.lane.open(number, node.id, image.gate.number)
-        return FileInfo(fh=number, keep_cache=image.kernel_true and not image.detached)
+        self.handles[number] = handle
+        handle.node.buffered_writers += handle.buffered
+        if self.lane is not None and handle.image.gate is not None:
+            self.lane.open(number, handle.node.id, handle.image.gate.number)
+        return number
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -337,11 +346,13 @@ class Operations(pyfuse3.Operations):
     async def _open(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
         truncates = bool(flags & os.O_TRUNC)
         write = truncates or flags & os.O_ACCMODE != os.O_RDONLY
-        image = await self._open_image(node, write=write)
+        image, true = await self._open_image(node, write=write)
         if truncates:
             async with undone_on_failure(self._cache.close, image, write=True):
                 await self._cache.truncate(image, 0)
-        return self._new_handle(image, node, write, ctx.pid)
+        buffered = write and not flags & os.O_DIRECT
+        number = self._add_handle(Handle(image, node, write, buffered, ctx.pid))
+        return FileInfo(fh=number, keep_cache=true and not image.detached)
 
     @guarded
     async def create(
@@ -370,7 +381,7 @@ class Operations(pyfuse3.Operations):
                     with self._cache.truth.setting_attributes(node.identity):
                         await self._metadata(self._tree.chmod, node.fd, mode)
                     st = await self._metadata(os.fstat, node.fd)
-                    entry = entry_of(node.id, st, self._timeout)
+                    entry = self._told.entry(node, st)
         except BaseException:
             self.inodes.forget(node.id, 1)
             raise
@@ -424,6 +435,7 @@ class Operations(pyfuse3.Operations):
 
     async def _end_handle(self, fh: int) -> None:
         handle = self.handles.pop(fh)
+        handle.node.buffered_writers -= handle.buffered
         if self.lane is not None:
             self.lane.close(fh)
         await self._cache.close(handle.image, write=handle.write)

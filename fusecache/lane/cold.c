@@ -115,7 +115,7 @@ static void start(struct lane *lane, bool ended)
     struct cold_read *first = cold->first;
     cold->first = NULL;
     cold->last = &cold->first;
-    cold->sleeps = first == NULL;
+    cold->sleeps = true; /* or is about to: whatever comes from here on wakes it */
     pthread_mutex_unlock(&cold->mutex);
     for (struct cold_read *next, *read = first; read; read = next) {
         next = read->next;
@@ -158,6 +158,9 @@ void cold_run(struct lane *lane)
         if (ended && !cold_crowd(cold))
             return;
         unsigned count = ring_wait(&cold->ring, done, COLD_READS + 1);
+        pthread_mutex_lock(&cold->mutex);
+        cold->sleeps = false;
+        pthread_mutex_unlock(&cold->mutex);
         for (unsigned i = 0; i < count; i++) {
             if (done[i].tag == cold)
                 cold->wake_armed = false;

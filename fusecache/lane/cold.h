@@ -33,7 +33,7 @@ struct cold {
     struct cold_read *free;
     struct cold_read *first, **last; /* for the thread to start */
     unsigned under_way;              /* handed over and not answered */
-    bool sleeps;                     /* nothing is to be started: to be woken */
+    bool sleeps;                     /* waits for what is under way: to be woken */
     struct cold_read *all;
     int wake;        /* eventfd */
     uint64_t wakes;  /* what is read from it */

@@ -60,7 +60,8 @@ int ring_make(struct ring *ring, unsigned room)
 
 bool ring_enter(struct ring *ring)
 {
-    return syscall(SYS_io_uring_register, ring->fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) == 0;
+    return syscall(SYS_io_uring_register, ring->fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) == 0 &&
+           syscall(SYS_io_uring_enter, ring->fd, 0, 0, 0, NULL, 0) == 0;
 }
 
 void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position, void *tag)
@@ -103,9 +104,11 @@ unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most)
 
 void ring_free(struct ring *ring)
 {
-    for (unsigned i = 0; i < 3; i++)
+    for (unsigned i = 0; i < 3; i++) {
         if (ring->maps[i])
             munmap(ring->maps[i], ring->sizes[i]);
+        ring->maps[i] = NULL;
+    }
     if (ring->fd >= 0)
         close(ring->fd);
     ring->fd = -1;

@@ -324,13 +324,8 @@ static void widen(struct lane *lane, char *message, size_t size)
         return;
     memcpy(&init, message + sizeof header, sizeof init);
     /* Or the kernel asks whether there are privileges to drop before every write. Operations drops
-     * them when an image is opened for writing.
-     * And or it drops the pages of a file whose modification time changed, which our own writes do,
-     * while buffered writes are under way: what it then reads to get ahead of a reader may be from
-     * before them, and stays. We say when pages are to be dropped. */
-    uint32_t known = __atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED);
-    init.flags |= known & (FUSE_HANDLE_KILLPRIV_V2 | FUSE_EXPLICIT_INVAL_DATA);
-    init.flags &= ~(uint32_t)FUSE_AUTO_INVAL_DATA;
+     * them when an image is opened for writing. */
+    init.flags |= __atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2;
     /* Larger requests would be cut off: MESSAGE is our room for them. */
     if (init.max_write > LARGEST)
         init.max_write = LARGEST;

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
+#include <stdlib.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -17,15 +18,17 @@
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static bool cold, before, after, broken, busy, pieces, forbidden;
+static bool cold, before, after, broken, busy, pieces, forbidden, sick;
+static int sick_place[2] = {-1, -1};
 static int inside;
 static long reads, writes;
 
 /* before: calls wait before they do anything; after: they wait when they have done it; busy: writes
  * take 20 ms without waiting for anything, as on a host that has others to run; pieces: io_uring
- * reads little at a time, and is interrupted in between; forbidden: there is no io_uring. */
+ * reads little at a time, and is interrupted in between; forbidden: there is no io_uring; sick: reads
+ * by io_uring that begin wait until the place is healed, alone. */
 void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int is_busy,
-                int in_pieces, int is_forbidden)
+                int in_pieces, int is_forbidden, int is_sick)
 {
     pthread_mutex_lock(&mutex);
     cold = is_cold;
@@ -35,8 +38,19 @@ void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int
     busy = is_busy;
     pieces = in_pieces;
     forbidden = is_forbidden;
+    sick = is_sick;
+    if (sick && sick_place[0] < 0 && pipe(sick_place) != 0)
+        abort();
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&mutex);
+}
+
+/* What is read there, and by nobody else. */
+void device_heal(const void *data, size_t size)
+{
+    if (write(sick_place[1], data, size) != (ssize_t)size || close(sick_place[1]) != 0)
+        abort();
+    sick_place[0] = sick_place[1] = -1; /* the reading end is io_uring's */
 }
 
 /* How many calls wait. */
@@ -113,7 +127,7 @@ bool __wrap_ring_enter(struct ring *ring)
 }
 
 /* Slots do not begin at 0, and the lane reads 8 bytes of something else to be woken. */
-static unsigned prepare(struct ring *ring, bool in_pieces)
+static unsigned prepare(struct ring *ring, bool in_pieces, bool is_sick)
 {
     unsigned count = 0;
     for (uint32_t i = 1; i <= ring->prepared; i++) {
@@ -121,6 +135,8 @@ static unsigned prepare(struct ring *ring, bool in_pieces)
         count += entry->off > 0;
         if (entry->off > 0 && in_pieces && entry->len > PIECE)
             entry->len = PIECE;
+        if (entry->off > 0 && is_sick)
+            entry->fd = sick_place[0];
     }
     return count;
 }
@@ -129,9 +145,9 @@ unsigned __wrap_ring_wait(struct ring *ring, struct ring_done *done, unsigned mo
 {
     static unsigned turn;
     pthread_mutex_lock(&mutex);
-    bool in_pieces = pieces;
+    bool in_pieces = pieces, is_sick = sick;
     pthread_mutex_unlock(&mutex);
-    unsigned count = prepare(ring, in_pieces);
+    unsigned count = prepare(ring, in_pieces, is_sick);
     bool works = true;
     if (count) {
         works = pass(&before, &reads);

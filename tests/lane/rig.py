@@ -53,10 +53,16 @@ class Device:
         busy: bool = False,
         pieces: bool = False,
         forbidden: bool = False,
+        sick: bool = False,
     ) -> None:
         """Nothing in memory; calls wait before or after what they do; calls fail; writes compute
-        for a while; reads by io_uring come in pieces, or there is no io_uring."""
-        self._library.device_set(cold, before, after, broken, busy, pieces, forbidden)
+        for a while; reads by io_uring come in pieces, or there is no io_uring, or those that begin
+        wait until ``heal``."""
+        self._library.device_set(cold, before, after, broken, busy, pieces, forbidden, sick)
+
+    def heal(self, data: bytes) -> None:
+        """What the one read finds that waits in the sick place."""
+        self._library.device_heal(data, ctypes.c_size_t(len(data)))
 
     @property
     def inside(self) -> int:

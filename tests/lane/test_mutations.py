@@ -111,9 +111,15 @@ MUTATIONS = {
     ),
     "the thread for cold reads is not woken": Mutation(
         "cold.c",
-        "    cold->sleeps = first == NULL;\n",
-        "    cold->sleeps = false;\n",
+        "    cold->sleeps = true;",
+        "    cold->sleeps = false;",
         "test_reads.py and alone",
+    ),
+    "the thread for cold reads is woken only if it has nothing": Mutation(
+        "cold.c",
+        "    cold->sleeps = true;",
+        "    cold->sleeps = first == NULL;",
+        "test_reads.py and sick_place",
     ),
     "one alone is handed over": Mutation(
         "serve.c",
@@ -241,14 +247,8 @@ MUTATIONS = {
     ),
     "privileges are said to be ours although the kernel knows of no such thing": Mutation(
         "serve.c",
-        "init.flags |= known & (",
-        "init.flags |= (known | ~0u) & (",
-        "test_requests.py and our_concern",
-    ),
-    "the kernel drops pages by itself": Mutation(
-        "serve.c",
-        "    init.flags &= ~(uint32_t)FUSE_AUTO_INVAL_DATA;\n",
-        "",
+        "__atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2",
+        "FUSE_HANDLE_KILLPRIV_V2",
         "test_requests.py and our_concern",
     ),
     "descriptors are the caller's": Mutation(

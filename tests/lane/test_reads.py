@@ -340,6 +340,24 @@ def test_where_there_is_no_io_uring_threads_wait(new_rig: Callable[..., Rig]) ->
     assert not rig.lane.counters()["ring"] and not rig.lane.counters()["together"]
 
 
+def test_a_sick_place_of_the_device_holds_up_no_other(new_rig: Callable[..., Rig]) -> None:
+    """A sector that is read again and again, say: reads that come later are begun all the same."""
+    rig = new_rig(ring=True, readers=1)
+    _fill_pages(rig, 2)
+    rig.device.set(cold=True, sick=True)
+    before = rig.device.reads
+    unique = rig.send(READ, read_body(1, 0, PAGE))
+    try:
+        until(lambda: rig.device.reads == before + 1, "the read to begin")
+        settle()
+        rig.device.set(cold=True)
+        for _ in range(5):
+            assert rig.read(BLOCK, PAGE) == stamped(5, BLOCK, PAGE, 1)
+    finally:
+        rig.device.heal(stamped(5, 0, PAGE, 1))
+    assert rig.answer_to(unique) == (0, stamped(5, 0, PAGE, 1))
+
+
 def test_io_uring_that_fails_at_the_last_moment_hangs_nobody(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(ring=True, readers=1, broken=True, before=True)
     _fill_pages(rig, 4)

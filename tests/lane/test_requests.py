@@ -34,7 +34,6 @@ from tests.lane.rig import (
 from tests.support.stamps import stamped
 
 EIO, ENODATA = 5, 61
-AUTO_INVAL, EXPLICIT_INVAL = 1 << 12, 1 << 25
 LARGEST = 1 << 20
 CAPABILITY = b"security.capability\0"
 FSYNC_BODY = struct.pack("<QII", 1, 1, 0)
@@ -144,19 +143,18 @@ def test_all_else_goes_to_pyfuse3_unchanged_and_back(rig: Rig) -> None:
     assert not rig.lane.take()
 
 
-@pytest.mark.parametrize("offered", [0, KILLPRIV_V2, EXPLICIT_INVAL, AUTO_INVAL, 0xFFFFFFFF, None])
-def test_the_answer_to_init_says_that_privileges_and_old_pages_are_our_concern(
+@pytest.mark.parametrize("offered", [0, KILLPRIV_V2, 0xFFFFFFFF, None])
+def test_the_answer_to_init_says_that_privileges_are_our_concern(
     rig: Rig, offered: int | None
 ) -> None:
     """If the kernel knows what that means."""
     body = b"" if offered is None else struct.pack("<IIII", 7, 38, 131072, offered)
     unique = rig.send(INIT, body)
     assert rig.pyfuse3.recv(LARGEST)
-    wanted = 5 | AUTO_INVAL  # by libfuse
-    init = struct.pack("<IIIIHHIIHHII", 7, 38, 131072, wanted, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
+    init = struct.pack("<IIIIHHIIHHII", 7, 38, 131072, 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
     rig.pyfuse3.send(ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0"))
     (flags,) = struct.unpack_from("<I", rig.kernel.recv(LARGEST), ANSWER.size + 12)
-    assert flags == 5 | (offered or 0) & (KILLPRIV_V2 | EXPLICIT_INVAL)
+    assert flags == 5 | (KILLPRIV_V2 if offered else 0)
 
 
 def test_the_answer_to_init_gets_a_larger_background(rig: Rig) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from tests.mount.modes import both_modes, home
 from tests.mount.tracing import syncs, traced
-from tests.support import daemon
 from tests.support.daemon import BLOCK, Mount
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.place import Place
@@ -420,8 +419,6 @@ print(" ".join(f"{place}:{version}" for place, version in last.items()))
 @both_modes
 def test_several_processes_read_and_write_one_image_as_one_truth(place: Place) -> None:
     _image(place, "image", 7, 16)
-    # Without the lane the kernel may show a buffered reader what was before; see README, Limits.
-    buffered = 0 if daemon.lane == "on" else os.O_DIRECT
     path, root = place.cached / "image", Path(__file__).parents[2]
     writers = [
         subprocess.Popen(
@@ -430,7 +427,7 @@ def test_several_processes_read_and_write_one_image_as_one_truth(place: Place) -
             stderr=subprocess.PIPE,
             text=True,
         )
-        for me, direct in enumerate((buffered, os.O_DIRECT, os.O_DIRECT, buffered))
+        for me, direct in enumerate((0, os.O_DIRECT, os.O_DIRECT, 0))
     ]
     expected: dict[int, int] = {}
     try:
