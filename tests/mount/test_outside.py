@@ -231,17 +231,15 @@ def test_a_link_swapped_in_for_an_image_never_leads_out_of_the_origin(
         swapper.join()
     assert read > 100
     pid = place.mount.pid
-    open_files = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if exists(link)}
-    assert str(secret) not in open_files
+    assert str(secret) not in {_target(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
 
 
-def exists(link: Path) -> bool:
-    """Whether a descriptor of another process is there still."""
+def _target(link: Path) -> str:
+    """What a descriptor of another process leads to; empty if it is closed by now."""
     try:
-        os.readlink(link)
+        return os.readlink(link)
     except FileNotFoundError:
-        return False
-    return True
+        return ""
 
 
 def test_fifos_sockets_and_devices_of_the_origin_are_never_opened_by_the_daemon(
