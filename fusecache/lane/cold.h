@@ -1,6 +1,6 @@
-/* Hits whose bytes are not in memory, when there are several of them: one thread awaits them all, by
- * io_uring. A single one is awaited sooner by the thread that has it, which is what is done with all
- * of them where there is no io_uring. */
+/* Hits whose bytes are not in memory, when there are several of them: one thread awaits them all,
+ * by io_uring. A single one is awaited sooner by the thread that has it, which is what is done with
+ * all of them where there is no io_uring. */
 #ifndef FUSECACHE_COLD_H
 #define FUSECACHE_COLD_H
 
@@ -12,7 +12,7 @@
 #include "request.h"
 #include "ring.h"
 
-#define COLD_READS 64 /* at a time; a power of two */
+#define COLD_READS 64 /* at a time */
 
 struct buffer;
 struct lane;
@@ -28,16 +28,19 @@ struct cold_read {
 };
 
 struct cold {
-    struct ring ring;
-    pthread_mutex_t mutex; /* over all that follows */
+    pthread_mutex_t mutex; /* over the next four */
     struct cold_read *free;
     struct cold_read *first, **last; /* for the thread to start */
-    unsigned under_way;              /* handed over and not answered */
+    unsigned under_way;              /* handed over and not answered; read without it, too */
     bool sleeps;                     /* waits for what is under way: to be woken */
+
     struct cold_read *all;
-    int wake;        /* eventfd */
-    uint64_t wakes;  /* what is read from it */
-    bool wake_armed; /* the thread's own */
+    int wake; /* eventfd */
+
+    /* The thread's own. */
+    struct ring ring;
+    uint64_t wakes;  /* what is read from wake */
+    bool wake_armed; /* it is being read */
 };
 
 /* 0, or an errno. ``free`` is NULL afterwards if io_uring is not wanted, forbidden, or too old. */
@@ -46,8 +49,8 @@ int cold_make(struct cold *cold, bool wanted);
 /* Whether such reads are under way: then the next one is better handed over. */
 bool cold_crowd(struct cold *cold);
 
-/* Hands over a read, of which ``done`` bytes are in the buffer. Returns another buffer to go on with;
- * NULL: nothing is handed over, there is no io_uring or no room. */
+/* Hands over a read, of which ``done`` bytes are in the buffer. Returns another buffer to go on
+ * with; NULL: nothing is handed over, there is no io_uring or no room. */
 struct buffer *cold_take(struct cold *cold, const struct request *request, uint32_t gate,
                          const struct found *found, uint32_t done, uint64_t began,
                          struct buffer *buffer);

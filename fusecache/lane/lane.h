@@ -29,7 +29,7 @@ struct buffer {
 
 struct lane_counters {
     uint64_t forwarded; /* to pyfuse3 */
-    uint64_t queued;    /* to the engine */
+    uint64_t queued;    /* to Python, past pyfuse3 */
     uint64_t repeated;  /* hits that moved while they were read */
     uint64_t together;  /* cold hits that io_uring awaited */
     uint64_t apart;     /* overwrites given to Python because the SSD was slow */

@@ -64,7 +64,8 @@ bool ring_enter(struct ring *ring)
            syscall(SYS_io_uring_enter, ring->fd, 0, 0, 0, NULL, 0) == 0;
 }
 
-void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position, void *tag)
+void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position,
+               void *tag)
 {
     uint32_t tail = *ring->tail, slot = tail & ring->mask;
     struct io_uring_sqe *entry = &ring->entries[slot];

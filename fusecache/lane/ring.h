@@ -26,7 +26,7 @@ struct ring_done {
     int result; /* bytes, or an errno, negative */
 };
 
-/* With room for so many calls under way, a power of two. 0, or an errno where io_uring is forbidden
+/* With room for so many calls under way. 0, or an errno where io_uring is forbidden
  * or too old (it needs Linux 6.1). Nothing runs before ``ring_enter``. */
 int ring_make(struct ring *ring, unsigned room);
 
@@ -35,7 +35,8 @@ bool ring_enter(struct ring *ring);
 
 /* Prepares a call; ``tag`` tells it from others when it is done. The descriptor and the bytes have
  * to stay until then. */
-void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position, void *tag);
+void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position,
+               void *tag);
 
 /* Starts what is prepared and waits until something is done, or a signal comes. Returns how many of
  * the calls are done, ``most`` at most. */

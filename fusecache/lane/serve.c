@@ -323,8 +323,8 @@ static void widen(struct lane *lane, char *message, size_t size)
     if (header.error)
         return;
     memcpy(&init, message + sizeof header, sizeof init);
-    /* Or the kernel asks whether there are privileges to drop before every write. Operations drops
-     * them when an image is opened for writing. */
+    /* Or the kernel asks whether there are privileges to drop before every write. They are dropped
+     * when an image is opened for writing, see fuse/privileges.py. */
     init.flags |= __atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2;
     /* Larger requests would be cut off: MESSAGE is our room for them. */
     if (init.max_write > LARGEST)

@@ -13,14 +13,17 @@ BYPASSED = Policy(WriteMode.THROUGH, (Rule("1.img", bypass=True),))
 CACHED = Policy(WriteMode.THROUGH)
 
 
-async def _closed_unsynced(world: World, cache: BlockCache) -> None:
-    """A bypassed image was written to, and its sync at the last close failed."""
+async def _bypassed_no_more(world: World, cache: BlockCache) -> None:
+    """An image was written to while it was bypassed, its sync at the last close failed, and the
+    rules have changed since."""
     cache.apply(world.tuning, BYPASSED)
     image = await opened(cache)
     assert image.bypassed
     await write(cache, image, 0, BLOCK, 2)
     fail(world, "origin.sync")
     await cache.close(image, write=True)
+    cache.apply(world.tuning, CACHED)
+    await trio.sleep(0.01)
 
 
 async def test_what_was_written_past_the_cache_is_synced_before_the_image_is_forgotten(
@@ -28,9 +31,7 @@ async def test_what_was_written_past_the_cache_is_synced_before_the_image_is_for
 ) -> None:
     """A clean stop syncs what is known: there is nobody else who would."""
     async with world.open() as cache:
-        await _closed_unsynced(world, cache)
-        cache.apply(world.tuning, CACHED)
-        await trio.sleep(0.01)
+        await _bypassed_no_more(world, cache)
         assert cache.images.find(b"id1") is not None and world.files[1].pages.unsynced
         fail(world)
     assert not world.files[1].pages.unsynced
@@ -40,9 +41,7 @@ async def test_an_image_that_is_bypassed_no_more_is_synced_once_the_origin_can(
     world: World, autojump_clock: MockClock
 ) -> None:
     async with world.open() as cache:
-        await _closed_unsynced(world, cache)
-        cache.apply(world.tuning, CACHED)
-        await trio.sleep(0.01)
+        await _bypassed_no_more(world, cache)
         fail(world)
         await trio.sleep(10)
         assert not world.files[1].pages.unsynced
