@@ -90,6 +90,7 @@ def _lane(counters: dict[str, Any]) -> dict[str, Any]:
     return {
         **served,
         "io_uring": counters["ring"],
+        "fuse_over_io_uring": counters["queues"],
         "cold_reads_by_io_uring": counters["together"],
         "passed_to_engine": counters["queued"],
         "passed_to_pyfuse3": counters["forwarded"],

@@ -15,6 +15,7 @@ import trio
 
 from fusecache.core.index import CacheIndex
 from fusecache.engine.block_cache import BlockCache
+from fusecache.fuse import queues
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.requests import Requests
 from fusecache.lane import lane_type
@@ -61,6 +62,8 @@ class Laned:
             ring=True,
             capability=operations.xattrs,
             max_background=min(tuning.max_background, _MOST_BACKGROUND),
+            queues=queues.count() if queues.allowed() else 0,
+            queue_threads=queues.threads(),
         )
         self._requests = Requests(self.lane, operations, cache)
         operations.lane = self.lane

@@ -26,6 +26,8 @@ class Lane:
         ring: bool,
         capability: bool,
         max_background: int,
+        queues: int = 0,
+        queue_threads: int = 0,
     ) -> None:
         """Makes descriptors of its own of those given, as long as it is not stopped.
 
@@ -38,6 +40,8 @@ class Lane:
                 device.
             ring: instead of spares let one thread wait for the device by io_uring, where that is
                 allowed. A reader waits by itself while another one reads and nobody waits.
+            queues: of the kernel, which uses them instead of ``fuse`` if it can and io_uring is not
+                forbidden; ``queue_threads`` serve them. 0: it shall not.
             capability: answer the question for ``security.capability`` of images.
 
         Raises:
@@ -74,4 +78,4 @@ class Lane:
         """Ends all threads; False if one still hangs in the device after so many seconds."""
     def counters(self) -> dict[str, Any]:
         """Numbers since the start; ``read_ns`` and ``write_ns`` by powers of two; ``ring``: whether
-        there is io_uring."""
+        there is io_uring; ``queues``: whether the kernel uses its queues."""

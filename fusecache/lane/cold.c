@@ -4,20 +4,19 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "serve.h"
 
 int cold_make(struct cold *cold, bool wanted)
 {
     cold->last = &cold->first;
-    cold->wake = cold->ring.fd = -1;
+    cold->bell.fd = cold->ring.fd = -1;
     pthread_mutex_init(&cold->mutex, NULL);
     if (!wanted || ring_make(&cold->ring, 2 * COLD_READS) != 0)
         return 0;
-    if ((cold->wake = eventfd(0, EFD_CLOEXEC)) < 0)
-        return errno;
+    int error = bell_make(&cold->bell);
+    if (error)
+        return error;
     cold->all = calloc(COLD_READS, sizeof *cold->all);
     for (unsigned i = 0; cold->all && i < COLD_READS; i++) {
         cold->all[i].next = cold->free;
@@ -29,17 +28,9 @@ int cold_make(struct cold *cold, bool wanted)
 void cold_free(struct cold *cold)
 {
     ring_free(&cold->ring);
-    if (cold->wake >= 0)
-        close(cold->wake);
+    bell_free(&cold->bell);
     free(cold->all);
     pthread_mutex_destroy(&cold->mutex);
-}
-
-static void wake_up(struct cold *cold)
-{
-    uint64_t one = 1;
-    while (write(cold->wake, &one, sizeof one) < 0 && errno == EINTR)
-        ;
 }
 
 bool cold_crowd(struct cold *cold)
@@ -74,7 +65,7 @@ struct buffer *cold_take(struct cold *cold, const struct request *request, uint3
     }
     pthread_mutex_unlock(&cold->mutex);
     if (wake)
-        wake_up(cold);
+        bell_ring(&cold->bell);
     return other;
 }
 
@@ -87,24 +78,22 @@ static void give_back(struct cold *cold, struct cold_read *read)
     pthread_mutex_unlock(&cold->mutex);
 }
 
-/* Prepares the next piece; what is read wholly, or cannot be, is answered or queued. */
-static void go_on(struct lane *lane, struct cold_read *read, int result)
+bool cold_go_on(struct lane *lane, struct ring *ring, struct cold_read *read, int result)
 {
-    struct cold *cold = &lane->cold;
     uint64_t position;
     uint32_t length;
     bool failed = result <= 0 && result != -EINTR && result != -EAGAIN;
     if (result > 0)
         read->done += (uint32_t)result;
     if (!failed && core_piece(&read->found, read->done, &position, &length)) {
-        ring_read(&cold->ring, lane->device, read->buffer->bytes + read->done, length,
+        ring_read(ring, lane->device, read->buffer->bytes + read->done, length,
                   lane->data_offset + position, read);
-        return;
+        return true;
     }
     if (failed || !serve_hit(lane, &read->request, read->gate, &read->found, read->buffer->bytes,
                              true, read->began))
         lane_queue(lane, &read->request, NULL);
-    give_back(cold, read);
+    return false;
 }
 
 /* Starts what was handed over; once the lane has ended it is dropped. */
@@ -119,15 +108,10 @@ static void start(struct lane *lane, bool ended)
     pthread_mutex_unlock(&cold->mutex);
     for (struct cold_read *next, *read = first; read; read = next) {
         next = read->next;
-        if (ended)
+        if (ended || !cold_go_on(lane, &cold->ring, read, -EAGAIN))
             give_back(cold, read);
-        else
-            go_on(lane, read, -EAGAIN);
     }
-    if (!cold->wake_armed) {
-        ring_read(&cold->ring, cold->wake, &cold->wakes, sizeof cold->wakes, 0, cold);
-        cold->wake_armed = true;
-    }
+    bell_arm(&cold->bell, &cold->ring);
 }
 
 /* From now on there is no room, and whatever came already is Python's. */
@@ -162,10 +146,10 @@ void cold_run(struct lane *lane)
         cold->sleeps = false;
         pthread_mutex_unlock(&cold->mutex);
         for (unsigned i = 0; i < count; i++) {
-            if (done[i].tag == cold)
-                cold->wake_armed = false;
-            else
-                go_on(lane, done[i].tag, done[i].result);
+            if (done[i].tag == &cold->bell)
+                cold->bell.armed = false;
+            else if (!cold_go_on(lane, &cold->ring, done[i].tag, done[i].result))
+                give_back(cold, done[i].tag);
         }
     }
 }

@@ -35,12 +35,8 @@ struct cold {
     bool sleeps;                     /* waits for what is under way: to be woken */
 
     struct cold_read *all;
-    int wake; /* eventfd */
-
-    /* The thread's own. */
-    struct ring ring;
-    uint64_t wakes;  /* what is read from wake */
-    bool wake_armed; /* it is being read */
+    struct ring ring; /* the thread's own */
+    struct bell bell;
 };
 
 /* 0, or an errno. ``free`` is NULL afterwards if io_uring is not wanted, forbidden, or too old. */
@@ -54,6 +50,10 @@ bool cold_crowd(struct cold *cold);
 struct buffer *cold_take(struct cold *cold, const struct request *request, uint32_t gate,
                          const struct found *found, uint32_t done, uint64_t began,
                          struct buffer *buffer);
+
+/* Goes on with a read, of which the last piece was done with this result (-EAGAIN: begins it).
+ * False: it is over, and the request is answered or waits for Python. */
+bool cold_go_on(struct lane *lane, struct ring *ring, struct cold_read *read, int result);
 
 /* The thread. Ends when the lane has ended, a signal comes, and nothing is under way. */
 void cold_run(struct lane *lane);

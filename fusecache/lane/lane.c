@@ -62,7 +62,7 @@ static void signal_python(struct lane *lane)
 
 struct buffer *lane_queue(struct lane *lane, const struct request *request, struct buffer *buffer)
 {
-    bool keeps = request->data != NULL;
+    bool keeps = request->data && !buffer->entry;
     pthread_mutex_lock(&lane->mutex);
     while (!lane->ended && (!lane->free_waiting || (keeps && !lane->buffers)))
         pthread_cond_wait(&lane->room, &lane->mutex);
@@ -114,6 +114,8 @@ void lane_done(struct lane *lane, struct waiting *waiting)
 
 int lane_reply(struct lane *lane, uint64_t unique, int error, const void *data, size_t size)
 {
+    if (queues_answer(lane, unique, error, data, size))
+        return 0;
     struct fuse_out_header header = {
         .len = (uint32_t)(sizeof header + size), .error = -error, .unique = unique};
     struct iovec parts[2] = {{&header, sizeof header}, {(void *)data, size}};
@@ -247,6 +249,14 @@ static void *cold_thread(void *argument)
     return NULL;
 }
 
+static void *queues_thread(void *argument)
+{
+    struct lane *lane = argument;
+    queues_run(lane, __atomic_fetch_add(&lane->queue_numbers, 1, __ATOMIC_RELAXED));
+    leave(lane);
+    return NULL;
+}
+
 static void nothing(int number)
 {
     (void)number; /* it is there to end a read */
@@ -342,7 +352,11 @@ static void lead_nowhere(struct lane *lane)
 static void *(*work_of(const struct lane *lane, unsigned number))(void *)
 {
     unsigned first = lane->readers + lane->spares;
-    return number < first ? serve_thread : number == first ? return_thread : cold_thread;
+    if (number < first)
+        return serve_thread;
+    if (number < first + lane->queues.threads)
+        return queues_thread;
+    return number == first + lane->queues.threads ? return_thread : cold_thread;
 }
 
 int lane_start(struct lane *lane)
@@ -355,7 +369,8 @@ int lane_start(struct lane *lane)
     lane->ring = lane->cold.free != NULL;
     if (lane->ring)
         lane->spares = 0;
-    lane->threads = lane->readers + lane->spares + 1 + lane->ring;
+    queues_make(lane, lane->queue_count, lane->queue_threads);
+    lane->threads = lane->readers + lane->spares + lane->queues.threads + 1 + lane->ring;
     if (error || (error = make_room(lane)) || (error = own(lane)))
         return error;
     struct sigaction wake = {.sa_handler = nothing};
@@ -430,6 +445,7 @@ void lane_free(struct lane *lane)
     free(lane->questions);
     free(lane->held_until);
     cold_free(&lane->cold);
+    queues_free(lane);
     int descriptors[5] = {lane->queue, lane->nowhere, lane->fuse, lane->pass, lane->device};
     for (unsigned i = 0; i < (lane->owns ? 5 : 2); i++)
         if (descriptors[i] >= 0)

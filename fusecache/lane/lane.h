@@ -8,6 +8,7 @@
 
 #include "cold.h"
 #include "core.h"
+#include "queues.h"
 #include "request.h"
 #include "turns.h"
 
@@ -18,13 +19,14 @@
 /* A request that Python answers. */
 struct waiting {
     struct request request;
-    struct buffer *buffer; /* of a WRITE or LOOKUP: holds its data */
+    struct buffer *buffer; /* of a WRITE or LOOKUP: holds its data; NULL: an entry does */
     struct waiting *next;
 };
 
 struct buffer {
     struct buffer *next;
-    char *bytes; /* MESSAGE of them */
+    char *bytes; /* MESSAGE of them; of an entry: LARGEST */
+    struct entry *entry; /* whose room this is; NULL: nobody's, so that it can be exchanged */
 };
 
 struct lane_counters {
@@ -39,6 +41,7 @@ struct lane {
     struct core core;
     struct turns turns;
     struct cold cold;
+    struct all_queues queues;
     int fuse;    /* /dev/fuse; this and the next two become the lane's own when it starts */
     int pass;    /* our end of the pair; pyfuse3 has the other one */
     int device;  /* the cache device */
@@ -50,8 +53,12 @@ struct lane {
     bool ring;        /* use io_uring, if we may: then there are no spares */
     bool capability;  /* answer the question for security.capability */
     unsigned max_background;
+    unsigned queue_count;   /* of the kernel, see queues.h; 0: none */
+    unsigned queue_threads; /* that serve them */
+    unsigned queue_numbers; /* that have begun */
 
-    pthread_t *ids; /* readers and spares, then who brings answers back, and who awaits cold hits */
+    pthread_t *ids; /* readers and spares, those of queues, who brings answers back, and who awaits
+                     * cold hits */
     unsigned threads;
     unsigned started;
     bool owns; /* the three descriptors */
@@ -76,7 +83,7 @@ struct lane {
 
     bool can_nowait;
     uint64_t init_unique;
-    uint32_t init_flags; /* what the kernel can do */
+    uint64_t init_flags; /* what the kernel can do */
     uint64_t slow_until; /* monotonic ns: until then overwrites are Python's */
 
     /* Direct-mapped: number << 16 | gate + 1; what finds no place is simply not known here. */

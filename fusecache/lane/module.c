@@ -88,6 +88,8 @@ static const char *out_of_range(const struct lane *lane, unsigned tag_bits)
         return "readers";
     if (lane->spares > 256)
         return "spares";
+    if (lane->queue_count > MOST_QUEUES || lane->queue_threads > MOST_QUEUES)
+        return "queues";
     return lane->max_background > 0xFFFF ? "max_background" : NULL;
 }
 
@@ -97,18 +99,19 @@ static int begin(LaneObject *self, PyObject *args, PyObject *kwargs)
                             "page_shift",  "tag_shift",  "tag_bits",    "soiled_room",
                             "fuse",        "passed",     "device",      "data_offset",
                             "readers",     "spares",     "ring",        "capability",
-                            "max_background", NULL};
+                            "max_background", "queues", "queue_threads", NULL};
     PyObject *arrays;
     struct lane *lane = &self->lane;
     unsigned tag_bits;
     int ring, capability;
     unsigned long long data_offset;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!IIIIIIIiiiKIIppI", names, &PyDict_Type, &arrays,
+            args, kwargs, "O!IIIIIIIiiiKIIppIII", names, &PyDict_Type, &arrays,
             &lane->core.slot_count, &lane->core.gate_count, &lane->core.block_shift,
             &lane->core.page_shift, &lane->core.tag_shift, &tag_bits, &lane->core.soiled_room,
             &lane->fuse, &lane->pass, &lane->device, &data_offset, &lane->readers,
-            &lane->spares, &ring, &capability, &lane->max_background))
+            &lane->spares, &ring, &capability, &lane->max_background, &lane->queue_count,
+            &lane->queue_threads))
         return -1;
     const char *wrong = out_of_range(lane, tag_bits);
     if (wrong) {
@@ -173,7 +176,7 @@ static PyObject *waiting_tuple(const struct waiting *waiting)
 {
     const struct request *request = &waiting->request;
     PyObject *data;
-    if (waiting->buffer) {
+    if (request->data) {
         data = PyBytes_FromStringAndSize(request->data, (Py_ssize_t)request->length);
         if (!data)
             return NULL;
@@ -321,12 +324,13 @@ static PyObject *lane_py_counters(LaneObject *self, PyObject *Py_UNUSED(ignored)
     const struct lane *lane = &self->lane;
     const struct lane_counters *counters = &lane->counters;
     return Py_BuildValue(
-        "{sKsKsKsKsKsNsKsNsKsN}", "forwarded", now(&counters->forwarded), "queued",
+        "{sKsKsKsKsKsNsKsNsKsNsN}", "forwarded", now(&counters->forwarded), "queued",
         now(&counters->queued), "repeated", now(&counters->repeated), "together",
         now(&counters->together), "apart", now(&counters->apart), "read_ns",
         histogram(lane->read_ns), "read_ns_sum", now(&lane->read_ns_sum), "write_ns",
         histogram(lane->write_ns), "write_ns_sum", now(&lane->write_ns_sum), "ring",
-        PyBool_FromLong(lane->ring));
+        PyBool_FromLong(lane->ring), "queues",
+        PyBool_FromLong(__atomic_load_n(&lane->queues.open, __ATOMIC_ACQUIRE)));
 }
 
 static PyObject *get_queue(LaneObject *self, void *Py_UNUSED(closure))

@@ -87,9 +87,11 @@ static enum request_kind parse_lookup(const char *message, size_t size, struct r
 
 static enum request_kind parse_init(const char *message, size_t size, struct request *request)
 {
-    uint32_t in[4]; /* what all versions of fuse_init_in begin with: major, minor, readahead, flags */
-    if (body(message, size, in, sizeof in))
+    uint32_t in[5]; /* what fuse_init_in begins with: major, minor, readahead, flags, flags2 */
+    if (body(message, size, in, 4 * sizeof in[0]))
         request->detail = in[3];
+    if (request->detail & FUSE_INIT_EXT && body(message, size, in, sizeof in))
+        request->length = in[4];
     return REQUEST_INIT;
 }
 

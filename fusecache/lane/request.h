@@ -35,7 +35,8 @@ struct request {
     uint64_t node;
     uint64_t handle;
     uint64_t offset;
-    uint64_t length;  /* bytes read, written, of a name, or to be allocated; FORGETS: entries */
+    uint64_t length;  /* bytes read, written, of a name, or to be allocated; FORGETS: entries;
+                       * INIT: the second 32 flags */
     uint32_t detail;  /* FSYNC, INIT: flags; FALLOCATE: mode; LSEEK: whence */
     const char *data; /* inside the message: length bytes of a WRITE or LOOKUP, FORGETS: entries */
 };

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -11,6 +12,7 @@
 #include <linux/io_uring.h>
 
 #define SOON 1000000 /* ns */
+#define COMMAND_AT 48 /* in an entry of 128 bytes */
 
 static void *map(struct ring *ring, unsigned which, size_t size, uint64_t offset)
 {
@@ -28,8 +30,8 @@ static bool map_all(struct ring *ring, const struct io_uring_params *params)
     char *done = map(ring, 1,
                      params->cq_off.cqes + params->cq_entries * sizeof(struct io_uring_cqe),
                      IORING_OFF_CQ_RING);
-    ring->entries = map(ring, 2, params->sq_entries * sizeof(struct io_uring_sqe),
-                        IORING_OFF_SQES);
+    ring->shift = params->flags & IORING_SETUP_SQE128 ? 7 : 6;
+    ring->entries = map(ring, 2, (size_t)params->sq_entries << ring->shift, IORING_OFF_SQES);
     if (!asked || !done || !ring->entries)
         return false;
     ring->tail = (uint32_t *)(asked + params->sq_off.tail);
@@ -42,20 +44,30 @@ static bool map_all(struct ring *ring, const struct io_uring_params *params)
     return true;
 }
 
-int ring_make(struct ring *ring, unsigned room)
+static int make(struct ring *ring, unsigned room, uint32_t flags)
 {
-    /* Completions are worked off by the one thread when it waits for them, and interrupt nobody. */
-    struct io_uring_params params = {.flags = IORING_SETUP_R_DISABLED |
-                                              IORING_SETUP_SINGLE_ISSUER |
-                                              IORING_SETUP_DEFER_TASKRUN};
+    struct io_uring_params params = {.flags = flags};
     memset(ring, 0, sizeof *ring);
     ring->fd = (int)syscall(SYS_io_uring_setup, room, &params);
     if (ring->fd < 0)
         return errno;
+    ring->room = params.sq_entries;
     if (map_all(ring, &params))
         return 0;
     ring_free(ring);
     return ENOMEM;
+}
+
+int ring_make(struct ring *ring, unsigned room)
+{
+    /* Completions are worked off by the one thread when it waits for them, and interrupt nobody. */
+    return make(ring, room,
+                IORING_SETUP_R_DISABLED | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN);
+}
+
+int ring_make_for_commands(struct ring *ring, unsigned room)
+{
+    return make(ring, room, IORING_SETUP_SQE128 | IORING_SETUP_COOP_TASKRUN);
 }
 
 bool ring_enter(struct ring *ring)
@@ -64,26 +76,10 @@ bool ring_enter(struct ring *ring)
            syscall(SYS_io_uring_enter, ring->fd, 0, 0, 0, NULL, 0) == 0;
 }
 
-void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position,
-               void *tag)
+/* Waits until so many calls are done. */
+static void start(struct ring *ring, unsigned done)
 {
-    uint32_t tail = *ring->tail, slot = tail & ring->mask;
-    struct io_uring_sqe *entry = &ring->entries[slot];
-    memset(entry, 0, sizeof *entry);
-    entry->opcode = IORING_OP_READ;
-    entry->fd = fd;
-    entry->addr = (uint64_t)(uintptr_t)into;
-    entry->len = length;
-    entry->off = position;
-    entry->user_data = (uint64_t)(uintptr_t)tag;
-    ring->slots[slot] = slot;
-    __atomic_store_n(ring->tail, tail + 1, __ATOMIC_RELEASE);
-    ring->prepared++;
-}
-
-unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most)
-{
-    long taken = syscall(SYS_io_uring_enter, ring->fd, ring->prepared, 1, IORING_ENTER_GETEVENTS,
+    long taken = syscall(SYS_io_uring_enter, ring->fd, ring->prepared, done, IORING_ENTER_GETEVENTS,
                          NULL, 0);
     if (taken > 0) {
         ring->prepared -= (uint32_t)taken;
@@ -92,6 +88,55 @@ unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most)
         struct timespec soon = {0, SOON};
         nanosleep(&soon, NULL);
     }
+}
+
+static struct io_uring_sqe *next_entry(struct ring *ring)
+{
+    while (ring->prepared == ring->room)
+        start(ring, 0);
+    uint32_t slot = *ring->tail & ring->mask;
+    struct io_uring_sqe *entry = (void *)(ring->entries + ((size_t)slot << ring->shift));
+    memset(entry, 0, (size_t)1 << ring->shift);
+    ring->slots[slot] = slot;
+    return entry;
+}
+
+static void prepared(struct ring *ring)
+{
+    __atomic_store_n(ring->tail, *ring->tail + 1, __ATOMIC_RELEASE);
+    ring->prepared++;
+}
+
+void ring_read(struct ring *ring, int fd, void *into, uint32_t length, uint64_t position,
+               void *tag)
+{
+    struct io_uring_sqe *entry = next_entry(ring);
+    entry->opcode = IORING_OP_READ;
+    entry->fd = fd;
+    entry->addr = (uint64_t)(uintptr_t)into;
+    entry->len = length;
+    entry->off = position;
+    entry->user_data = (uint64_t)(uintptr_t)tag;
+    prepared(ring);
+}
+
+void ring_command(struct ring *ring, int fd, uint32_t command, const void *own, size_t own_size,
+                  const void *address, uint32_t length, void *tag)
+{
+    struct io_uring_sqe *entry = next_entry(ring);
+    entry->opcode = IORING_OP_URING_CMD;
+    entry->fd = fd;
+    entry->off = command; /* its lower half is cmd_op */
+    entry->addr = (uint64_t)(uintptr_t)address;
+    entry->len = length;
+    entry->user_data = (uint64_t)(uintptr_t)tag;
+    memcpy((char *)entry + COMMAND_AT, own, own_size);
+    prepared(ring);
+}
+
+unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most)
+{
+    start(ring, 1);
     uint32_t head = *ring->done_head;
     uint32_t tail = __atomic_load_n(ring->done_tail, __ATOMIC_ACQUIRE);
     unsigned count = 0;
@@ -113,4 +158,31 @@ void ring_free(struct ring *ring)
     if (ring->fd >= 0)
         close(ring->fd);
     ring->fd = -1;
+}
+
+int bell_make(struct bell *bell)
+{
+    bell->armed = false;
+    bell->fd = eventfd(0, EFD_CLOEXEC);
+    return bell->fd < 0 ? errno : 0;
+}
+
+void bell_ring(struct bell *bell)
+{
+    uint64_t one = 1;
+    while (write(bell->fd, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+void bell_arm(struct bell *bell, struct ring *ring)
+{
+    if (!bell->armed)
+        ring_read(ring, bell->fd, &bell->count, sizeof bell->count, 0, bell);
+    bell->armed = true;
+}
+
+void bell_free(struct bell *bell)
+{
+    if (bell->fd >= 0)
+        close(bell->fd);
 }

@@ -15,6 +15,7 @@
 #define TOO_LONG 4000000u     /* ns; see engine/in_place.py */
 #define APART 500000000u
 #define OVERTAKING 200000u /* ns; see fuse/operations.py */
+#define OVER_IO_URING (1u << 9) /* of the second 32 flags, see queues.h */
 
 enum outcome { HIT, COLD, NO_HIT };
 
@@ -108,6 +109,11 @@ static struct buffer *try_read(struct lane *lane, const struct request *request,
     if (__atomic_load_n(&lane->can_nowait, __ATOMIC_RELAXED))
         outcome = read_slots(lane, found, buffer->bytes, &done, RWF_NOWAIT);
     bool cold = outcome == COLD;
+    if (cold && buffer->entry) {
+        add(&lane->counters.together, 1);
+        queues_read(buffer->entry, request, gate, found, done, began);
+        return buffer;
+    }
     if (cold) {
         if (cold_crowd(&lane->cold) || !lane_step_back(lane)) {
             /* If there is no room for more of them: Python has threads, too. */
@@ -228,10 +234,13 @@ static void ask_attributes(struct lane *lane, const struct request *request)
                          __ATOMIC_RELAXED);
 }
 
-static struct buffer *dispatch(struct lane *lane, const struct request *request, size_t size,
+/* Returns the buffer to go on with. */
+static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
                                struct buffer *buffer, struct found *found, bool *reads)
 {
+    struct request parsed, *request = &parsed;
     struct buffer *next;
+    request_parse(message, size, request);
     switch (request->kind) {
     case REQUEST_READ:
         next = try_read(lane, request, buffer, found, reads);
@@ -252,10 +261,10 @@ static struct buffer *dispatch(struct lane *lane, const struct request *request,
         if (lane->capability && table_get(lane->nodes, request->node) != UINT32_MAX)
             lane_reply(lane, request->unique, ENODATA, NULL, 0);
         else
-            forward(lane, buffer->bytes, size);
+            forward(lane, message, size);
         return buffer;
     case REQUEST_FORGETS:
-        forward_forgets(lane, buffer->bytes, request);
+        forward_forgets(lane, message, request);
         return buffer;
     case REQUEST_BAD:
         if (request->unique)
@@ -264,14 +273,22 @@ static struct buffer *dispatch(struct lane *lane, const struct request *request,
     case REQUEST_NOTHING:
         return buffer;
     case REQUEST_INIT:
-        __atomic_store_n(&lane->init_flags, request->detail, __ATOMIC_RELAXED);
+        __atomic_store_n(&lane->init_flags, request->detail | request->length << 32,
+                         __ATOMIC_RELAXED);
         __atomic_store_n(&lane->init_unique, request->unique, __ATOMIC_RELEASE);
         break;
     case REQUEST_OTHER:
         break;
     }
-    forward(lane, buffer->bytes, size);
+    forward(lane, message, size);
     return buffer;
+}
+
+void serve_request(struct lane *lane, char *message, size_t size, struct buffer *buffer,
+                   struct found *found)
+{
+    bool reads = true;
+    dispatch(lane, message, size, buffer, found, &reads);
 }
 
 void serve(struct lane *lane, struct buffer *buffer)
@@ -292,9 +309,7 @@ void serve(struct lane *lane, struct buffer *buffer)
             continue;
         if (size <= 0)
             break; /* unmounted or aborted */
-        struct request request;
-        request_parse(buffer->bytes, (size_t)size, &request);
-        buffer = dispatch(lane, &request, (size_t)size, buffer, found, &reads);
+        buffer = dispatch(lane, buffer->bytes, (size_t)size, buffer, found, &reads);
     }
     free(found);
 }
@@ -313,19 +328,26 @@ void serve_told(struct lane *lane, uint64_t unique)
     }
 }
 
-static void widen(struct lane *lane, char *message, size_t size)
+/* Completes pyfuse3's answer to INIT. Returns whether the kernel shall use its queues. */
+static bool widen(struct lane *lane, char *message, size_t size)
 {
     struct fuse_out_header header;
     struct fuse_init_out init;
     if (size < sizeof header + sizeof init)
-        return;
+        return false;
     memcpy(&header, message, sizeof header);
     if (header.error)
-        return;
+        return false;
     memcpy(&init, message + sizeof header, sizeof init);
     /* Or the kernel asks whether there are privileges to drop before every write. They are dropped
      * when an image is opened for writing, see fuse/privileges.py. */
-    init.flags |= __atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2;
+    uint64_t can = __atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED);
+    init.flags |= can & FUSE_HANDLE_KILLPRIV_V2;
+    bool queues = lane->queues.threads && can >> 32 & OVER_IO_URING;
+    if (queues) {
+        init.flags |= FUSE_INIT_EXT;
+        init.flags2 |= OVER_IO_URING;
+    }
     /* Larger requests would be cut off: MESSAGE is our room for them. */
     if (init.max_write > LARGEST)
         init.max_write = LARGEST;
@@ -334,18 +356,25 @@ static void widen(struct lane *lane, char *message, size_t size)
     init.max_background = (uint16_t)lane->max_background;
     init.congestion_threshold = (uint16_t)(lane->max_background * 3 / 4);
     memcpy(message + sizeof header, &init, sizeof init);
+    return queues;
 }
 
 void serve_answer(struct lane *lane, char *message, size_t size)
 {
     struct fuse_out_header header;
+    bool queues = false;
     if (size < sizeof header)
         return;
     memcpy(&header, message, sizeof header);
     if (header.unique && header.unique == __atomic_load_n(&lane->init_unique, __ATOMIC_ACQUIRE)) {
         __atomic_store_n(&lane->init_unique, 0, __ATOMIC_RELAXED);
-        widen(lane, message, size);
+        queues = widen(lane, message, size);
     }
+    if (queues_answer(lane, header.unique, -header.error, message + sizeof header,
+                      size - sizeof header))
+        return;
     while (write(lane->fuse, message, size) < 0 && errno == EINTR)
         ;
+    if (queues)
+        queues_open(lane);
 }

@@ -9,6 +9,10 @@
 /* Serves requests until the kernel has no more. The caller is one of ``readers``. */
 void serve(struct lane *lane, struct buffer *buffer);
 
+/* Serves one request that lies at ``message``, in the room of an entry. */
+void serve_request(struct lane *lane, char *message, size_t size, struct buffer *buffer,
+                   struct found *found);
+
 /* Hands an answer of pyfuse3 to the kernel. */
 void serve_answer(struct lane *lane, char *message, size_t size);
 
@@ -22,7 +26,8 @@ bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,
 
 /* -- of lane.c, for serve.c and cold.c -- */
 
-/* Queues a request for Python. Returns the buffer to go on with: another one, if it has data. */
+/* Queues a request for Python. Returns the buffer to go on with: another one, if it has data that
+ * is not in the room of an entry. */
 struct buffer *lane_queue(struct lane *lane, const struct request *request, struct buffer *buffer);
 
 /* Whether this thread may wait for the device now, because another one can read meanwhile. */
