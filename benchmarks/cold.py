@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=1024, help="of the image, in MiB")
     parser.add_argument("--quick", action="store_true", help="one round of a quarter the reads")
+    parser.add_argument("--queues", action="store_true", help="by the kernel's queues")
     parser.add_argument("--directory", help="where to work, on the SSD; default: temporary")
     chosen = parser.parse_args()
     if chosen.quick:
@@ -184,7 +185,9 @@ def main() -> None:
         harness.random_file(origin / IMAGE, size)
         time.sleep(harness.SETTLED)
         words = ("--size", f"{chosen.size + 64}M")
-        ours = stack.enter_context(Fusecache(base, origin, *words))
+        mount = Fusecache(base, origin, *words)
+        mount.queues = chosen.queues
+        ours = stack.enter_context(mount)
         ours.read_all(IMAGE)
         server = Ceiling(base / "ceiling", [ours.cache], threads=max(DEPTHS))
         found = measure(ours, stack.enter_context(server), size, chosen)

@@ -23,6 +23,8 @@ from typing import Any, NoReturn, Self
 from rich.console import Console
 from rich.table import Table
 
+from fusecache.fuse import queues
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 64 * KIB
 _PASSES = 5
@@ -148,6 +150,19 @@ def running(
         process.wait()
 
 
+@contextlib.contextmanager
+def kernel_queues(wanted: bool) -> Iterator[None]:
+    """Whether FUSE offers its queues (io_uring) to mounts that are made meanwhile."""
+    before = queues.ALLOWED.read_text() if queues.ALLOWED.exists() else ""
+    if before:
+        queues.ALLOWED.write_text("Y" if wanted else "N")
+    try:
+        yield
+    finally:
+        if before:
+            queues.ALLOWED.write_text(before)
+
+
 class Fusecache:
     """One ``fusecache mount`` through the real command line.
 
@@ -164,6 +179,8 @@ class Fusecache:
         self.cache = base / "cache"
         self.runtime = base / "run"
         self.arguments = arguments
+        self.queues = False
+        """Whether the kernel shall hand requests over by io_uring."""
         for directory in (self.mountpoint, self.runtime):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -183,9 +200,12 @@ class Fusecache:
     def start(self) -> None:
         """Returns when it serves."""
         words = (self.origin, self.mountpoint, "--cache", self.cache, *self.arguments)
-        self.run("mount", *words)
+        with kernel_queues(self.queues):
+            self.run("mount", *words)
         if not is_mounted(self.mountpoint):
             raise BenchmarkError(f"nothing is mounted at {self.mountpoint}")
+        if self.queues and not self.status()["lane"]["fuse_over_io_uring"]:
+            raise BenchmarkError("the kernel does not use its queues")
 
     def __enter__(self) -> "Fusecache":
         try:

@@ -8,16 +8,18 @@ ever be, and all of them have to be served.
 import os
 from pathlib import Path
 
-_ALLOWED = Path("/sys/module/fuse/parameters/enable_uring")
+ALLOWED = Path("/sys/module/fuse/parameters/enable_uring")
 _POSSIBLE = Path("/sys/devices/system/cpu/possible")
 
 
 def allowed() -> bool:
-    """Whether the kernel would offer its queues to a mount that is made now."""
+    """Whether the kernel would offer its queues to a mount that is made now, and we may run
+    wherever somebody could ask."""
     try:
-        return _ALLOWED.read_text().strip() == "Y"
+        offered = ALLOWED.read_text().strip() == "Y"
     except OSError:
         return False
+    return offered and len(os.sched_getaffinity(0)) == os.cpu_count()
 
 
 def count() -> int:

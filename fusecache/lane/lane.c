@@ -184,7 +184,7 @@ bool lane_step_aside(struct lane *lane)
     return aside;
 }
 
-static void end(struct lane *lane)
+void lane_end(struct lane *lane)
 {
     pthread_mutex_lock(&lane->mutex);
     if (!lane->ended) {
@@ -217,7 +217,7 @@ static void *serve_thread(void *argument)
     pthread_mutex_unlock(&lane->mutex);
     if (buffer && lane_step_up(lane, false))
         serve(lane, buffer);
-    end(lane);
+    lane_end(lane);
     leave(lane);
     return NULL;
 }
@@ -236,7 +236,7 @@ static void *return_thread(void *argument)
         serve_answer(lane, message, (size_t)size);
     }
     free(message);
-    end(lane);
+    lane_end(lane);
     leave(lane);
     return NULL;
 }
@@ -347,6 +347,7 @@ static void lead_nowhere(struct lane *lane)
     for (unsigned i = 0; lane->owns && i < 3; i++)
         while (dup3(lane->nowhere, numbers[i], O_CLOEXEC) < 0 && (errno == EINTR || errno == EBUSY))
             ;
+    queues_cut(lane);
 }
 
 static void *(*work_of(const struct lane *lane, unsigned number))(void *)
@@ -398,7 +399,7 @@ int lane_start(struct lane *lane)
 bool lane_stop(struct lane *lane, unsigned milliseconds)
 {
     uint64_t until = now_ns() + milliseconds * UINT64_C(1000000);
-    end(lane);
+    lane_end(lane);
     if (lane->owns)
         shutdown(lane->pass, SHUT_RDWR);
     pthread_mutex_lock(&lane->mutex);

@@ -106,7 +106,7 @@ static int begin(LaneObject *self, PyObject *args, PyObject *kwargs)
     int ring, capability;
     unsigned long long data_offset;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!IIIIIIIiiiKIIppIII", names, &PyDict_Type, &arrays,
+            args, kwargs, "O!IIIIIIIiiiKIIppI|II", names, &PyDict_Type, &arrays,
             &lane->core.slot_count, &lane->core.gate_count, &lane->core.block_shift,
             &lane->core.page_shift, &lane->core.tag_shift, &tag_bits, &lane->core.soiled_room,
             &lane->fuse, &lane->pass, &lane->device, &data_offset, &lane->readers,

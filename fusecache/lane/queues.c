@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "serve.h"
@@ -16,6 +17,7 @@
 #define READY 16       /* entries of a queue that are not away */
 #define HEAVY 8        /* what a thread does not do alone while the next one is idle */
 #define A_PART 16384   /* bytes that weigh as much as a request */
+#define SOON 1000000   /* ns */
 #define STRANGE 16     /* requests of another thread's queue before it gets its entries back */
 #define MOST_PATIENCE 4096
 #define LATELY 100000 /* ns */
@@ -135,22 +137,48 @@ static struct entry *new_entry(struct queues *queues, unsigned queue)
     return entry;
 }
 
-/* Its request waits for somebody else: meanwhile another entry takes its place. */
-static void go_away(struct entry *entry)
+/* Linux (6.18) gives a new entry to who comes next, and not to whoever has come already and waits
+ * because there was none: he gets one when another request is answered. This is that request: the
+ * kernel makes it, on the processor where we ask, because we ask for no bytes of an image. */
+static void pump(struct queues *queues, unsigned queue)
 {
-    struct share *share = &all(entry->queues->lane)->shares[entry->queue];
-    unsigned away = __atomic_add_fetch(&share->away, 1, __ATOMIC_RELAXED);
-    if (__atomic_load_n(&share->entries, __ATOMIC_RELAXED) - away >= READY)
-        return;
-    struct entry *other = new_entry(entry->queues, entry->queue);
-    if (other)
-        command(other, REGISTER);
+    static uint64_t last = UINT64_C(1) << 62;
+    struct {
+        struct fuse_out_header header;
+        struct fuse_notify_retrieve_out out;
+    } message = {.header = {.len = sizeof message, .error = FUSE_NOTIFY_RETRIEVE},
+                 .out = {.notify_unique = __atomic_add_fetch(&last, 2, __ATOMIC_RELAXED),
+                         .nodeid = queues->node}};
+    ring_start(&queues->ring);
+    cpu_set_t here, there;
+    bool away = sched_getaffinity(0, sizeof here, &here) == 0;
+    CPU_ZERO(&there);
+    CPU_SET(queue, &there);
+    away = away && sched_setaffinity(0, sizeof there, &there) == 0;
+    while (write(queues->lane->fuse, &message, sizeof message) < 0 && errno == EINTR)
+        ;
+    if (away)
+        sched_setaffinity(0, sizeof here, &here);
 }
 
-static void come_back(struct entry *entry)
+/* The request of one of this queue's waits for somebody else: meanwhile another takes its place. */
+static void go_away(struct queues *queues, unsigned queue)
 {
-    struct share *share = &all(entry->queues->lane)->shares[entry->queue];
-    __atomic_fetch_sub(&share->away, 1, __ATOMIC_RELAXED);
+    struct share *share = &all(queues->lane)->shares[queue];
+    unsigned away = __atomic_add_fetch(&share->away, 1, __ATOMIC_RELAXED);
+    if (__atomic_load_n(&share->entries, __ATOMIC_RELAXED) - away >= READY ||
+        __atomic_load_n(&queues->lane->ended, __ATOMIC_ACQUIRE))
+        return;
+    struct entry *other = new_entry(queues, queue);
+    if (!other)
+        return;
+    command(other, REGISTER);
+    pump(queues, queue);
+}
+
+static void come_back(struct lane *lane, unsigned queue)
+{
+    __atomic_fetch_sub(&all(lane)->shares[queue].away, 1, __ATOMIC_RELAXED);
 }
 
 static void hand_over(struct entry *entry, int errand, struct queues *queues)
@@ -241,7 +269,7 @@ static void read_done(struct entry *entry, int result)
     } else {
         queues->reading--;
         if (!queues->serving)
-            come_back(entry);
+            come_back(queues->lane, entry->queue);
     }
     queues->serving = NULL;
 }
@@ -270,34 +298,77 @@ static void serve_entry(struct entry *entry)
     size_t size = assemble(entry, &header, &message);
     entry->commit = entry->room->commit;
     queues->serving = entry;
+    if (size && (header.opcode == FUSE_READ || header.opcode == FUSE_WRITE))
+        queues->node = header.nodeid;
     __atomic_store_n(&all(queues->lane)->asked[entry->number], header.unique, __ATOMIC_RELEASE);
-    if (size)
+    if (size && header.opcode == FUSE_NOTIFY_REPLY)
+        queues_answer(queues->lane, header.unique, 0, NULL, 0);
+    else if (size)
         serve_request(queues->lane, message, size, &entry->buffer, queues->found);
     else
         queues_answer(queues->lane, header.unique, EIO, NULL, 0);
     if (queues->serving)
-        go_away(entry);
+        go_away(queues, entry->queue);
     queues->serving = NULL;
 }
 
-/* Does what the thread was handed over for. */
+static void run_errand(struct queues *queues, struct entry *entry)
+{
+    if (entry->errand == TO_SERVE) {
+        serve_entry(entry);
+        return;
+    }
+    if (entry->errand == TO_TAKE_BACK)
+        come_back(queues->lane, entry->queue);
+    command(entry, COMMIT_AND_FETCH);
+}
+
+/* Does what the thread was handed entries for, until there is nothing left. */
 static void run_errands(struct queues *queues)
 {
-    pthread_mutex_lock(&queues->mutex);
-    struct entry *first = queues->first;
-    queues->first = NULL;
-    queues->last = &queues->first;
-    set_asleep(queues, true); /* or is about to: whatever comes from here on wakes it */
-    pthread_mutex_unlock(&queues->mutex);
-    for (struct entry *next, *entry = first; entry; entry = next) {
-        next = entry->next;
-        if (entry->errand == TO_SERVE) {
-            serve_entry(entry);
-            continue;
+    struct entry *first;
+    do {
+        pthread_mutex_lock(&queues->mutex);
+        first = queues->first;
+        queues->first = NULL;
+        queues->last = &queues->first;
+        set_asleep(queues, !first); /* or is about to: whatever comes from here on wakes it */
+        pthread_mutex_unlock(&queues->mutex);
+        for (struct entry *next, *entry = first; entry; entry = next) {
+            next = entry->next;
+            run_errand(queues, entry);
         }
-        if (entry->errand == TO_TAKE_BACK)
-            come_back(entry);
-        command(entry, COMMIT_AND_FETCH);
+    } while (first);
+}
+
+void queues_start(struct entry *entry)
+{
+    ring_start(&entry->queues->ring);
+}
+
+/* The kernel has not taken a command. Without memory it may the next time; what else it refuses would
+ * leave whoever waits for the answer waiting for ever, so that all ends. */
+static void refused(struct entry *entry, int error)
+{
+    struct queues *queues = entry->queues;
+    struct timespec soon = {0, SOON};
+    switch (error) {
+    case ENOMEM:
+    case EAGAIN:
+    case EINTR:
+        nanosleep(&soon, NULL);
+        command(entry, entry->commit ? COMMIT_AND_FETCH : REGISTER);
+        break;
+    default:
+        if (entry->commit)
+            lane_end(queues->lane);
+        /* fall through */
+    case ENOTCONN: /* unmounted, or aborted */
+    case ECONNABORTED:
+    case ECANCELED:
+    case ENOENT:
+        __atomic_fetch_sub(&all(queues->lane)->shares[entry->queue].entries, 1,
+                           __ATOMIC_RELAXED);
     }
 }
 
@@ -312,10 +383,15 @@ static unsigned weight(const struct entry *entry)
     return 1 + (data && in.size <= LARGEST ? in.size / A_PART : 0);
 }
 
+static bool lately(uint64_t asked_at, uint64_t now)
+{
+    return asked_at + LATELY > now;
+}
+
 /* Whether a thread sleeps, and nobody on its processor has asked for anything lately. */
 static bool idle(const struct queues *queues, uint64_t now)
 {
-    return asleep(queues) && now - __atomic_load_n(&queues->asked_at, __ATOMIC_RELAXED) > LATELY;
+    return asleep(queues) && !lately(__atomic_load_n(&queues->asked_at, __ATOMIC_RELAXED), now);
 }
 
 /* How many of those that came at once another thread serves, which is idle: half, if they are much
@@ -324,9 +400,9 @@ static bool idle(const struct queues *queues, uint64_t now)
  * him. If that thread finds more than one the next time it goes on with it. */
 static unsigned given_away(struct queues *queues, unsigned count, unsigned work)
 {
-    if (count > 1 && work >= HEAVY) {
+    if (queues->reading >= HEAVY || (count > 1 && work >= HEAVY)) {
         queues->patience = STRANGE;
-        return count / 2;
+        return (count + (queues->reading >= HEAVY)) / 2;
     }
     if (++queues->alone < queues->patience)
         return 0;
@@ -350,8 +426,8 @@ static void serve_all(struct queues *queues, struct entry **entries, unsigned co
         given = given_away(queues, count, work);
     for (unsigned i = count - given; i < count; i++)
         hand_over(entries[i], TO_SERVE, next);
-    queues->busy = now - queues->asked_at <= LATELY;
-    bool strange = count == 1 && its != queues && asleep(its);
+    queues->busy = lately(queues->asked_at, now);
+    bool strange = count == 1 && !queues->reading && its != queues && asleep(its);
     queues->strange = strange ? queues->strange + 1 : 0;
     for (unsigned i = 0; i < count - given; i++)
         serve_entry(entries[i]);
@@ -362,7 +438,7 @@ static void register_all(struct queues *queues)
 {
     struct all_queues *all_queues = all(queues->lane);
     for (unsigned i = 0; i < all_queues->first_count; i++)
-        if (all_queues->entries[i]->queues == queues)
+        if (owner(queues->lane, all_queues->entries[i]->queue) == queues)
             command(all_queues->entries[i], REGISTER);
     queues->registered = true;
 }
@@ -381,7 +457,8 @@ static void stay(const struct queues *queues, unsigned number)
     }
 }
 
-static void sort_out(struct queues *queues, const struct ring_done *done, unsigned count)
+static void sort_out(struct queues *queues, const struct ring_done *done, unsigned count,
+                     bool ended)
 {
     struct entry *came[AT_ONCE];
     unsigned requests = 0;
@@ -391,11 +468,12 @@ static void sort_out(struct queues *queues, const struct ring_done *done, unsign
             queues->bell.armed = false;
         else if (entry->reading)
             read_done(entry, done[i].result);
+        else if (ended)
+            continue; /* nobody answers any more; see also lead_nowhere */
         else if (done[i].result >= 0)
             came[requests++] = entry;
-        else /* unmounted, or the kernel has no use for the entry */
-            __atomic_fetch_sub(&all(queues->lane)->shares[entry->queue].entries, 1,
-                               __ATOMIC_RELAXED);
+        else
+            refused(entry, -done[i].result);
     }
     if (requests)
         serve_all(queues, came, requests);
@@ -409,21 +487,36 @@ void queues_run(struct lane *lane, unsigned number)
     stay(queues, number);
     for (;;) {
         bool ended = __atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE);
-        if (ended && !queues->reading)
-            break;
         if (!ended && !queues->registered && __atomic_load_n(&all(lane)->open, __ATOMIC_ACQUIRE))
             register_all(queues);
         run_errands(queues);
+        if (ended && (!queues->reading || ring_is_cut(&queues->ring))) {
+            ring_start(&queues->ring); /* what was answered */
+            break;
+        }
         bell_arm(&queues->bell, &queues->ring);
         unsigned count = ring_wait(&queues->ring, done, AT_ONCE);
         pthread_mutex_lock(&queues->mutex);
         set_asleep(queues, false);
         pthread_mutex_unlock(&queues->mutex);
-        sort_out(queues, done, count);
+        sort_out(queues, done, count, ended);
     }
 }
 
 /* -- all of them ------------------------------------------------------------------------------- */
+
+/* Whether the kernel takes commands of ours, from here and now: it does if it says that it is too early
+ * for them. A security module may forbid what io_uring itself allows. */
+static bool may_command(struct lane *lane)
+{
+    struct ring *ring = &all(lane)->of[0].ring;
+    struct ring_done done;
+    struct command nothing = {0};
+    ring_command(ring, lane->fuse, 0, &nothing, sizeof nothing, NULL, 0, lane);
+    while (ring_wait(ring, &done, 1) == 0)
+        ;
+    return done.result == -EAGAIN;
+}
 
 static bool make_thread(struct lane *lane, unsigned number)
 {
@@ -465,7 +558,7 @@ bool queues_make(struct lane *lane, unsigned count, unsigned threads)
     bool fit = all_queues->of && all_queues->shares && all_queues->asked && all_queues->entries;
     for (unsigned i = 0; i < threads && fit; i++)
         fit = make_thread(lane, i);
-    fit = fit && make_entries(lane);
+    fit = fit && may_command(lane) && make_entries(lane);
     all_queues->first_count = all_queues->entry_count;
     if (!fit)
         queues_free(lane);
@@ -477,6 +570,12 @@ void queues_open(struct lane *lane)
     __atomic_store_n(&all(lane)->open, true, __ATOMIC_RELEASE);
     for (unsigned i = 0; i < all(lane)->threads; i++)
         bell_ring(&all(lane)->of[i].bell);
+}
+
+void queues_cut(struct lane *lane)
+{
+    for (unsigned i = 0; i < all(lane)->threads; i++)
+        ring_cut(&all(lane)->of[i].ring, lane->nowhere);
 }
 
 void queues_free(struct lane *lane)

@@ -13,7 +13,7 @@
 #include "ring.h"
 
 #define MOST_QUEUES 4096
-#define MOST_ENTRIES 16384 /* requests under way */
+#define MOST_ENTRIES 49152 /* requests under way: more than WAITING */
 
 struct entry;
 struct lane;
@@ -41,6 +41,7 @@ struct queues {
     unsigned alone;        /* times it has served what came, while another one was idle */
     unsigned patience;     /* of these before it tries something else */
     bool busy;             /* there are requests of its own queues */
+    uint64_t node;         /* of an image that was read or written here */
     bool registered;
 };
 
@@ -77,6 +78,12 @@ bool queues_answer(struct lane *lane, uint64_t unique, int error, const void *da
 /* Reads the rest of a hit without waiting for it, in the thread that serves it. */
 void queues_read(struct entry *entry, const struct request *request, uint32_t gate,
                  const struct found *found, uint32_t done, uint64_t began);
+
+/* Hands what is answered to the kernel now, for a thread that is about to wait. */
+void queues_start(struct entry *entry);
+
+/* After the end: the kernel has nothing of ours any more, even if a thread hangs in the device. */
+void queues_cut(struct lane *lane);
 
 /* With no thread left. */
 void queues_free(struct lane *lane);

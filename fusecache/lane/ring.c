@@ -2,6 +2,7 @@
 #include "ring.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -12,6 +13,7 @@
 #include <linux/io_uring.h>
 
 #define SOON 1000000 /* ns */
+#define MANY 4096
 #define COMMAND_AT 48 /* in an entry of 128 bytes */
 
 static void *map(struct ring *ring, unsigned which, size_t size, uint64_t offset)
@@ -44,9 +46,8 @@ static bool map_all(struct ring *ring, const struct io_uring_params *params)
     return true;
 }
 
-static int make(struct ring *ring, unsigned room, uint32_t flags)
+static int make(struct ring *ring, unsigned room, struct io_uring_params params)
 {
-    struct io_uring_params params = {.flags = flags};
     memset(ring, 0, sizeof *ring);
     ring->fd = (int)syscall(SYS_io_uring_setup, room, &params);
     if (ring->fd < 0)
@@ -61,13 +62,19 @@ static int make(struct ring *ring, unsigned room, uint32_t flags)
 int ring_make(struct ring *ring, unsigned room)
 {
     /* Completions are worked off by the one thread when it waits for them, and interrupt nobody. */
-    return make(ring, room,
-                IORING_SETUP_R_DISABLED | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN);
+    struct io_uring_params params = {.flags = IORING_SETUP_R_DISABLED |
+                                              IORING_SETUP_SINGLE_ISSUER |
+                                              IORING_SETUP_DEFER_TASKRUN};
+    return make(ring, room, params);
 }
 
 int ring_make_for_commands(struct ring *ring, unsigned room)
 {
-    return make(ring, room, IORING_SETUP_SQE128 | IORING_SETUP_COOP_TASKRUN);
+    /* Requests may come faster than they are looked at. */
+    struct io_uring_params params = {.flags = IORING_SETUP_SQE128 | IORING_SETUP_COOP_TASKRUN |
+                                              IORING_SETUP_CQSIZE,
+                                     .cq_entries = MANY};
+    return make(ring, room, params);
 }
 
 bool ring_enter(struct ring *ring)
@@ -76,9 +83,16 @@ bool ring_enter(struct ring *ring)
            syscall(SYS_io_uring_enter, ring->fd, 0, 0, 0, NULL, 0) == 0;
 }
 
+bool ring_is_cut(const struct ring *ring)
+{
+    return __atomic_load_n(&ring->cut, __ATOMIC_ACQUIRE);
+}
+
 /* Waits until so many calls are done. */
 static void start(struct ring *ring, unsigned done)
 {
+    if (ring_is_cut(ring))
+        return;
     long taken = syscall(SYS_io_uring_enter, ring->fd, ring->prepared, done, IORING_ENTER_GETEVENTS,
                          NULL, 0);
     if (taken > 0) {
@@ -92,7 +106,7 @@ static void start(struct ring *ring, unsigned done)
 
 static struct io_uring_sqe *next_entry(struct ring *ring)
 {
-    while (ring->prepared == ring->room)
+    while (ring->prepared == ring->room && !ring_is_cut(ring))
         start(ring, 0);
     uint32_t slot = *ring->tail & ring->mask;
     struct io_uring_sqe *entry = (void *)(ring->entries + ((size_t)slot << ring->shift));
@@ -134,15 +148,37 @@ void ring_command(struct ring *ring, int fd, uint32_t command, const void *own, 
     prepared(ring);
 }
 
+void ring_start(struct ring *ring)
+{
+    if (ring->prepared)
+        start(ring, 0);
+}
+
+void ring_cut(struct ring *ring, int nowhere)
+{
+    __atomic_store_n(&ring->cut, true, __ATOMIC_SEQ_CST);
+    /* Who holds the ring are its descriptor and its maps; its thread finds zeros in their place. */
+    for (unsigned i = 0; i < 3; i++)
+        if (ring->maps[i])
+            mmap(ring->maps[i], ring->sizes[i], PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    if (ring->fd >= 0)
+        while (dup3(nowhere, ring->fd, O_CLOEXEC) < 0 && (errno == EINTR || errno == EBUSY))
+            ;
+}
+
 unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most)
 {
     start(ring, 1);
     uint32_t head = *ring->done_head;
     uint32_t tail = __atomic_load_n(ring->done_tail, __ATOMIC_ACQUIRE);
     unsigned count = 0;
-    for (; head != tail && count < most; head++, count++) {
+    if (ring_is_cut(ring))
+        return 0;
+    for (; head != tail && count < most; head++) {
         const struct io_uring_cqe *result = &ring->results[head & ring->done_mask];
-        done[count] = (struct ring_done){(void *)(uintptr_t)result->user_data, result->res};
+        if (result->user_data) /* else it was cut just now */
+            done[count++] = (struct ring_done){(void *)(uintptr_t)result->user_data, result->res};
     }
     __atomic_store_n(ring->done_head, head, __ATOMIC_RELEASE);
     return count;

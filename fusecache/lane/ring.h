@@ -22,6 +22,7 @@ struct ring {
     const struct io_uring_cqe *results;
     void *maps[3];
     size_t sizes[3];
+    bool cut;
 };
 
 struct ring_done {
@@ -59,6 +60,15 @@ void ring_command(struct ring *ring, int fd, uint32_t command, const void *own, 
 /* Starts what is prepared and waits until something is done, or a signal comes. Returns how many of
  * the calls are done, ``most`` at most. */
 unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most);
+
+/* Starts what is prepared and waits for nothing. */
+void ring_start(struct ring *ring);
+
+/* From any thread: ends what is under way, and from now on nothing is done, as far as its thread can
+ * see. ``nowhere`` is a descriptor that cannot be a ring. */
+void ring_cut(struct ring *ring, int nowhere);
+
+bool ring_is_cut(const struct ring *ring);
 
 /* With nothing under way. */
 void ring_free(struct ring *ring);

@@ -78,15 +78,18 @@ bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,
 }
 
 /* After a question for attributes the next read waits a moment, for the reason that the docstring
- * of Operations.read gives. */
-static void let_overtake(struct lane *lane, uint32_t gate)
+ * of Operations.read gives. False: it has to, and this thread may not. */
+static bool let_overtake(struct lane *lane, uint32_t gate, bool may_wait)
 {
     uint64_t until = __atomic_exchange_n(&lane->held_until[gate], 0, __ATOMIC_RELAXED);
     uint64_t now = now_ns();
     if (until > now && until - now <= OVERTAKING) {
         struct timespec rest = {0, (long)(until - now)};
+        if (!may_wait)
+            return false;
         nanosleep(&rest, NULL);
     }
+    return true;
 }
 
 /* Returns the buffer to go on with, or NULL if Python has to answer. *reads becomes false if this
@@ -97,8 +100,9 @@ static struct buffer *try_read(struct lane *lane, const struct request *request,
     uint32_t gate = table_get(lane->handles, request->handle);
     if (gate >= lane->core.gate_count)
         return NULL;
-    if (__atomic_load_n(&lane->held_until[gate], __ATOMIC_RELAXED))
-        let_overtake(lane, gate);
+    if (__atomic_load_n(&lane->held_until[gate], __ATOMIC_RELAXED) &&
+        !let_overtake(lane, gate, buffer->entry == NULL))
+        return NULL;
     uint64_t began = now_ns();
     if (!core_locate(&lane->core, &lane->core.gates[gate], request->offset,
                      (uint32_t)request->length, found) ||
@@ -280,6 +284,8 @@ static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
     case REQUEST_OTHER:
         break;
     }
+    if (buffer->entry)
+        queues_start(buffer->entry);
     forward(lane, message, size);
     return buffer;
 }

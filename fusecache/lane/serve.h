@@ -36,6 +36,9 @@ bool lane_step_back(struct lane *lane);
 /* Waits until a reader is needed; false at the end. was_back: after lane_step_back said yes. */
 bool lane_step_up(struct lane *lane, bool was_back);
 
+/* No more requests are served, and Python hears of it. */
+void lane_end(struct lane *lane);
+
 /* Whether there are too many readers; then this one is none any more, until it steps up. */
 bool lane_step_aside(struct lane *lane);
 

@@ -154,7 +154,11 @@ def _lane(lane: dict[str, Any]) -> str:
                 f"{count_text(served['calls'])} {kind} p50 {time_text(served['p50'])}, "
                 f"p99 {time_text(served['p99'])}"
             )
-    return "; ".join(texts) or "nothing served yet"
+    if not texts:
+        texts.append("nothing served yet")
+    if lane["fuse_over_io_uring"]:
+        texts.append("requests come by io_uring")
+    return "; ".join(texts)
 
 
 def _workers(mount: dict[str, Any]) -> Iterator[str]:

@@ -131,7 +131,7 @@ static unsigned prepare(struct ring *ring, bool in_pieces, bool is_sick)
 {
     unsigned count = 0;
     for (uint32_t i = 1; i <= ring->prepared; i++) {
-        struct io_uring_sqe *entry = &ring->entries[(*ring->tail - i) & ring->mask];
+        struct io_uring_sqe *entry = (void *)(ring->entries + ((size_t)((*ring->tail - i) & ring->mask) << ring->shift));
         count += entry->off > 0;
         if (entry->off > 0 && in_pieces && entry->len > PIECE)
             entry->len = PIECE;

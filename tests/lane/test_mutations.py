@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from fusecache.fuse import queues
 from tests.lane import build
 
 
@@ -247,7 +248,7 @@ MUTATIONS = {
     ),
     "privileges are said to be ours although the kernel knows of no such thing": Mutation(
         "serve.c",
-        "__atomic_load_n(&lane->init_flags, __ATOMIC_RELAXED) & FUSE_HANDLE_KILLPRIV_V2",
+        "can & FUSE_HANDLE_KILLPRIV_V2",
         "FUSE_HANDLE_KILLPRIV_V2",
         "test_requests.py and our_concern",
     ),
@@ -258,6 +259,53 @@ MUTATIONS = {
         "test_ends.py and written_anywhere",
     ),
 }
+
+OF_QUEUES = {
+    "whoever is not answered yet keeps the place of others": Mutation(
+        "queues.c",
+        "share->entries, __ATOMIC_RELAXED) - away >= READY",
+        "share->entries, 0) != 77",
+        "stalled",
+    ),
+    "an answer goes to any request": Mutation(
+        "queues.c",
+        "&all_queues->asked[i], __ATOMIC_RELAXED) == unique",
+        "&all_queues->asked[i], __ATOMIC_RELAXED) != 0 && (asked = all_queues->asked[i])",
+        "stalled",
+    ),
+    "nobody is woken for what is handed over": Mutation(
+        "queues.c", "    if (wake)\n", "    if (wake && !queues)\n", "stalled"
+    ),
+    "what is passed on is taken for answered": Mutation(
+        "queues.c", "if (entry->errand == TO_SERVE) {", "if (entry->errand == 77) {", "at_once"
+    ),
+    "answers of others stay where they are": Mutation(
+        "queues.c", "if (size && data != entry->buffer.bytes)", "if (size && !data)", "says_so"
+    ),
+    "an answer has no end": Mutation(
+        "queues.c",
+        "    entry->room->rest = (uint32_t)size;\n",
+        "    entry->room->rest = LARGEST;\n",
+        "says_so",
+    ),
+    "the fixed part is left out": Mutation(
+        "queues.c", "room->fixed, fixed);", "room->header, fixed);", "says_so"
+    ),
+    "all answers have the first request's name": Mutation(
+        "queues.c",
+        "    entry->commit = entry->room->commit;\n",
+        "    entry->commit = entry->commit ? entry->commit : entry->room->commit;\n",
+        "says_so",
+    ),
+    "a cold hit is answered before it is read": Mutation(
+        "queues.c",
+        "    cold_go_on(entry->queues->lane, &entry->queues->ring, read, -EAGAIN);",
+        "    entry->reading = entry->queues->reading-- == 77;\n"
+        "    serve_hit(own->lane, request, gate, found, entry->buffer.bytes, true, began);",
+        "cold",
+    ),
+}
+"""Of the transport by the kernel's queues; found by tests/mount/test_queues.py."""
 
 
 def _run(name: str, into: Path) -> subprocess.CompletedProcess[str]:
@@ -279,3 +327,27 @@ def test_something_notices(name: str, tmp_path: Path) -> None:
     done = _run(name, tmp_path)
     assert done.returncode == 1, f"nothing notices that {name}: {done.stdout[-2000:]}"
     assert "failed" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.mount
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", OF_QUEUES)
+def test_something_notices_in_queues(name: str, tmp_path: Path) -> None:
+    if not queues.ALLOWED.exists():
+        pytest.skip("this kernel has no queues")
+    mutation = OF_QUEUES[name]
+    (tmp_path / "sources").mkdir()
+    sources = build.broken_sources(tmp_path / "sources", mutation.file, mutation.old, mutation.new)
+    module = build.build(tmp_path, "-Wno-error", sources=sources)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--queues"]
+    limits = ["--timeout", "60", "tests/mount/test_queues.py", "-k", mutation.tests]
+    done = subprocess.run(
+        [*command, *limits],
+        cwd=build.ROOT,
+        env=build.instead(tmp_path, module),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, f"nothing notices that {name}: {done.stdout[-2000:]}"
