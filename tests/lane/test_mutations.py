@@ -341,7 +341,7 @@ def test_something_notices_in_queues(name: str, tmp_path: Path) -> None:
     sources = build.broken_sources(tmp_path / "sources", mutation.file, mutation.old, mutation.new)
     module = build.build(tmp_path, "-Wno-error", sources=sources)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--queues"]
-    limits = ["--timeout", "60", "tests/mount/test_queues.py", "-k", mutation.tests]
+    limits = ["--timeout", "90", "tests/mount/test_queues.py", "-k", mutation.tests]
     done = subprocess.run(
         [*command, *limits],
         cwd=build.ROOT,

@@ -12,7 +12,7 @@ import pytest
 
 from fusecache.fuse import queues
 from fusecache.fuse.mounts import CONNECTIONS, mount_at
-from tests.support.daemon import BLOCK, Mount
+from tests.support.daemon import BLOCK
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.injected import InjectedMount
 from tests.support.stamps import check_stamps, stamped
@@ -46,32 +46,32 @@ def _image(path: Path, number: int, blocks: int) -> None:
     os.utime(path, ns=(10**18, 10**18))
 
 
-def test_the_mount_says_so(mount: Mount) -> None:
+def test_the_mount_says_so(faulty: InjectedMount) -> None:
     assert queues.allowed() and queues.count() >= len(os.sched_getaffinity(0))
-    _image(mount.origin / "vm.img", 1, 4)
-    assert mount.start().status()["lane"]["fuse_over_io_uring"]
-    with opened(mount.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd:
+    _image(faulty.origin / "vm.img", 1, 4)
+    assert faulty.start().status()["lane"]["fuse_over_io_uring"]
+    with opened(faulty.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd:
         for _ in range(3):
             assert read_direct(fd, 0, 4 * BLOCK) == stamped(1, 0, 4 * BLOCK, 1)
-    assert "requests come by io_uring" in mount.run("status").stdout
+    assert "requests come by io_uring" in faulty.run("status").stdout
 
 
-def test_cold_hits(mount: Mount) -> None:
+def test_cold_hits(faulty: InjectedMount) -> None:
     """Of several slots, and not in memory."""
-    _image(mount.origin / "vm.img", 1, 64)
-    mount.start()
-    with opened(mount.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd:
+    _image(faulty.origin / "vm.img", 1, 64)
+    faulty.start()
+    with opened(faulty.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd:
         for block in reversed(range(64)):
             read_direct(fd, block * BLOCK, BLOCK)
         for _ in range(3):
-            with opened(mount.cache, os.O_RDONLY) as cache:
+            with opened(faulty.cache, os.O_RDONLY) as cache:
                 os.fsync(cache)
                 os.posix_fadvise(cache, 0, 0, os.POSIX_FADV_DONTNEED)
             for at in range(0, 64 * BLOCK, 3 * BLOCK):
                 assert read_direct(fd, at, BLOCK) == stamped(1, at, BLOCK, 1)
             data = b"".join(read_direct(fd, at << 20, 1 << 20) for at in range(4))
             assert data == stamped(1, 0, 64 * BLOCK, 1)
-    assert mount.status()["lane"]["cold_reads_by_io_uring"] > 50
+    assert faulty.status()["lane"]["cold_reads_by_io_uring"] > 50
 
 
 def test_a_stalled_origin_holds_up_no_queue(faulty: InjectedMount) -> None:
@@ -117,14 +117,14 @@ def test_a_stalled_origin_holds_up_no_queue(faulty: InjectedMount) -> None:
     assert len(found) == STUCK
 
 
-def test_an_aborted_connection_ends_it(mount: Mount) -> None:
+def test_an_aborted_connection_ends_it(faulty: InjectedMount) -> None:
     """Everybody who waits gets an error, and the daemon goes."""
-    _image(mount.origin / "vm.img", 1, 4)
-    mount.start()
-    pid = mount.pid
-    found = mount_at(mount.mountpoint)
+    _image(faulty.origin / "vm.img", 1, 4)
+    faulty.start()
+    pid = faulty.pid
+    found = mount_at(faulty.mountpoint)
     assert found is not None and pid is not None
-    fd = os.open(mount.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT)
+    fd = os.open(faulty.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT)
     try:
         assert read_direct(fd, 0, BLOCK)
         (CONNECTIONS / found.device.split(":")[1] / "abort").write_text("1")
@@ -139,11 +139,11 @@ def test_an_aborted_connection_ends_it(mount: Mount) -> None:
         time.sleep(0.05)
 
 
-def test_requests_of_all_processors_at_once(mount: Mount) -> None:
+def test_requests_of_all_processors_at_once(faulty: InjectedMount) -> None:
     """Large and small, hits and misses, from every processor; passed on between threads or not:
     each one gets its own answer."""
-    _image(mount.origin / "vm.img", 1, 256)
-    mount.start()
+    _image(faulty.origin / "vm.img", 1, 256)
+    faulty.start()
     wrong: list[object] = []
     until = time.monotonic() + 5
 
@@ -151,7 +151,7 @@ def test_requests_of_all_processors_at_once(mount: Mount) -> None:
         step = 0
         with (
             _on(sorted(os.sched_getaffinity(0))[number % len(os.sched_getaffinity(0))]),
-            opened(mount.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd,
+            opened(faulty.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd,
         ):
             while time.monotonic() < until:
                 step += 1
@@ -167,4 +167,4 @@ def test_requests_of_all_processors_at_once(mount: Mount) -> None:
     for worker in workers:
         worker.join()
     assert not wrong
-    mount.stop()
+    faulty.stop()
