@@ -184,7 +184,8 @@ static void come_back(struct lane *lane, unsigned queue)
 static void hand_over(struct entry *entry, int errand, struct queues *queues)
 {
     pthread_mutex_lock(&queues->mutex);
-    entry->queues = queues;
+    if (entry->queues != queues) /* who answers for its thread changes nothing */
+        entry->queues = queues;
     entry->errand = errand;
     entry->next = NULL;
     *queues->last = entry;
