@@ -38,6 +38,17 @@ bool cold_crowd(struct cold *cold)
     return __atomic_load_n(&cold->under_way, __ATOMIC_RELAXED) > 0;
 }
 
+void cold_note(struct cold_read *read, const struct request *request, uint32_t gate,
+               const struct found *found, uint32_t done, uint64_t began)
+{
+    read->request = *request;
+    read->gate = gate;
+    read->done = done;
+    read->began = began;
+    memcpy(&read->found, found,
+           offsetof(struct found, extents) + found->count * sizeof found->extents[0]);
+}
+
 struct buffer *cold_take(struct cold *cold, const struct request *request, uint32_t gate,
                          const struct found *found, uint32_t done, uint64_t began,
                          struct buffer *buffer)
@@ -51,12 +62,7 @@ struct buffer *cold_take(struct cold *cold, const struct request *request, uint3
         other = read->buffer;
         read->next = NULL;
         read->buffer = buffer;
-        read->request = *request;
-        read->gate = gate;
-        read->done = done;
-        read->began = began;
-        memcpy(&read->found, found,
-               offsetof(struct found, extents) + found->count * sizeof found->extents[0]);
+        cold_note(read, request, gate, found, done, began);
         __atomic_fetch_add(&cold->under_way, 1, __ATOMIC_RELAXED);
         *cold->last = read;
         cold->last = &read->next;

@@ -51,6 +51,10 @@ struct buffer *cold_take(struct cold *cold, const struct request *request, uint3
                          const struct found *found, uint32_t done, uint64_t began,
                          struct buffer *buffer);
 
+/* Notes what is to be read, of which ``done`` bytes are in the buffer. */
+void cold_note(struct cold_read *read, const struct request *request, uint32_t gate,
+               const struct found *found, uint32_t done, uint64_t began);
+
 /* Goes on with a read, of which the last piece was done with this result (-EAGAIN: begins it).
  * False: it is over, and the request is answered or waits for Python. */
 bool cold_go_on(struct lane *lane, struct ring *ring, struct cold_read *read, int result);

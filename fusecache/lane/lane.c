@@ -114,7 +114,7 @@ void lane_done(struct lane *lane, struct waiting *waiting)
 
 int lane_reply(struct lane *lane, uint64_t unique, int error, const void *data, size_t size)
 {
-    if (queues_answer(lane, unique, error, data, size))
+    if (entries_answer(lane, unique, error, data, size))
         return 0;
     struct fuse_out_header header = {
         .len = (uint32_t)(sizeof header + size), .error = -error, .unique = unique};

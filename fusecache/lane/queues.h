@@ -40,7 +40,7 @@ struct queues {
     uint64_t asked_at;     /* the last request of a queue of its own, monotonic ns; read by others */
     unsigned alone;        /* times it has served what came, while another one was idle */
     unsigned patience;     /* of these before it tries something else */
-    bool busy;             /* there are requests of its own queues */
+    bool gives_back;       /* what it answers for queues that are others' goes back to them */
     uint64_t node;         /* of an image that was read or written here */
     bool registered;
 };
@@ -61,8 +61,8 @@ struct all_queues {
     bool open; /* the kernel has been told that we use them */
 };
 
-/* For so many queues and threads. False: there are none, because io_uring is forbidden or too old, or
- * for want of memory; then the kernel is not told of them. */
+/* For so many queues and threads. False: there are none, because io_uring is forbidden or too old,
+ * or for want of memory; then the kernel is not told of them. */
 bool queues_make(struct lane *lane, unsigned count, unsigned threads);
 
 /* The kernel has been told: from now on requests come. */
@@ -72,8 +72,8 @@ void queues_open(struct lane *lane);
 void queues_run(struct lane *lane, unsigned number);
 
 /* Answers a request that came by a queue, from any thread; false if it did not, or somebody has
- * answered it already. */
-bool queues_answer(struct lane *lane, uint64_t unique, int error, const void *data, size_t size);
+ * answered it already. In entries.c. */
+bool entries_answer(struct lane *lane, uint64_t unique, int error, const void *data, size_t size);
 
 /* Reads the rest of a hit without waiting for it, in the thread that serves it. */
 void queues_read(struct entry *entry, const struct request *request, uint32_t gate,
@@ -84,6 +84,11 @@ void queues_start(struct entry *entry);
 
 /* After the end: the kernel has nothing of ours any more, even if a thread hangs in the device. */
 void queues_cut(struct lane *lane);
+
+/* Of a queue: the thread that runs on its processor, if there are as many threads. */
+struct queues *queues_owner(struct lane *lane, unsigned queue);
+
+void queues_set_asleep(struct queues *queues, bool sleeps);
 
 /* With no thread left. */
 void queues_free(struct lane *lane);

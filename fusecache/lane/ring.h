@@ -1,5 +1,5 @@
-/* The few words of io_uring that the lane needs. Of one thread, but for making, freeing, and ringing
- * its bell. */
+/* The few words of io_uring that the lane needs. Of one thread, but for making, freeing, and
+ * ringing its bell. */
 #ifndef FUSECACHE_RING_H
 #define FUSECACHE_RING_H
 
@@ -64,8 +64,8 @@ unsigned ring_wait(struct ring *ring, struct ring_done *done, unsigned most);
 /* Starts what is prepared and waits for nothing. */
 void ring_start(struct ring *ring);
 
-/* From any thread: ends what is under way, and from now on nothing is done, as far as its thread can
- * see. ``nowhere`` is a descriptor that cannot be a ring. */
+/* From any thread: ends what is under way, and from now on nothing is done, as far as its thread
+ * can see. ``nowhere`` is a descriptor that cannot be a ring. */
 void ring_cut(struct ring *ring, int nowhere);
 
 bool ring_is_cut(const struct ring *ring);

@@ -376,7 +376,7 @@ void serve_answer(struct lane *lane, char *message, size_t size)
         __atomic_store_n(&lane->init_unique, 0, __ATOMIC_RELAXED);
         queues = widen(lane, message, size);
     }
-    if (queues_answer(lane, header.unique, -header.error, message + sizeof header,
+    if (entries_answer(lane, header.unique, -header.error, message + sizeof header,
                       size - sizeof header))
         return;
     while (write(lane->fuse, message, size) < 0 && errno == EINTR)

@@ -262,71 +262,88 @@ MUTATIONS = {
 
 OF_QUEUES = {
     "whoever is not answered yet keeps the place of others": Mutation(
-        "queues.c",
+        "entries.c",
         "share->entries, __ATOMIC_RELAXED) - away >= READY",
         "share->entries, 0) != 77",
-        "stalled",
+        "test_queues.py and stalled",
     ),
     "an answer goes to any request": Mutation(
-        "queues.c",
+        "entries.c",
         "&all_queues->asked[i], __ATOMIC_RELAXED) == unique",
         "&all_queues->asked[i], __ATOMIC_RELAXED) != 0 && (asked = all_queues->asked[i])",
-        "stalled",
+        "test_queues.py and stalled",
     ),
     "nobody is woken for what is handed over": Mutation(
-        "queues.c", "    if (wake)\n", "    if (wake && !queues)\n", "stalled"
+        "entries.c", "    if (wake)\n", "    if (wake && !queues)\n", "test_queues.py and stalled"
     ),
     "what is passed on is taken for answered": Mutation(
-        "queues.c", "if (entry->errand == TO_SERVE) {", "if (entry->errand == 77) {", "at_once"
+        "queues.c",
+        "if (entry->errand == TO_SERVE) {",
+        "if (entry->errand == 77) {",
+        "test_queues.py and at_once",
     ),
     "answers of others stay where they are": Mutation(
-        "queues.c", "if (size && data != entry->buffer.bytes)", "if (size && !data)", "says_so"
+        "entries.c",
+        "if (size && data != entry->buffer.bytes)",
+        "if (size && !data)",
+        "test_queues.py and says_so",
     ),
     "an answer has no end": Mutation(
-        "queues.c",
+        "entries.c",
         "    entry->room->rest = (uint32_t)size;\n",
         "    entry->room->rest = LARGEST;\n",
-        "says_so",
+        "test_queues.py and says_so",
     ),
     "the fixed part is left out": Mutation(
-        "queues.c", "room->fixed, fixed);", "room->header, fixed);", "says_so"
+        "entries.c", "room->fixed, fixed);", "room->header, fixed);", "test_queues.py and says_so"
     ),
     "all answers have the first request's name": Mutation(
-        "queues.c",
-        "    entry->commit = entry->room->commit;\n",
-        "    entry->commit = entry->commit ? entry->commit : entry->room->commit;\n",
-        "says_so",
+        "entries.c",
+        "    entry->commit = room->commit;\n",
+        "    entry->commit = entry->commit ? entry->commit : room->commit;\n",
+        "test_queues.py and says_so",
     ),
     "a cold hit is answered before it is read": Mutation(
         "queues.c",
-        "    cold_go_on(entry->queues->lane, &entry->queues->ring, read, -EAGAIN);",
+        "    cold_go_on(entry->queues->lane, &entry->queues->ring, &entry->cold, -EAGAIN);",
         "    entry->reading = entry->queues->reading-- == 77;\n"
-        "    serve_hit(own->lane, request, gate, found, entry->buffer.bytes, true, began);",
-        "cold",
+        "    serve_hit(entry->queues->lane, request, gate, found,\n"
+        "              entry->buffer.bytes, true, began);",
+        "test_queues.py and cold",
+    ),
+    "nobody gets a new entry who waited before it was there": Mutation(
+        "entries.c", "    pump(queues, queue);\n", "    (void)pump;\n", "test_injected.py and 200"
     ),
 }
-"""Of the transport by the kernel's queues; found by tests/mount/test_queues.py."""
+"""Of the transport by the kernel's queues; found by tests/mount with ``--queues``."""
 
 
-def _run(name: str, into: Path) -> subprocess.CompletedProcess[str]:
-    mutation = MUTATIONS[name]
-    sources = build.broken_sources(into, mutation.file, mutation.old, mutation.new)
-    file, _, chosen = mutation.tests.partition(" and ")
+def _run(tests: str, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    file, _, chosen = tests.partition(" and ")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    limits = ["--timeout", "30", f"tests/lane/{file}", "-k", chosen]
-    env = {**os.environ, "FUSECACHE_LANE_SOURCES": str(sources)}
     return subprocess.run(
-        [*command, *limits], cwd=build.ROOT, env=env, capture_output=True, text=True, check=False
+        [*command, *options, f"tests/{file}", "-k", chosen],
+        cwd=build.ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+def _is_noticed(name: str, done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 1, f"nothing notices that {name}: {done.stdout[-2000:]}"
+    assert "failed" in done.stdout, done.stdout[-2000:]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_something_notices(name: str, tmp_path: Path) -> None:
-    done = _run(name, tmp_path)
-    assert done.returncode == 1, f"nothing notices that {name}: {done.stdout[-2000:]}"
-    assert "failed" in done.stdout, done.stdout[-2000:]
+    mutation = MUTATIONS[name]
+    sources = build.broken_sources(tmp_path, mutation.file, mutation.old, mutation.new)
+    env = {"FUSECACHE_LANE_SOURCES": str(sources)}
+    _is_noticed(name, _run(f"lane/{mutation.tests}", env, "--timeout", "30"))
 
 
 @pytest.mark.slow
@@ -340,14 +357,5 @@ def test_something_notices_in_queues(name: str, tmp_path: Path) -> None:
     (tmp_path / "sources").mkdir()
     sources = build.broken_sources(tmp_path / "sources", mutation.file, mutation.old, mutation.new)
     module = build.build(tmp_path, "-Wno-error", sources=sources)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--queues"]
-    limits = ["--timeout", "90", "tests/mount/test_queues.py", "-k", mutation.tests]
-    done = subprocess.run(
-        [*command, *limits],
-        cwd=build.ROOT,
-        env=build.instead(tmp_path, module),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, f"nothing notices that {name}: {done.stdout[-2000:]}"
+    env = build.instead(tmp_path, module)
+    _is_noticed(name, _run(f"mount/{mutation.tests}", env, "--queues", "--timeout", "90"))
