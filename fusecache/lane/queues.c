@@ -111,7 +111,7 @@ static void run_errands(struct queues *queues)
         first = queues->first;
         queues->first = NULL;
         queues->last = &queues->first;
-        queues_set_asleep(queues, !first); /* or is about to: whatever comes from here on wakes it */
+        queues_set_asleep(queues, !first); /* or is about to: what comes from now on wakes it */
         pthread_mutex_unlock(&queues->mutex);
         for (struct entry *next, *entry = first; entry; entry = next) {
             next = entry->next;

@@ -40,7 +40,7 @@ struct queues {
     uint64_t asked_at;     /* the last request of a queue of its own, monotonic ns; read by others */
     unsigned alone;        /* times it has served what came, while another one was idle */
     unsigned patience;     /* of these before it tries something else */
-    bool gives_back;       /* what it answers for queues that are others' goes back to them */
+    bool gives_back;       /* what it answers for others' queues goes back to them */
     uint64_t node;         /* of an image that was read or written here */
     bool registered;
 };
