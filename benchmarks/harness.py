@@ -172,8 +172,8 @@ class Fusecache:
     name = "fusecache"
 
     def __init__(self, base: Path, origin: Path, *arguments: str) -> None:
-        self.program: tuple[str, ...] = ("-m", "fusecache")
-        """What the interpreter is told to run."""
+        self.environment: dict[str, str] = {}
+        """What its processes find there besides."""
         self.origin = origin
         self.mountpoint = base / "mnt"
         self.cache = base / "cache"
@@ -187,11 +187,15 @@ class Fusecache:
     def run(self, *words: object) -> str:
         """A verb of the command line, in this mount's surroundings."""
         done = subprocess.run(
-            [sys.executable, *self.program, *map(str, words)],
+            [sys.executable, "-m", "fusecache", *map(str, words)],
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "FUSECACHE_RUNTIME_DIR": str(self.runtime)},
+            env={
+                **os.environ,
+                "FUSECACHE_RUNTIME_DIR": str(self.runtime),
+                **self.environment,
+            },
         )
         if done.returncode != 0:
             raise BenchmarkError(f"fusecache {words[0]} failed: {done.stderr.strip()}")

@@ -9,7 +9,7 @@
    and fdatasync of a plain file beside the cache; then 16 writers at once. The kernel lets one
    fsync of a file through at a time, so it is writers of different images that can share one.
    The same over clean pages, each once: then the map has to be made stable, too. And on an SSD
-   whose sync takes 1 ms longer (``slow_sync.py``): what is shared is worth more there.
+   whose sync takes 1 ms longer (``slow_sync.c``): what is shared is worth more there.
 4. Cached reads of one image while another is written, with the cleaner idle, at work, and held
    back by --clean-rate; against the same reads alone.
 5. Stable commits a write, for random writes over a large image, cold and cached.
@@ -179,6 +179,18 @@ def far_origin(base: Path, rounds: int, seconds: float, size: int) -> tuple[list
 # -- 3 ---------------------------------------------------------------------------------------------
 
 
+def _late_syncs(base: Path, cache: Path) -> dict[str, str]:
+    """Surroundings in which syncs of this cache take longer."""
+    library = base / "slow_sync.so"
+    source = Path(__file__).with_name("slow_sync.c")
+    harness.command("gcc", "-shared", "-fPIC", "-O2", "-o", library, source)
+    return {
+        "LD_PRELOAD": str(library),
+        "SLOW_SYNC_MS": SLOW_SYNC_MS,
+        "SLOW_SYNC_OF": str(cache.resolve()),
+    }
+
+
 def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
     """Writes with an fsync each, a second."""
     part = 4 * MIB
@@ -201,7 +213,7 @@ def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
         slow = Fusecache(
             base / "three/slow", copies["slow-origin"], "--size", _room(3 * total), *BACK, *IDLE
         )
-        slow.program = (str(Path(__file__).with_name("slow_sync.py")), SLOW_SYNC_MS)
+        slow.environment = _late_syncs(base / "three", slow.cache)
         for mount in (ours, slow):
             stack.enter_context(mount)
             mount.read_all(IMAGE, *names)

@@ -19,10 +19,12 @@ Time comes as seconds on any steady clock, through ``advance``.
 from array import array
 from collections.abc import Callable
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 
 from fusecache.core.extents import DirtyExtents
+from fusecache.core.gates import Gates
 from fusecache.core.geometry import Geometry, Run
 from fusecache.core.rows import U16, U32
 from fusecache.core.slots import SlotTable
@@ -32,6 +34,16 @@ from fusecache.errors import IllegalStep
 PERIOD = 2.0
 """Seconds. Ages are kept in 16 bits, in periods: 36 hours, after which they only grow less."""
 _LAST = 0xFFFF
+
+
+class SyncBegun(NamedTuple):
+    """A sync of the cache device, as of when it began."""
+
+    slots: U32
+    pages: U16
+    """Masks of what it is to make stable."""
+    of_lane: int
+    """Syncs that the lane had begun before."""
 
 
 class Writeback:
@@ -58,7 +70,7 @@ class DirtyPages:
         touch: the slot was used.
         invalidate: valid pages (a mask) of a slot are so no longer.
         returned: nothing in the slot is dirty any more.
-        soiled: the slots that the lane has written to since the last call.
+        gates: what the lane has written to, and made stable.
     """
 
     def __init__(
@@ -70,7 +82,7 @@ class DirtyPages:
         touch: Callable[[int], None],
         invalidate: Callable[[int, int], None],
         returned: Callable[[int], None],
-        soiled: Callable[[], U32],
+        gates: Gates,
     ) -> None:
         self._geometry = geometry
         self._slots = slots
@@ -79,7 +91,7 @@ class DirtyPages:
         self._touch = touch
         self._invalidate = invalidate
         self._returned = returned
-        self._soiled = soiled
+        self._gates = gates
         self._pages_of: dict[int, int] = {}
         self.blocks = 0
         """Slots with a dirty page."""
@@ -429,20 +441,33 @@ class DirtyPages:
             self._unsynced.append(slot)
         unsynced[slot] = before | pages
 
-    def sync_begins(self) -> tuple[U32, U16]:
-        """Just before a sync of the device; hand what this gives to ``sync_failed`` if it fails."""
-        slots = np.concatenate((np.array(self._unsynced, np.uint32), self._soiled()))
+    def sync_begins(self) -> SyncBegun:
+        """Just before a sync of the device; hand what this gives to ``sync_worked`` or
+        ``sync_failed``."""
+        slots = np.concatenate((np.array(self._unsynced, np.uint32), self._gates.take_soiled()))
         self._unsynced = array("I")
         pages: U16 = self._slots.unsynced_of[slots]
         self._slots.unsynced_of[slots] = 0
-        return slots, pages
+        return SyncBegun(slots, pages, self._gates.syncs_begun)
 
-    def sync_failed(self, began: tuple[U32, U16]) -> int:
+    def sync_worked(self, began: SyncBegun) -> None:
+        """All is stable that was written before, also what a sync of the lane is about, if that
+        began before ours: it may fail yet."""
+        if self._gates.syncs_begun == began.of_lane:
+            self._gates.take_syncing()
+
+    def sync_failed(self, began: SyncBegun) -> int:
         """The kernel may have dropped all that was written since the last good sync: what is
-        dirty of it is lost. Returns how many pages."""
+        dirty of it is lost. Returns how many pages.
+
+        A sync of the lane that began after ours, and was good, has made ours stable.
+        """
         now = self.sync_begins()
+        gone = [(now.slots, now.pages), self._gates.take_syncing()]
+        if self._gates.last_good_sync <= began.of_lane:
+            gone.append((began.slots, began.pages))
         lost = 0
-        for slots, pages in (began, now):
+        for slots, pages in gone:
             for slot, mask in zip(slots.tolist(), pages.tolist(), strict=True):
                 lost += self.lose(slot, mask)
         return lost

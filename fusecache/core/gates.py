@@ -14,28 +14,39 @@ GATES = 1024
 """Images that may be open at a time and known to the lane; others are served without it."""
 MARKS = 8
 NO_BLOCK = 0xFFFFFFFF
-_READS, _WRITES = 1, 2
+_READS, _WRITES, _SYNCS = 1, 2, 4
 _SOILED = 1 << 16
 _WORDS32, _WORDS64 = 32, 16
 _FLAGS, _IMAGE, _FIRST_MARK = 0, 1, 4
 _SIZE, _CHANGES, _COUNTERS = 1, 7, 8
+_BEGUN, _GOOD, _SYNCING = 0, 1, 2
 COUNTED = 6
 """Reads, their bytes, those that were not in memory, their bytes, overwrites, their bytes."""
 
 
 class Gates:
-    """The entries, and the slots that the lane has written to since the last sync."""
+    """The entries, and the slots that the lane has written to since the last sync.
+
+    The lane syncs, too. What such a sync is to make stable is noted as long as it is under way, and
+    stays so if it fails.
+    """
 
     def __init__(self, slot_count: int) -> None:
         self.words_of: npt.NDArray[np.uint64] = np.zeros(GATES * _WORDS64, np.uint64)
         self.soiled_of: npt.NDArray[np.uint32] = np.zeros(min(_SOILED, slot_count), np.uint32)
         self.soiled_count_of: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
+        self.syncing_of: npt.NDArray[np.uint32] = np.zeros(self.soiled_of.size, np.uint32)
+        self.syncing_pages_of: npt.NDArray[np.uint16] = np.zeros(self.soiled_of.size, np.uint16)
+        self.syncs_of: npt.NDArray[np.uint64] = np.zeros(3, np.uint64)
+        """Syncs of the lane that have begun, the last one that was good, entries of
+        ``syncing_of``."""
         self.clock_of: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
         self.words32_of = self.words_of.view(np.uint32)
         self.words32 = self.words32_of.data
         self.words64 = self.words_of.data
         self._clock = self.clock_of.data
         self._soiled_count = self.soiled_count_of.data
+        self._syncs = self.syncs_of.data
         self._free = list(range(GATES - 1, -1, -1))
         self._shut = False
         self.used = False
@@ -66,6 +77,23 @@ class Gates:
         self._soiled_count[0] = 0
         return self.soiled_of[:count].copy()
 
+    @property
+    def syncs_begun(self) -> int:
+        """How many syncs the lane has begun; none begins before its next turn."""
+        return self._syncs[_BEGUN]
+
+    @property
+    def last_good_sync(self) -> int:
+        """The number of the last one that has made all stable that was written before it began."""
+        return self._syncs[_GOOD]
+
+    def take_syncing(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
+        """Slots and pages (masks) that wait for a sync of the lane, or that one did not make
+        stable."""
+        count = self._syncs[_SYNCING]
+        self._syncs[_SYNCING] = 0
+        return self.syncing_of[:count].copy(), self.syncing_pages_of[:count].copy()
+
     def tick(self, own: int) -> int:
         """The next tick of the LRU order, for both who give them out; ``own`` is ours."""
         theirs = self._clock[0]
@@ -95,9 +123,10 @@ class Gate:
         """The image has so many bytes."""
         self._words64[self._at64 + _SIZE] = size
 
-    def let(self, *, reads: bool, writes: bool) -> None:
-        """Whether hits may be answered, and dirty pages be written over, without Python."""
-        flags = (_READS if reads else 0) | (_WRITES if reads and writes else 0)
+    def let(self, *, reads: bool, writes: bool, syncs: bool = False) -> None:
+        """Whether hits may be answered, dirty pages be written over, and an fsync be answered after
+        a sync of the cache device alone, without Python."""
+        flags = _READS | (writes and _WRITES) | (syncs and _SYNCS) if reads else 0
         self._words32[self._at32 + _FLAGS] = 0 if self._gates.is_shut else flags
 
     def mark(self, blocks: Iterable[int]) -> None:

@@ -81,7 +81,7 @@ class CacheIndex:
             self._touch,
             self._invalidate,
             self._policy.returned,
-            self.gates.take_soiled,
+            self.gates,
         )
         """What the origin has not, see ``DirtyPages``."""
 
@@ -117,6 +117,9 @@ class CacheIndex:
             "clock": gates.clock_of,
             "soiled_count": gates.soiled_count_of,
             "soiled": gates.soiled_of,
+            "syncs": gates.syncs_of,
+            "syncing": gates.syncing_of,
+            "syncing_pages": gates.syncing_pages_of,
         }
 
     @property

@@ -363,7 +363,7 @@ class Committer:
             leaving = self._core.take_leaving()
             changed = [image for image in self._images() if image.stable < image.changes]
             for image in changed:
-                image.covered = image.changes
+                image.barrier_begins()
             self.anything_since_barrier = False
             try:
                 mark = self._block_map.mark  # 1. rows owed, and the mark
@@ -380,11 +380,11 @@ class Committer:
         except Exception:
             self._core.give_back_leaving(leaving)
             for image in changed:
-                image.covered = image.stable
+                image.barrier_failed()
             self.anything_since_barrier = True
             raise
         for image in changed:
-            image.stable = image.covered
+            image.barrier_done()
         self._core.release(leaving)  # 4. nothing stable names these slots any more (R3)
         self._counters.barriers += 1
 
@@ -392,6 +392,7 @@ class Committer:
         began = self._core.dirty.sync_begins()
         try:
             await self._syncs.run(self._device.sync, self._threads.device)
+            self._core.dirty.sync_worked(began)
         except CacheDeviceError:
             if lost := self._core.dirty.sync_failed(began):
                 log.error(

@@ -149,8 +149,7 @@ class Discards:
             image.counters.failed(exc)
             raise
         finally:
-            image.written += 1
-            image.guest_written = image.written
+            image.wrote_origin(data=False)
         await self._lasting.sync(image)
 
     @asynccontextmanager

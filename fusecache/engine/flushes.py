@@ -69,6 +69,7 @@ class Flushes:
             errors.append(OriginError(5, "a sync of the origin failed since the last fsync"))
         if errors:
             raise errors[0]
+        image.fsynced()
 
     async def _make_stable(self, image: Image, errors: list[FusecacheError]) -> None:
         try:

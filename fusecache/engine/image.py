@@ -140,10 +140,18 @@ class Image:
     last_intent: float = float("-inf")
     """When the last write with an intent ended."""
     _changes: int = 0
+    """Those of ``changes`` that the engine made: rows may have changed with them."""
+    _lane_changes: int = 0
+    """Those that the lane made through gates that are closed by now."""
     covered: int = 0
     """``changes`` as of when the barrier that runs, or ran last, began."""
     stable: int = 0
     """``changes`` that a completed barrier has made stable."""
+    _covered: int = 0
+    """The same two of ``_changes``."""
+    _stable: int = 0
+    _only_data: bool = False
+    """Since the last fsync nothing has changed but what the lane wrote over."""
     guest_written: int = 1
     """``written`` as of the last change a guest made there: what the guest's fsync must cover. What
     the cleaner wrote stays dirty here until it is synced."""
@@ -189,7 +197,8 @@ class Image:
     @property
     def changes(self) -> int:
         """Writes that changed the cache of this image and were acknowledged, ever."""
-        return self._changes if self.gate is None else self._changes + self.gate.changes
+        changes = self._changes + self._lane_changes
+        return changes if self.gate is None else changes + self.gate.changes
 
     @property
     def data_written(self) -> int:
@@ -197,8 +206,45 @@ class Image:
         return self.written - self.attributes_set
 
     def changed(self) -> None:
-        """One more of these."""
+        """One more of these, by the engine."""
         self._changes += 1
+        self._more_than_data()
+
+    def wrote_origin(self, *, data: bool) -> None:
+        """A guest's write to the origin has ended, or a change of size or attributes."""
+        self.written += 1
+        self.guest_written = self.written
+        if data:
+            self.guest_data = self.written
+        self._more_than_data()
+
+    def barrier_begins(self) -> None:
+        """What was acknowledged up to now will be stable."""
+        self.covered, self._covered = self.changes, self._changes
+
+    def barrier_done(self) -> None:
+        """It is."""
+        self.stable, self._stable = self.covered, self._covered
+
+    def barrier_failed(self) -> None:
+        """It is not, and nobody shall wait for it."""
+        self.covered, self._covered = self.stable, self._stable
+
+    def fsynced(self) -> None:
+        """The engine has done an fsync. If all rows are stable now, and the origin has nothing
+        unsynced, the next one is the lane's: until something else changes it has to sync no more
+        than the cache device (R1)."""
+        self._only_data = (
+            self._stable == self._changes
+            and self.synced >= self.guest_written
+            and not self.sync_error_owed
+        )
+        self._tell_gate()
+
+    def _more_than_data(self) -> None:
+        if self._only_data:
+            self._only_data = False
+            self._tell_gate()
 
     def open_gate(self, gates: Gates) -> None:
         """Somebody has opened the image: the lane may serve it."""
@@ -213,13 +259,18 @@ class Image:
         if (gate := self.gate) is not None:
             self.lock.told = None
             self.count_lane()
-            self._changes += gate.changes
+            self._lane_changes += gate.changes
+            self._only_data = False
             self.gate = None
             gates.close(gate)
 
     def _tell_gate(self) -> None:
         if self.gate is not None:
-            self.gate.let(reads=not self._detached, writes=not self.lock.exclusive)
+            self.gate.let(
+                reads=not self._detached,
+                writes=not self.lock.exclusive,
+                syncs=self._only_data,
+            )
 
     def count_lane(self) -> None:
         """Adds what the lane did to the counters."""
@@ -270,6 +321,7 @@ class Image:
         self.failed_syncs += 1
         if self.synced < self.guest_data:
             self.sync_error_owed = True
+            self._more_than_data()
 
     def record(self, seen: Attributes, now_ns: int, settle_age: float, *, own: bool) -> None:
         """Takes ``seen`` for what the cached blocks belong to (P3).

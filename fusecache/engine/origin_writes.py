@@ -49,8 +49,7 @@ class OriginWrites:
                 image.counters.failed(exc)
                 raise
             finally:
-                image.written += 1
-                image.guest_written = image.written
+                image.wrote_origin(data=False)
                 image.last_write = self._now()
 
     def storing(self, image: Image, offset: int, data: bytes) -> Storing:
@@ -103,8 +102,7 @@ class OriginWrites:
             await self._learn_size(image)
             raise
         finally:
-            image.written += 1
-            image.guest_written = image.guest_data = image.written
+            image.wrote_origin(data=True)
             image.last_write = self._now()
             image.counters.latency.add(Call.WRITE, spans)
         image.size = max(image.size, offset + len(data))
@@ -134,8 +132,7 @@ class OriginWrites:
             finally:
                 if not refused:
                     image.wrote = True
-                    image.written += 1
-                    image.guest_written = image.guest_data = image.written
+                    image.wrote_origin(data=True)
                     image.last_write = self._now()
             if not keeps:
                 image.size = max(image.size, offset + length)

@@ -92,6 +92,8 @@ def _lane(counters: dict[str, Any]) -> dict[str, Any]:
         "io_uring": counters["ring"],
         "fuse_over_io_uring": counters["queues"],
         "cold_reads_by_io_uring": counters["together"],
+        "fsyncs": counters["fsyncs"],
+        "syncs": counters["syncs"],
         "passed_to_engine": counters["queued"],
         "passed_to_pyfuse3": counters["forwarded"],
     }

@@ -207,5 +207,4 @@ class Truth:
             image = self._images.find(identity)
             if image is not None:
                 image.attributes_set += 1
-                image.written += 1
-                image.guest_written = image.written
+                image.wrote_origin(data=False)

@@ -160,6 +160,8 @@ class Requests:
         return _WRITTEN.pack(await self._cache.write_slowly(handle.image, request[3], data), 0)
 
     async def _fsync(self, handle: Handle, request: Request) -> bytes:
+        if failed := request[4]:
+            self._cache.device.owe(failed)
         await self._cache.fsync(handle.image, metadata=not request[5] & _DATA_ONLY)
         return b""
 

@@ -168,3 +168,25 @@ bool core_overwrite(const struct core *core, const struct gate *gate, uint64_t o
     core_touch(core, found);
     return true;
 }
+
+enum { SYNCS_BEGUN, SYNCS_GOOD, SYNCING }; /* core/gates.py has the same */
+
+void core_sync_begins(const struct core *core)
+{
+    uint64_t count = *core->soiled_count;
+    for (uint64_t i = 0; i < count; i++) {
+        uint32_t slot = core->soiled[i];
+        core->syncing[i] = slot;
+        core->syncing_pages[i] = core->unsynced[slot];
+        core->unsynced[slot] = 0;
+    }
+    *core->soiled_count = 0;
+    core->syncs[SYNCING] = count;
+    core->syncs[SYNCS_BEGUN]++;
+}
+
+void core_sync_worked(const struct core *core)
+{
+    __atomic_store_n(&core->syncs[SYNCS_GOOD], core->syncs[SYNCS_BEGUN], __ATOMIC_RELEASE);
+    __atomic_store_n(&core->syncs[SYNCING], 0, __ATOMIC_RELEASE);
+}

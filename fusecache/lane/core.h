@@ -12,7 +12,7 @@
 #define MARKS 8
 #define NO_BLOCK UINT32_MAX
 
-enum { GATE_READS = 1, GATE_WRITES = 2 }; /* core/gates.py has the same */
+enum { GATE_READS = 1, GATE_WRITES = 2, GATE_SYNCS = 4 }; /* core/gates.py has the same */
 
 /* One image that is open. 128 bytes; core/gates.py lays it out in the same way. Python writes what
  * is above the line, the lane what is below. */
@@ -55,6 +55,9 @@ struct core {
     uint64_t *clock;        /* the next tick of the LRU order */
     uint64_t *soiled_count; /* of soiled[]: slots that had nothing unsynced and now have */
     uint32_t *soiled;
+    uint64_t *syncs; /* of the lane: how many began, which was the last good one, and of */
+    uint32_t *syncing; /* these slots, and pages, that wait for one, the number */
+    uint16_t *syncing_pages;
 };
 
 /* A part of a request within one block. */
@@ -91,5 +94,12 @@ void core_touch(const struct core *core, const struct found *found);
  * Only for a caller that excludes Python (see turns.h), until its data is written. */
 bool core_overwrite(const struct core *core, const struct gate *gate, uint64_t offset,
                     uint32_t length, struct found *found);
+
+/* Notes what a sync of the device is about that comes next. Only for a caller that excludes
+ * Python, and after the end of the one before. */
+void core_sync_begins(const struct core *core);
+
+/* It was good. If it was not, Python is told, and there is no other. */
+void core_sync_worked(const struct core *core);
 
 #endif

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -194,6 +195,7 @@ void lane_end(struct lane *lane)
     pthread_cond_broadcast(&lane->spare);
     pthread_cond_broadcast(&lane->room);
     pthread_mutex_unlock(&lane->mutex);
+    syncs_end(lane);
 }
 
 static void leave(struct lane *lane)
@@ -237,6 +239,14 @@ static void *return_thread(void *argument)
     }
     free(message);
     lane_end(lane);
+    leave(lane);
+    return NULL;
+}
+
+static void *syncs_thread(void *argument)
+{
+    struct lane *lane = argument;
+    syncs_run(lane);
     leave(lane);
     return NULL;
 }
@@ -338,14 +348,20 @@ static int own(struct lane *lane)
             close(ours[i]);
     }
     lane->owns = !error;
+    if (lane->owns) {
+        char path[32];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", lane->device);
+        lane->syncs.file = open(path, O_RDONLY | O_CLOEXEC);
+    }
     return error;
 }
 
 static void lead_nowhere(struct lane *lane)
 {
-    int numbers[3] = {lane->fuse, lane->pass, lane->device};
-    for (unsigned i = 0; lane->owns && i < 3; i++)
-        while (dup3(lane->nowhere, numbers[i], O_CLOEXEC) < 0 && (errno == EINTR || errno == EBUSY))
+    int numbers[4] = {lane->fuse, lane->pass, lane->device, lane->syncs.file};
+    for (unsigned i = 0; lane->owns && i < 4; i++)
+        while (numbers[i] >= 0 && dup3(lane->nowhere, numbers[i], O_CLOEXEC) < 0 &&
+               (errno == EINTR || errno == EBUSY))
             ;
     queues_cut(lane);
 }
@@ -357,22 +373,25 @@ static void *(*work_of(const struct lane *lane, unsigned number))(void *)
         return serve_thread;
     if (number < first + lane->queues.threads)
         return queues_thread;
-    return number == first + lane->queues.threads ? return_thread : cold_thread;
+    first += lane->queues.threads;
+    if (number == first)
+        return return_thread;
+    return number == first + 1 ? syncs_thread : cold_thread;
 }
 
 int lane_start(struct lane *lane)
 {
-    lane->queue = lane->nowhere = -1;
+    lane->queue = lane->nowhere = lane->syncs.file = -1;
     lane->last = &lane->first;
     lane->can_nowait = true;
     make_locks(lane);
-    int error = cold_make(&lane->cold, lane->ring);
+    int error = syncs_make(&lane->syncs), other = cold_make(&lane->cold, lane->ring);
     lane->ring = lane->cold.free != NULL;
     if (lane->ring)
         lane->spares = 0;
     queues_make(lane, lane->queue_count, lane->queue_threads);
-    lane->threads = lane->readers + lane->spares + lane->queues.threads + 1 + lane->ring;
-    if (error || (error = make_room(lane)) || (error = own(lane)))
+    lane->threads = lane->readers + lane->spares + lane->queues.threads + 2 + lane->ring;
+    if (error || (error = other) || (error = make_room(lane)) || (error = own(lane)))
         return error;
     struct sigaction wake = {.sa_handler = nothing};
     sigaction(SIGRTMAX, &wake, NULL);
@@ -446,9 +465,11 @@ void lane_free(struct lane *lane)
     free(lane->questions);
     free(lane->held_until);
     cold_free(&lane->cold);
+    syncs_free(&lane->syncs);
     queues_free(lane);
-    int descriptors[5] = {lane->queue, lane->nowhere, lane->fuse, lane->pass, lane->device};
-    for (unsigned i = 0; i < (lane->owns ? 5 : 2); i++)
+    int descriptors[6] = {lane->queue, lane->nowhere, lane->syncs.file, /* or -1 */
+                          lane->fuse, lane->pass, lane->device};
+    for (unsigned i = 0; i < (lane->owns ? 6 : 3); i++)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
     turns_destroy(&lane->turns);

@@ -10,6 +10,7 @@
 #include "core.h"
 #include "queues.h"
 #include "request.h"
+#include "syncs.h"
 #include "turns.h"
 
 #define HANDLES (1u << 16)
@@ -35,12 +36,15 @@ struct lane_counters {
     uint64_t repeated;  /* hits that moved while they were read */
     uint64_t together;  /* cold hits that io_uring awaited */
     uint64_t apart;     /* overwrites given to Python because the SSD was slow */
+    uint64_t fsyncs;    /* answered here */
+    uint64_t syncs;     /* of the cache device, for these */
 };
 
 struct lane {
     struct core core;
     struct turns turns;
     struct cold cold;
+    struct syncs syncs;
     struct all_queues queues;
     int fuse;    /* /dev/fuse; this and the next two become the lane's own when it starts */
     int pass;    /* our end of the pair; pyfuse3 has the other one */
@@ -57,8 +61,8 @@ struct lane {
     unsigned queue_threads; /* that serve them */
     unsigned queue_numbers; /* that have begun */
 
-    pthread_t *ids; /* readers and spares, those of queues, who brings answers back, and who awaits
-                     * cold hits */
+    pthread_t *ids; /* readers and spares, those of queues, who brings answers back, who syncs, and
+                     * who awaits cold hits */
     unsigned threads;
     unsigned started;
     bool owns; /* the three descriptors */

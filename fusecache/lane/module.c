@@ -7,7 +7,7 @@
 
 #include "serve.h"
 
-#define ARRAYS 14
+#define ARRAYS 17
 #define SMALL (128 << 10) /* answers up to this size are written without letting go of the GIL */
 
 typedef struct {
@@ -66,6 +66,9 @@ static bool hold_all(LaneObject *self, PyObject *arrays)
     HOLD(clock, 8, 1)
     HOLD(soiled_count, 8, 1)
     HOLD(soiled, 4, core->soiled_room)
+    HOLD(syncs, 8, 3)
+    HOLD(syncing, 4, core->soiled_room)
+    HOLD(syncing_pages, 2, core->soiled_room)
 #undef HOLD
     return true;
 }
@@ -324,9 +327,10 @@ static PyObject *lane_py_counters(LaneObject *self, PyObject *Py_UNUSED(ignored)
     const struct lane *lane = &self->lane;
     const struct lane_counters *counters = &lane->counters;
     return Py_BuildValue(
-        "{sKsKsKsKsKsNsKsNsKsNsN}", "forwarded", now(&counters->forwarded), "queued",
+        "{sKsKsKsKsKsKsKsNsKsNsKsNsN}", "forwarded", now(&counters->forwarded), "queued",
         now(&counters->queued), "repeated", now(&counters->repeated), "together",
-        now(&counters->together), "apart", now(&counters->apart), "read_ns",
+        now(&counters->together), "apart", now(&counters->apart), "fsyncs", now(&counters->fsyncs),
+        "syncs", now(&counters->syncs), "read_ns",
         histogram(lane->read_ns), "read_ns_sum", now(&lane->read_ns_sum), "write_ns",
         histogram(lane->write_ns), "write_ns_sum", now(&lane->write_ns_sum), "ring",
         PyBool_FromLong(lane->ring), "queues",

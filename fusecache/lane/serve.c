@@ -256,8 +256,11 @@ static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
     case REQUEST_GETATTR:
         ask_attributes(lane, request);
         return lane_queue(lane, request, buffer);
-    case REQUEST_LOOKUP:
     case REQUEST_FSYNC:
+        if (syncs_take(lane, request))
+            return buffer;
+        return lane_queue(lane, request, buffer);
+    case REQUEST_LOOKUP:
     case REQUEST_FALLOCATE:
     case REQUEST_LSEEK:
         return lane_queue(lane, request, buffer);

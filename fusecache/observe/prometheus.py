@@ -155,6 +155,12 @@ _MOUNT_COUNTERS = (
 )
 
 
+_LANE_COUNTERS = (
+    ("fsyncs", "Fsyncs that the lane served by itself."),
+    ("syncs", "Syncs of the cache device that these shared."),
+)
+
+
 def _lane(lane: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:
     text = "How long what the lane served by itself took, from request to answer."
     family = HistogramMetricFamily("fusecache_lane_seconds", text, labels=["mount", "served"])
@@ -168,6 +174,10 @@ def _lane(lane: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:
     text = "Requests that the lane handed on, by to whom."
     passed = {"engine": lane["passed_to_engine"], "pyfuse3": lane["passed_to_pyfuse3"]}
     yield _by(CounterMetricFamily, "lane_passed_requests", text, only["mount"], "to", passed)
+    for name, text in _LANE_COUNTERS:
+        counter = CounterMetricFamily(f"fusecache_lane_{name}", text, labels=["mount"])
+        counter.add_metric([only["mount"]], lane[name])
+        yield counter
 
 
 def _sizes(status: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:

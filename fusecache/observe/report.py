@@ -154,6 +154,8 @@ def _lane(lane: dict[str, Any]) -> str:
                 f"{count_text(served['calls'])} {kind} p50 {time_text(served['p50'])}, "
                 f"p99 {time_text(served['p99'])}"
             )
+    if lane["fsyncs"]:
+        texts.append(f"{count_text(lane['fsyncs'])} fsyncs by {count_text(lane['syncs'])} syncs")
     if not texts:
         texts.append("nothing served yet")
     if lane["fuse_over_io_uring"]:

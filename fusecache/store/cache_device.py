@@ -51,6 +51,7 @@ class CacheDevice:
         self._fd = fd
         self._can_nowait = True
         self._told = 0
+        self._owed: int | None = None
         self.synced_commit = 0
         """The last commit of the database whose note here is surely stable."""
 
@@ -102,12 +103,19 @@ class CacheDevice:
 
     def sync(self) -> None:
         """Everything written so far is on stable storage."""
-        told = self._told
+        told, owed, self._owed = self._told, self._owed, None
         try:
             os.fdatasync(self._fd)
+            if owed is not None:
+                raise OSError(owed, os.strerror(owed))
         except OSError as exc:
             raise CacheDeviceError(f"syncing {self.path}: {exc.strerror}") from exc
         self.synced_commit = max(self.synced_commit, told)
+
+    def owe(self, error: int) -> None:
+        """A sync of the lane failed with this errno: so does the next one here, whatever the kernel
+        says by then, since it may have dropped what it could not write."""
+        self._owed = error
 
     @property
     def fence(self) -> Fence:

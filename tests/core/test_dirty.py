@@ -327,7 +327,7 @@ class DirtyPagesAgainstADict(RuleBasedStateMachine):
     def sync_begins(self) -> None:
         began = self.index.dirty.sync_begins()
         self.syncing, self.unsynced = (began, self.unsynced), {}
-        assert dict(zip(*(c.tolist() for c in began), strict=True)) == self.syncing[1]
+        assert dict(zip(began.slots.tolist(), began.pages.tolist(), strict=True)) == self.syncing[1]
 
     @precondition(lambda self: self.syncing is not None)
     @rule()

@@ -34,6 +34,22 @@ CAUGHT: dict[str, str | Case] = {
     "evict_leaves_the_blocks": ("pages_become_dirty", None, "kill"),
     "r1_fsync_makes_no_barrier": ("pages_become_dirty", None, "ooo"),
     "r1_fsync_joins_a_barrier_that_has_begun": ("a_write_during_a_barrier", None, "ooo"),
+    "r1_the_lane_syncs_although_rows_have_changed": ("rows_change_between_fsyncs", None, "ooo"),
+    "r1_the_lane_syncs_although_rows_changed_during_the_barrier": (
+        "rows_change_during_an_fsync",
+        None,
+        "ooo",
+    ),
+    "r1_the_lane_syncs_whatever_has_changed": (
+        "writes_go_past_the_cache_between_fsyncs",
+        None,
+        "ooo",
+    ),
+    "r1_the_lane_syncs_although_the_origin_is_not_synced": (
+        "a_write_goes_past_the_cache_during_an_fsync",
+        None,
+        "ooo",
+    ),
     "r1_to_overwrite_a_dirty_page_is_no_change": ("pages_become_dirty", None, "ooo"),
     "r1_to_make_a_page_dirty_is_no_change": ("a_busy_page_is_cleaned", None, "ooo"),
     "r1_a_barrier_covers_what_came_during_it": ("a_write_before_a_barrier_ends", None, "ooo"),

@@ -13,6 +13,7 @@ from fusecache.engine.discards import Discards
 from fusecache.engine.dropping import Dropping
 from fusecache.engine.fills import Fills
 from fusecache.engine.hit_path import HitPath
+from fusecache.engine.image import Image
 from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.write_modes import WriteModes
@@ -51,6 +52,47 @@ def r1_to_overwrite_a_dirty_page_is_no_change() -> Any:
         return done
 
     return patch(HitPath, "try_write", try_write)
+
+
+@mutation
+def r1_the_lane_syncs_although_rows_have_changed() -> Any:
+    original = Image.changed
+
+    def changed(self: Image) -> None:
+        only_data = self._only_data
+        original(self)
+        self._only_data = only_data
+        self._tell_gate()
+
+    return patch(Image, "changed", changed)
+
+
+@mutation
+def r1_the_lane_syncs_although_rows_changed_during_the_barrier() -> Any:
+    original = Image.fsynced
+
+    def fsynced(self: Image) -> None:
+        self._stable = self._changes
+        original(self)
+
+    return patch(Image, "fsynced", fsynced)
+
+
+@mutation
+def r1_the_lane_syncs_whatever_has_changed() -> Any:
+    return patch(Image, "_more_than_data", lambda self: None)
+
+
+@mutation
+def r1_the_lane_syncs_although_the_origin_is_not_synced() -> Any:
+    original = Image.fsynced
+
+    def fsynced(self: Image) -> None:
+        synced, self.synced = self.synced, self.guest_written
+        original(self)
+        self.synced = synced
+
+    return patch(Image, "fsynced", fsynced)
 
 
 @mutation

@@ -123,6 +123,13 @@ class Play:
         await self.cache.fsync(self.image, metadata=True)
         self.model.end_fsync(covered)
 
+    async def fsync_by_lane(self, *, surely: bool = False) -> None:
+        """A guest's fsync, of which the lane does what it may; ``surely`` all of it."""
+        covered = self.model.begin_fsync()
+        done = await lane.fsync(self.cache, self.image, metadata=True)
+        assert done or not surely
+        self.model.end_fsync(covered)
+
     async def fsync_fails(self) -> None:
         """An fsync, and it does not matter whether that works."""
         covered = self.model.begin_fsync()

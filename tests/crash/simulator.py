@@ -189,7 +189,11 @@ class Simulation:
             await self._free(cache, image, model, begin, end)
         elif kind < 0.92:
             covered = model.begin_fsync()
-            await cache.fsync(image, metadata=chance.random() < 0.5)
+            metadata = chance.random() < 0.5
+            if self.lane:
+                await lane.fsync(cache, image, metadata=metadata)
+            else:
+                await cache.fsync(image, metadata=metadata)
             model.end_fsync(covered)
         elif kind < 0.95 and not shared:
             size = chance.randrange(end) * STAMP

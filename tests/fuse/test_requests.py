@@ -202,3 +202,17 @@ async def test_a_name_that_nobody_waits_for_is_not_counted(served: Served) -> No
     (node,) = struct.unpack_from("<Q", found[2][1])
     assert served.operations.inodes.get(node) is None
     assert served.operations.inodes.get(ROOT_INODE) is not None
+
+
+async def test_a_sync_of_the_lane_that_failed_is_a_failed_sync(
+    served: Served, handle: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the kernel says of the next one: what was dirty and not synced is lost."""
+    found = await answers(served, write(2, handle, 0, b"x" * PAGE))
+    assert found[2][0] == 0
+    failed = (4, lanes.FSYNC, handle, 0, errno.EIO, 0, None)
+    assert await answers(served, failed) == {4: (errno.EIO, b"")}
+    assert not served.cache.state.usable
+    image = served.operations.handles[handle].image
+    assert served.cache.core.lost_ranges(image.id) == [(0, PAGE), (BLOCK - PAGE, PAGE)]
+    assert "lost 2 pages" in caplog.text

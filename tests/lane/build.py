@@ -17,6 +17,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 HELD_DEVICE = (
     "-Dpreadv2=held_preadv2",
     "-Dpwrite=held_pwrite",
+    "-Dfdatasync=held_fdatasync",
     "-Wl,--wrap=ring_make,--wrap=ring_enter,--wrap=ring_wait",
     f"-I{SOURCES}",
     str(HERE / "held_device.c"),

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #undef preadv2 /* the build renames the lane's calls to the ones below */
 #undef pwrite
+#undef fdatasync
 #include "ring.h"
 
 #include <errno.h>
@@ -18,17 +19,17 @@
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static bool cold, before, after, broken, busy, pieces, forbidden, sick;
+static bool cold, before, after, broken, busy, pieces, forbidden, sick, syncing;
 static int sick_place[2] = {-1, -1};
 static int inside;
-static long reads, writes;
+static long calls[3]; /* reads, writes, syncs */
 
 /* before: calls wait before they do anything; after: they wait when they have done it; busy: writes
  * take 20 ms without waiting for anything, as on a host that has others to run; pieces: io_uring
  * reads little at a time, and is interrupted in between; forbidden: there is no io_uring; sick: reads
- * by io_uring that begin wait until the place is healed, alone. */
+ * by io_uring that begin wait until the place is healed, alone; syncing: syncs wait, alone. */
 void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int is_busy,
-                int in_pieces, int is_forbidden, int is_sick)
+                int in_pieces, int is_forbidden, int is_sick, int hold_syncs)
 {
     pthread_mutex_lock(&mutex);
     cold = is_cold;
@@ -39,6 +40,7 @@ void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int
     pieces = in_pieces;
     forbidden = is_forbidden;
     sick = is_sick;
+    syncing = hold_syncs;
     if (sick && sick_place[0] < 0 && pipe(sick_place) != 0)
         abort();
     pthread_cond_broadcast(&changed);
@@ -62,10 +64,10 @@ int device_inside(void)
     return now;
 }
 
-long device_calls(int of_writes)
+long device_calls(int kind)
 {
     pthread_mutex_lock(&mutex);
-    long now = of_writes ? writes : reads;
+    long now = calls[kind];
     pthread_mutex_unlock(&mutex);
     return now;
 }
@@ -94,7 +96,7 @@ ssize_t held_preadv2(int fd, const struct iovec *parts, int count, off_t offset,
         return -1;
     }
     ssize_t got = -1;
-    if (pass(&before, &reads))
+    if (pass(&before, &calls[0]))
         got = preadv2(fd, parts, count, offset, flags);
     else
         errno = EIO;
@@ -150,9 +152,9 @@ unsigned __wrap_ring_wait(struct ring *ring, struct ring_done *done, unsigned mo
     unsigned count = prepare(ring, in_pieces, is_sick);
     bool works = true;
     if (count) {
-        works = pass(&before, &reads);
+        works = pass(&before, &calls[0]);
         pthread_mutex_lock(&mutex);
-        reads += count - 1;
+        calls[0] += count - 1;
         pthread_mutex_unlock(&mutex);
     }
     count = __real_ring_wait(ring, done, most);
@@ -184,7 +186,7 @@ static void compute(void)
 
 ssize_t held_pwrite(int fd, const void *data, size_t size, off_t offset)
 {
-    if (!pass(&before, &writes)) {
+    if (!pass(&before, &calls[1])) {
         errno = EIO;
         return -1;
     }
@@ -196,4 +198,15 @@ ssize_t held_pwrite(int fd, const void *data, size_t size, off_t offset)
     ssize_t put = pwrite(fd, data, size, offset);
     pass(&after, NULL);
     return put;
+}
+
+int held_fdatasync(int fd)
+{
+    int done = -1;
+    if (pass(&before, &calls[2]) && pass(&syncing, NULL))
+        done = fdatasync(fd);
+    else
+        errno = EIO;
+    pass(&after, NULL);
+    return done;
 }

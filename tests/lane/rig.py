@@ -54,11 +54,14 @@ class Device:
         pieces: bool = False,
         forbidden: bool = False,
         sick: bool = False,
+        syncing: bool = False,
     ) -> None:
         """Nothing in memory; calls wait before or after what they do; calls fail; writes compute
         for a while; reads by io_uring come in pieces, or there is no io_uring, or those that begin
-        wait until ``heal``."""
-        self._library.device_set(cold, before, after, broken, busy, pieces, forbidden, sick)
+        wait until ``heal``; syncs wait."""
+        self._library.device_set(
+            cold, before, after, broken, busy, pieces, forbidden, sick, syncing
+        )
 
     def heal(self, data: bytes) -> None:
         """What the one read finds that waits in the sick place."""
@@ -78,6 +81,11 @@ class Device:
     def writes(self) -> int:
         """Calls with data, ever."""
         return int(self._library.device_calls(1))
+
+    @property
+    def syncs(self) -> int:
+        """Syncs, ever."""
+        return int(self._library.device_calls(2))
 
 
 def request(

@@ -67,11 +67,12 @@ def test_what_was_written_is_unsynced_until_the_next_sync(rig: Rig) -> None:
     rig.write(BLOCK + 3 * PAGE, data_of(2 * PAGE))
     rig.write(BLOCK + 4 * PAGE, data_of(2 * PAGE))
     rig.write(2 * PAGE, data_of(PAGE))
-    slots, pages = rig.core.dirty.sync_begins()
-    assert dict(zip(slots.tolist(), pages.tolist(), strict=True)) == {second: 0x38, first: 0x4}
+    began = rig.core.dirty.sync_begins()
+    unsynced = dict(zip(began.slots.tolist(), began.pages.tolist(), strict=True))
+    assert unsynced == {second: 0x38, first: 0x4}
     assert rig.core.dirty.sync_begins()[0].size == 0
     rig.write(0, data_of(PAGE))
-    assert rig.core.dirty.sync_failed((slots, pages)) == 5
+    assert rig.core.dirty.sync_failed(began) == 5
     assert rig.core.dirty.lost_ranges(5) == [
         (0, PAGE),
         (2 * PAGE, PAGE),
@@ -328,6 +329,6 @@ def test_what_is_written_is_what_is_read_by_many(new_rig: Callable[..., Rig]) ->
             assert rig.read(0, 16 * BLOCK)[: 4 * PAGE] == stamped(5, 0, 4 * PAGE, version)
     finally:
         rig.take_turn()
-    slots, pages = rig.core.dirty.sync_begins()
+    slots, pages, _ = rig.core.dirty.sync_begins()
     assert len(set(slots.tolist())) == slots.size == 16
     assert set(pages.tolist()) == {FULL}

@@ -77,6 +77,18 @@ def test_slots_hold_what_was_written_and_begin_at_1_mib(tmp_path: Path) -> None:
         device.close()
 
 
+def test_a_sync_that_the_lane_owes_fails_once(tmp_path: Path) -> None:
+    """The kernel may have dropped what it could not write, and says that all is well."""
+    device = make(tmp_path / "cache")
+    try:
+        device.owe(5)
+        with pytest.raises(CacheDeviceError, match="Input/output error"):
+            device.sync()
+        device.sync()
+    finally:
+        device.close()
+
+
 def test_reading_past_the_end_is_an_error_and_not_short_data(tmp_path: Path) -> None:
     device = make(tmp_path / "cache")
     with contextlib.closing(device):

@@ -1,0 +1,45 @@
+/* Fsyncs that need no more than a sync of the cache device: callers that wait for each other share
+ * one, and a thread of its own waits for it. See docs/architecture.md, "The lane". */
+#ifndef FUSECACHE_SYNCS_H
+#define FUSECACHE_SYNCS_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "request.h"
+
+struct lane;
+
+struct fsync {
+    struct request request;
+    uint32_t gate;
+};
+
+struct syncs {
+    pthread_mutex_t mutex; /* over the next three */
+    pthread_cond_t wanted;
+    struct fsync *asked; /* room for MOST_FSYNCS, for the next sync */
+    unsigned count;
+    struct fsync *taken; /* the same, for the one that is under way; the thread's own */
+    bool failed;         /* a sync, once: from then on all are Python's */
+    int file; /* the cache device, opened once more: the kernel tells each open file once that it
+               * could not write something, and who shared Python's might miss it. -1: none */
+};
+
+/* 0, or an errno. */
+int syncs_make(struct syncs *syncs);
+
+/* Takes over an fsync. False: Python has to do it. */
+bool syncs_take(struct lane *lane, const struct request *request);
+
+/* The thread. Ends when the lane has ended, with the sync that is under way. */
+void syncs_run(struct lane *lane);
+
+/* Wakes the thread, for its end. */
+void syncs_end(struct lane *lane);
+
+/* With no thread left. */
+void syncs_free(struct syncs *syncs);
+
+#endif
