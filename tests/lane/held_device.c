@@ -50,9 +50,12 @@ void device_set(int is_cold, int hold_before, int hold_after, int is_broken, int
 /* What is read there, and by nobody else. */
 void device_heal(const void *data, size_t size)
 {
-    if (write(sick_place[1], data, size) != (ssize_t)size || close(sick_place[1]) != 0)
-        abort();
+    pthread_mutex_lock(&mutex);
+    int end = sick_place[1];
     sick_place[0] = sick_place[1] = -1; /* the reading end is io_uring's */
+    pthread_mutex_unlock(&mutex);
+    if (write(end, data, size) != (ssize_t)size || close(end) != 0)
+        abort();
 }
 
 /* How many calls wait. */
@@ -129,7 +132,7 @@ bool __wrap_ring_enter(struct ring *ring)
 }
 
 /* Slots do not begin at 0, and the lane reads 8 bytes of something else to be woken. */
-static unsigned prepare(struct ring *ring, bool in_pieces, bool is_sick)
+static unsigned prepare(struct ring *ring, bool in_pieces, int place)
 {
     unsigned count = 0;
     for (uint32_t i = 1; i <= ring->prepared; i++) {
@@ -137,8 +140,8 @@ static unsigned prepare(struct ring *ring, bool in_pieces, bool is_sick)
         count += entry->off > 0;
         if (entry->off > 0 && in_pieces && entry->len > PIECE)
             entry->len = PIECE;
-        if (entry->off > 0 && is_sick)
-            entry->fd = sick_place[0];
+        if (entry->off > 0 && place >= 0)
+            entry->fd = place;
     }
     return count;
 }
@@ -147,9 +150,10 @@ unsigned __wrap_ring_wait(struct ring *ring, struct ring_done *done, unsigned mo
 {
     static unsigned turn;
     pthread_mutex_lock(&mutex);
-    bool in_pieces = pieces, is_sick = sick;
+    bool in_pieces = pieces;
+    int place = sick ? sick_place[0] : -1;
     pthread_mutex_unlock(&mutex);
-    unsigned count = prepare(ring, in_pieces, is_sick);
+    unsigned count = prepare(ring, in_pieces, place);
     bool works = true;
     if (count) {
         works = pass(&before, &calls[0]);

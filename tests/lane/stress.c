@@ -263,6 +263,12 @@ static char *new_buffer(void)
     return buffer;
 }
 
+static void sync_now(int fd)
+{
+    if (fsync(fd))
+        fail("fsync: errno %d", errno);
+}
+
 static void write_all(unsigned first, unsigned last, int flags, unsigned pause)
 {
     char *buffer = new_buffer();
@@ -276,8 +282,11 @@ static void write_all(unsigned first, unsigned last, int flags, unsigned pause)
         if (count > PAGES - page)
             count = (unsigned)(PAGES - page);
         put(fd, buffer, image, page, count, 2);
-        if (chance(500) == 0 && fsync(fd))
-            fail("fsync: errno %d", errno);
+        if (chance(100) == 0) { /* the second one is the lane's, if nobody else writes meanwhile */
+            sync_now(fd);
+            put(fd, buffer, image, page, count, 2);
+            sync_now(fd);
+        }
         usleep(pause);
     }
 }

@@ -63,7 +63,9 @@ def _fuzz(into: Path, count: int) -> None:
 @pytest.mark.parametrize("flags", [ADDRESS, THREAD])
 def test_these_tests_under_a_sanitizer(tmp_path: Path, flags: str) -> None:
     command = ["setarch", "-R", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [f"tests/lane/test_{name}.py" for name in ("reads", "writes", "requests", "ends")]
+    files = [
+        f"tests/lane/test_{name}.py" for name in ("reads", "writes", "fsyncs", "requests", "ends")
+    ]
     env = {**os.environ, **environment(flags, tmp_path), "FUSECACHE_LANE_FLAGS": flags}
     done = subprocess.run(
         [*command, *files], cwd=build.ROOT, env=env, capture_output=True, text=True, check=False

@@ -23,6 +23,7 @@ def _run(mount: Mount, seconds: float, pages: int) -> Done:
     assert done.lane["reads"]["calls"] > done.pages / 1000
     assert done.lane["overwrites"]["calls"] > 0
     assert done.lane["cold_reads_by_io_uring"] > 0 or not done.lane["io_uring"]
+    assert done.lane["fsyncs"] > 10
     return done
 
 
