@@ -6,6 +6,7 @@ looks once more before it answers. Without the lane nobody opens one.
 """
 
 from collections.abc import Iterable
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,7 @@ class Gates:
         self._syncs = self.syncs_of.data
         self._free = list(range(GATES - 1, -1, -1))
         self._shut = False
+        self._fence = Lock()
         self.used = False
         """Whether there is a lane."""
 
@@ -62,9 +64,12 @@ class Gates:
         self._free.append(gate.number)
 
     def shut(self) -> None:
-        """Nothing passes any gate from now on."""
+        """Nothing passes any gate from now on. What the caller reads after this is what the lane
+        has written before it looked at a gate for the last time."""
         self._shut = True
         self.words32_of[_FLAGS::_WORDS32] = 0
+        with self._fence:  # the processor puts off no store beyond a lock
+            pass
 
     @property
     def is_shut(self) -> bool:

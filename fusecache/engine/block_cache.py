@@ -240,6 +240,10 @@ class BlockCache:
         """See ``Seeks.seek``."""
         return await self._seeks.seek(image, offset, whence)
 
+    async def lane_sync_failed(self, error: int) -> None:
+        """See ``Flushes.lane_sync_failed``."""
+        await self._flushes.lane_sync_failed(error)
+
     async def fsync(self, image: Image, *, metadata: bool) -> None:
         """See ``Flushes.fsync``."""
         await self._flushes.fsync(image, metadata=metadata)

@@ -394,6 +394,7 @@ class Committer:
             await self._syncs.run(self._device.sync, self._threads.device)
             self._core.dirty.sync_worked(began)
         except CacheDeviceError:
+            self._core.gates.shut()  # first: the lane answers no fsync for what is lost now
             if lost := self._core.dirty.sync_failed(began):
                 log.error(
                     "the cache device lost %d pages that the origin has not",

@@ -121,6 +121,14 @@ class DirtyWrites:
             await self._complete_edges(image, part)
         for part in parts:
             self._classify(image, part)
+        try:
+            await self._rows_and_data(image, parts)
+        finally:
+            # Also if the data is not there: rows have changed, and the lane may write over pages
+            # that are dirty now as soon as their slots are not pinned any more.
+            image.changed()
+
+    async def _rows_and_data(self, image: Image, parts: list[Part]) -> None:
         before = [part for part in parts if part.before]
         if before:
             await self._rows_first(image, before, parts)
@@ -131,7 +139,6 @@ class DirtyWrites:
                 if part.after:
                     self._core.stored_dirty(part.slot, part.after)
             await self._committer.commit_rows()
-        image.changed()
 
     async def _rows_first(self, image: Image, before: list[Part], parts: list[Part]) -> None:
         committed = self._committer.rows_owed()

@@ -1,6 +1,7 @@
 """Flushes: fsync, and what operators and the end of a mount ask for besides (P2)."""
 
 import logging
+from contextlib import suppress
 
 import trio
 
@@ -43,6 +44,23 @@ class Flushes:
         self._discards = discards
         self._degraded = degraded
         self._threads = threads
+        self._lane_failed = False
+
+    async def lane_sync_failed(self, error: int) -> None:
+        """A sync of the cache device by the lane failed with this errno. It tells so with every
+        fsync that waited for that sync, and begins no other.
+
+        So does one of ours, now: the cache is broken, and what was not stable yet is lost.
+        """
+        if self._lane_failed:
+            return
+        self._lane_failed = True
+        if not self._state.usable:
+            self._core.dirty.sync_failed(self._core.dirty.sync_begins())
+            return
+        self._state.device.owe(error)
+        with suppress(FusecacheError):
+            await self._committer.barrier()
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:
         """What was written and acknowledged is on stable storage (P2).

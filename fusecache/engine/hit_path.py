@@ -81,7 +81,8 @@ class HitPath:
                 done += size
         except CacheDeviceError:
             return False  # the slow path meets the error again and deals with it
-        image.changed()
+        finally:
+            image.changed()
         counters = image.counters
         counters.writes += 1
         counters.write_bytes += length

@@ -234,11 +234,7 @@ class Image:
         """The engine has done an fsync. If all rows are stable now, and the origin has nothing
         unsynced, the next one is the lane's: until something else changes it has to sync no more
         than the cache device (R1)."""
-        self._only_data = (
-            self._stable == self._changes
-            and self.synced >= self.guest_written
-            and not self.sync_error_owed
-        )
+        self._only_data = self._stable == self._changes and self.synced >= self.guest_written
         self._tell_gate()
 
     def _more_than_data(self) -> None:
@@ -321,7 +317,6 @@ class Image:
         self.failed_syncs += 1
         if self.synced < self.guest_data:
             self.sync_error_owed = True
-            self._more_than_data()
 
     def record(self, seen: Attributes, now_ns: int, settle_age: float, *, own: bool) -> None:
         """Takes ``seen`` for what the cached blocks belong to (P3).

@@ -122,9 +122,9 @@ class Writes:
         except DatabaseError:
             return done  # the slow path meets the error again and deals with it
         for place, is_written in zip(places, written, strict=True):
+            image, _, data = wanted[place]
+            image.changed()  # in any case: its rows have
             if is_written:
-                image, _, data = wanted[place]
-                image.changed()
                 image.counters.wrote(Served.BACK, len(data))
                 done[place] = True
         return done

@@ -161,7 +161,7 @@ class Requests:
 
     async def _fsync(self, handle: Handle, request: Request) -> bytes:
         if failed := request[4]:
-            self._cache.device.owe(failed)
+            await self._cache.lane_sync_failed(failed)
         await self._cache.fsync(handle.image, metadata=not request[5] & _DATA_ONLY)
         return b""
 

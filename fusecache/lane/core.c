@@ -189,4 +189,5 @@ void core_sync_worked(const struct core *core)
 {
     __atomic_store_n(&core->syncs[SYNCS_GOOD], core->syncs[SYNCS_BEGUN], __ATOMIC_RELEASE);
     __atomic_store_n(&core->syncs[SYNCING], 0, __ATOMIC_RELEASE);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* before a look at a gate; see Gates.shut */
 }

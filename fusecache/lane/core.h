@@ -77,7 +77,7 @@ struct found {
     struct extent extents[MOST_EXTENTS];
 };
 
-/* Finds where the bytes of a read lie, cut at the end of the image. False for "not simply a hit". */
+/* Finds where the bytes of a read lie, cut at the end of the image. False: not simply a hit. */
 bool core_locate(const struct core *core, const struct gate *gate, uint64_t offset, uint32_t length,
                  struct found *found);
 

@@ -49,8 +49,8 @@ struct lane {
     int fuse;    /* /dev/fuse; this and the next two become the lane's own when it starts */
     int pass;    /* our end of the pair; pyfuse3 has the other one */
     int device;  /* the cache device */
-    int nowhere; /* what these three are from lane_stop on: nobody answers or writes by a number
-                  * that may be another file's by now */
+    int nowhere; /* what these, and syncs.file, are from lane_stop on: nobody answers or writes by
+                  * a number that may be another file's by now */
     uint64_t data_offset;
     unsigned readers; /* threads that wait for requests */
     unsigned spares;  /* more of them, in the place of those that wait for the device */

@@ -37,7 +37,7 @@ struct queues {
     struct entry *serving; /* until it is answered */
     unsigned reading;      /* entries that the device reads into */
     unsigned strange;      /* requests in a row, each alone, of queues that are others' */
-    uint64_t asked_at;     /* the last request of a queue of its own, monotonic ns; read by others */
+    uint64_t asked_at;     /* the last request of a queue of its own, monotonic ns; others read it */
     unsigned alone;        /* times it has served what came, while another one was idle */
     unsigned patience;     /* of these before it tries something else */
     bool gives_back;       /* what it answers for others' queues goes back to them */

@@ -113,8 +113,8 @@ class CacheDevice:
         self.synced_commit = max(self.synced_commit, told)
 
     def owe(self, error: int) -> None:
-        """A sync of the lane failed with this errno: so does the next one here, whatever the kernel
-        says by then, since it may have dropped what it could not write."""
+        """The next sync fails with this errno, whatever the kernel says: it told the lane, and may
+        have dropped what it could not write."""
         self._owed = error
 
     @property

@@ -50,6 +50,16 @@ CAUGHT: dict[str, str | Case] = {
         None,
         "ooo",
     ),
+    "r1_a_write_that_fails_has_changed_no_row": (
+        "a_write_fails_after_its_row_was_committed",
+        None,
+        "ooo",
+    ),
+    "r1_a_write_at_once_that_fails_has_changed_no_row": (
+        "a_write_at_once_fails_after_its_row_was_committed",
+        None,
+        "ooo",
+    ),
     "r1_to_overwrite_a_dirty_page_is_no_change": ("pages_become_dirty", None, "ooo"),
     "r1_to_make_a_page_dirty_is_no_change": ("a_busy_page_is_cleaned", None, "ooo"),
     "r1_a_barrier_covers_what_came_during_it": ("a_write_before_a_barrier_ends", None, "ooo"),

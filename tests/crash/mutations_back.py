@@ -18,6 +18,7 @@ from fusecache.engine.intents import WriteIntents
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.write_modes import WriteModes
 from fusecache.engine.writes import Writes
+from fusecache.errors import CacheDeviceError
 from fusecache.store.block_map import WHOLE_IMAGE, Batch, BlockMap
 from tests.crash.mutation import mutation, nothing, patch, together
 
@@ -93,6 +94,38 @@ def r1_the_lane_syncs_although_the_origin_is_not_synced() -> Any:
         self.synced = synced
 
     return patch(Image, "fsynced", fsynced)
+
+
+@mutation
+def r1_a_write_that_fails_has_changed_no_row() -> Any:
+    original = DirtyWrites.write
+
+    async def write(self: DirtyWrites, image: Image, parts: list[Part]) -> None:
+        before = image._changes, image._only_data
+        try:
+            await original(self, image, parts)
+        except CacheDeviceError:
+            image._changes, image._only_data = before
+            image._tell_gate()
+            raise
+
+    return patch(DirtyWrites, "write", write)
+
+
+@mutation
+def r1_a_write_at_once_that_fails_has_changed_no_row() -> Any:
+    original = Writes._together
+
+    def _together(self: Writes, wanted: Any) -> list[bool]:
+        image = wanted[0][0]
+        before = image._changes, image._only_data
+        done = original(self, wanted)
+        if not any(done):
+            image._changes, image._only_data = before
+            image._tell_gate()
+        return done
+
+    return patch(Writes, "_together", _together)
 
 
 @mutation

@@ -100,6 +100,11 @@ class Play:
         for page in pages:
             self.model.end_write(page * IN_PAGE, IN_PAGE)
 
+    async def write_together_fails(self, page: int) -> None:
+        """One such write that is not done at once."""
+        data = self.model.begin_write(page * IN_PAGE, IN_PAGE)
+        assert self.cache.write_at_once([(self.image, page * PAGE, data)]) == [False]
+
     async def write_fails(self, page: float, pages: float = 1) -> None:
         """Writes, and it does not matter whether that works."""
         first, count = int(page * IN_PAGE), int(pages * IN_PAGE)

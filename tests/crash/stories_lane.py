@@ -105,6 +105,36 @@ async def a_write_goes_past_the_cache_during_an_fsync(play: Play) -> None:
 
 
 @story(dirty_age=60.0, barrier_interval=600.0)
+async def a_write_fails_after_its_row_was_committed(play: Play) -> None:
+    """The page is dirty then, the lane writes to it, and its row is not stable yet."""
+    lane.admit(play.cache)
+    await play.open()
+    await play.read()
+    await play.write(0, 4)
+    await play.fsync()
+    play.fail("device.write", 0)
+    async with trio.open_nursery() as nursery, play.image.cleaning:
+        nursery.start_soon(play.write, 5, 0.5)  # to let go of the page it waits for this
+        await trio.sleep(0.2)
+        await play.overwrite(5.5, 0.5)
+        await play.fsync_by_lane()
+
+
+@story(dirty_age=60.0, barrier_interval=600.0, commits_in_place=True)
+async def a_write_at_once_fails_after_its_row_was_committed(play: Play) -> None:
+    """The same without a wait."""
+    lane.admit(play.cache)
+    await play.open()
+    await play.read()
+    await play.write(0, 4)
+    await play.fsync()
+    play.fail("device.write", 0)
+    await play.write_together_fails(5)
+    await play.overwrite(5, 1)
+    await play.fsync_by_lane()
+
+
+@story(dirty_age=60.0, barrier_interval=600.0)
 async def the_image_grows_between_fsyncs(play: Play) -> None:
     """Its new size is the origin's."""
     lane.admit(play.cache)

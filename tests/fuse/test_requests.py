@@ -210,9 +210,26 @@ async def test_a_sync_of_the_lane_that_failed_is_a_failed_sync(
     """Whatever the kernel says of the next one: what was dirty and not synced is lost."""
     found = await answers(served, write(2, handle, 0, b"x" * PAGE))
     assert found[2][0] == 0
-    failed = (4, lanes.FSYNC, handle, 0, errno.EIO, 0, None)
-    assert await answers(served, failed) == {4: (errno.EIO, b"")}
+    failed = [(n, lanes.FSYNC, handle, 0, errno.EIO, 0, None) for n in (4, 6)]
+    assert await answers(served, *failed) == dict.fromkeys((4, 6), (errno.EIO, b""))
     assert not served.cache.state.usable
     image = served.operations.handles[handle].image
     assert served.cache.core.lost_ranges(image.id) == [(0, PAGE), (BLOCK - PAGE, PAGE)]
     assert "lost 2 pages" in caplog.text
+
+
+async def test_a_failed_sync_of_the_lane_ends_the_cache_for_all(
+    served: Served, handle: int
+) -> None:
+    """Also if the image of the fsync that tells of it has nothing to sync; and it counts once."""
+    other = await ready(served, "other.img")
+    image = served.operations.handles[other].image
+    fsync = (2, lanes.FSYNC, handle, 0, 0, 0, None)
+    assert (await answers(served, fsync))[2][0] == 0
+    assert (await answers(served, write(4, other, 0, b"x" * PAGE)))[4][0] == 0
+    failed = (6, lanes.FSYNC, handle, 0, errno.EIO, 0, None)
+    await answers(served, failed)
+    assert not served.cache.state.usable
+    assert served.cache.core.lost_ranges(image.id)
+    straggler = (8, lanes.FSYNC, handle, 0, errno.EIO, 0, None)
+    assert await answers(served, straggler) == {8: (0, b"")}

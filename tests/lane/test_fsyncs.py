@@ -175,11 +175,16 @@ def let_go(rig: Rig, unique: int) -> None:
 
 
 def test_if_python_fails_meanwhile_all_is_lost_that_nobody_has_synced(rig: Rig) -> None:
+    """Then the fsync is Python's, which shuts the gates first."""
     unique, _ = held(rig)
     began = rig.core.dirty.sync_begins()
+    rig.core.gates.shut()
     assert rig.core.dirty.sync_failed(began) == 1
     assert rig.core.dirty.lost(5, 0) == 0b1
-    let_go(rig, unique)
+    rig.device.set()
+    (taken,) = rig.take()
+    assert (taken[0], taken[4]) == (unique, 0)
+    assert not rig.nothing_came()
 
 
 def test_a_good_sync_of_python_makes_that_of_the_lane_stable(rig: Rig) -> None:
@@ -250,16 +255,6 @@ def test_who_waits_while_a_sync_fails_is_pythons(rig: Rig) -> None:
         assert [(one[0], one[4]) for one in taken] == [(first, 5), (second, 0)]
         assert not rig.nothing_came()
     assert rig.device.syncs == before
-
-
-def test_a_gate_that_was_shut_during_the_sync(rig: Rig) -> None:
-    """Python's sync has failed meanwhile, and what this one was about is lost."""
-    unique, _ = held(rig)
-    rig.core.gates.shut()
-    rig.device.set()
-    (taken,) = rig.take()
-    assert (taken[0], taken[4]) == (unique, 0)
-    assert not rig.nothing_came()
 
 
 def test_the_kernel_tells_each_of_us_of_a_failed_write(rig: Rig) -> None:

@@ -262,7 +262,7 @@ MUTATIONS = {
         "syncs.c",
         "if (!error && only_data(lane, fsync->gate)) {",
         "if (!error) {",
-        "test_fsyncs.py and shut_during",
+        "test_fsyncs.py and nobody_has_synced",
     ),
     "an fsync of which the sync failed is answered": Mutation(
         "syncs.c",

@@ -135,7 +135,7 @@ async def _sync(cache: BlockCache) -> bool:
             await trio.lowlevel.checkpoint()
         except CacheDeviceError:
             syncs.failed = True
-            cache.device.owe(_EIO)
+            await cache.lane_sync_failed(_EIO)
             return False
         words = cache.core.arrays()["syncs"]
         words[_GOOD], words[_SYNCING] = words[_BEGUN], 0

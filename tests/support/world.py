@@ -393,7 +393,10 @@ class DeviceDouble(CacheDevice):
             self._world.device.write(position + at, data[at : at + PAGE])
 
     def sync(self) -> None:
+        owed, self._owed = self._owed, None
         self._call("sync")
+        if owed is not None:
+            raise CacheDeviceError("a sync failed that somebody else asked for")
         self._world.device.sync()
         self._world.witness.sync()
         self.synced_commit = self._told
