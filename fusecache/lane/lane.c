@@ -246,7 +246,7 @@ static void *return_thread(void *argument)
 static void *syncs_thread(void *argument)
 {
     struct lane *lane = argument;
-    syncs_run(lane);
+    syncs_run(lane, __atomic_fetch_add(&lane->sync_numbers, 1, __ATOMIC_RELAXED));
     leave(lane);
     return NULL;
 }
@@ -376,7 +376,7 @@ static void *(*work_of(const struct lane *lane, unsigned number))(void *)
     first += lane->queues.threads;
     if (number == first)
         return return_thread;
-    return number == first + 1 ? syncs_thread : cold_thread;
+    return number <= first + SYNC_THREADS ? syncs_thread : cold_thread;
 }
 
 int lane_start(struct lane *lane)
@@ -390,7 +390,8 @@ int lane_start(struct lane *lane)
     if (lane->ring)
         lane->spares = 0;
     queues_make(lane, lane->queue_count, lane->queue_threads);
-    lane->threads = lane->readers + lane->spares + lane->queues.threads + 2 + lane->ring;
+    lane->threads = lane->readers + lane->spares + lane->queues.threads + 1 + SYNC_THREADS +
+                    lane->ring;
     if (error || (error = other) || (error = make_room(lane)) || (error = own(lane)))
         return error;
     struct sigaction wake = {.sa_handler = nothing};

@@ -60,6 +60,7 @@ struct lane {
     unsigned queue_count;   /* of the kernel, see queues.h; 0: none */
     unsigned queue_threads; /* that serve them */
     unsigned queue_numbers; /* that have begun */
+    unsigned sync_numbers;  /* the same of those that sync */
 
     pthread_t *ids; /* readers and spares, those of queues, who brings answers back, who syncs, and
                      * who awaits cold hits */

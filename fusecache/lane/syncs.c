@@ -16,14 +16,17 @@ int syncs_make(struct syncs *syncs)
     pthread_mutex_init(&syncs->mutex, NULL);
     pthread_cond_init(&syncs->wanted, NULL);
     syncs->asked = calloc(MOST_FSYNCS, sizeof *syncs->asked);
-    syncs->taken = calloc(MOST_FSYNCS, sizeof *syncs->taken);
-    return syncs->asked && syncs->taken ? 0 : ENOMEM;
+    bool all = syncs->asked != NULL;
+    for (unsigned i = 0; i < SYNC_THREADS; i++)
+        all = (syncs->taken[i] = calloc(MOST_FSYNCS, sizeof *syncs->asked)) && all;
+    return all ? 0 : ENOMEM;
 }
 
 void syncs_free(struct syncs *syncs)
 {
     free(syncs->asked);
-    free(syncs->taken);
+    for (unsigned i = 0; i < SYNC_THREADS; i++)
+        free(syncs->taken[i]);
     pthread_cond_destroy(&syncs->wanted);
     pthread_mutex_destroy(&syncs->mutex);
 }
@@ -64,18 +67,19 @@ static bool has_ended(struct lane *lane)
     return __atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE);
 }
 
-/* Waits for fsyncs, and takes all there are; 0 at the end. */
-static unsigned take_all(struct lane *lane)
+/* Waits for fsyncs while nobody syncs, and takes all there are; 0 at the end. */
+static unsigned take_all(struct lane *lane, unsigned number)
 {
     struct syncs *syncs = &lane->syncs;
     pthread_mutex_lock(&syncs->mutex);
-    while (!syncs->count && !has_ended(lane))
+    while ((!syncs->count || syncs->under_way) && !has_ended(lane))
         pthread_cond_wait(&syncs->wanted, &syncs->mutex);
     struct fsync *all = syncs->asked;
     unsigned count = has_ended(lane) ? 0 : syncs->count;
-    syncs->asked = syncs->taken;
-    syncs->taken = all;
+    syncs->asked = syncs->taken[number];
+    syncs->taken[number] = all;
     syncs->count = 0;
+    syncs->under_way = true;
     pthread_mutex_unlock(&syncs->mutex);
     return count;
 }
@@ -111,6 +115,16 @@ static int make_stable(struct lane *lane)
     return error;
 }
 
+/* The sync is over: those that came meanwhile are another thread's. */
+static void pass_on(struct syncs *syncs)
+{
+    pthread_mutex_lock(&syncs->mutex);
+    syncs->under_way = false;
+    if (syncs->count)
+        pthread_cond_signal(&syncs->wanted);
+    pthread_mutex_unlock(&syncs->mutex);
+}
+
 static void answer(struct lane *lane, struct fsync *fsync, int error)
 {
     /* Once more: when Python's sync fails it shuts the gates. */
@@ -123,12 +137,13 @@ static void answer(struct lane *lane, struct fsync *fsync, int error)
     }
 }
 
-void syncs_run(struct lane *lane)
+void syncs_run(struct lane *lane, unsigned number)
 {
     unsigned count;
-    while ((count = take_all(lane))) {
+    while ((count = take_all(lane, number))) {
         int error = make_stable(lane);
+        pass_on(&lane->syncs);
         for (unsigned i = 0; i < count; i++)
-            answer(lane, &lane->syncs.taken[i], error);
+            answer(lane, &lane->syncs.taken[number][i], error);
     }
 }

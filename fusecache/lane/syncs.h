@@ -1,5 +1,6 @@
 /* Fsyncs that need no more than a sync of the cache device: callers that wait for each other share
- * one, and a thread of its own waits for it. See docs/architecture.md, "The lane". */
+ * one. While a thread answers them another one does the next. See docs/architecture.md, "The
+ * lane". */
 #ifndef FUSECACHE_SYNCS_H
 #define FUSECACHE_SYNCS_H
 
@@ -9,6 +10,8 @@
 
 #include "request.h"
 
+#define SYNC_THREADS 2
+
 struct lane;
 
 struct fsync {
@@ -17,12 +20,13 @@ struct fsync {
 };
 
 struct syncs {
-    pthread_mutex_t mutex; /* over the next three */
+    pthread_mutex_t mutex; /* over the next four */
     pthread_cond_t wanted;
     struct fsync *asked; /* room for MOST_FSYNCS, for the next sync */
     unsigned count;
-    struct fsync *taken; /* the same, for the one that is under way; the thread's own */
-    bool failed;         /* a sync, once: from then on all are Python's */
+    bool under_way;                    /* a sync: one at a time */
+    struct fsync *taken[SYNC_THREADS]; /* the same, to begin with: a thread's own */
+    bool failed;                       /* a sync, once: from then on all are Python's */
     int file; /* the cache device, opened once more: the kernel tells each open file once that it
                * could not write something, and who shared Python's might miss it. -1: none */
 };
@@ -33,10 +37,10 @@ int syncs_make(struct syncs *syncs);
 /* Takes over an fsync. False: Python has to do it. */
 bool syncs_take(struct lane *lane, const struct request *request);
 
-/* The thread. Ends when the lane has ended, with the sync that is under way. */
-void syncs_run(struct lane *lane);
+/* A thread. Ends when the lane has ended, with the sync that is under way. */
+void syncs_run(struct lane *lane, unsigned number);
 
-/* Wakes the thread, for its end. */
+/* Wakes the threads, for their end. */
 void syncs_end(struct lane *lane);
 
 /* With no thread left. */

@@ -177,7 +177,7 @@ def test_an_idle_lane_stops(rig: Rig) -> None:
     assert not rig.lane.ended
     assert rig.lane.stop(20)
     assert rig.lane.ended
-    until(lambda: threads() == before - 8, "its threads to be gone")
+    until(lambda: threads() == before - 9, "its threads to be gone")
     assert rig.lane.stop(0)
     assert select.select([rig.lane.queue], [], [], 0)[0]
 
@@ -185,7 +185,7 @@ def test_an_idle_lane_stops(rig: Rig) -> None:
 def test_a_lane_that_nobody_holds_stops(make: Make) -> None:
     before = threads()
     lane = make()
-    assert threads() == before + 8
+    assert threads() == before + 9
     del lane
     gc.collect()
     until(lambda: threads() == before, "its threads to be gone")

@@ -77,6 +77,7 @@ def test_who_comes_during_a_sync_shares_the_next(rig: Rig) -> None:
         until(lambda: rig.device.inside, "the first sync")
         others = {rig.send(FSYNC, BODY) for _ in range(20)}
         time.sleep(0.1)
+        assert rig.device.inside == 1
         rig.device.set()
         assert rig.answer_to(first) == (0, b"")
         answers = [rig.answer() for _ in others]

@@ -336,6 +336,18 @@ MUTATIONS = {
         "",
         "test_fsyncs.py and not_lost_later",
     ),
+    "two sync at a time": Mutation(
+        "syncs.c",
+        "while ((!syncs->count || syncs->under_way) && !has_ended(lane))",
+        "while (!syncs->count && !has_ended(lane))",
+        "test_fsyncs.py and shares_the_next",
+    ),
+    "nobody goes on after a sync": Mutation(
+        "syncs.c",
+        "        pass_on(&lane->syncs);\n",
+        "        (void)pass_on;\n",
+        "test_fsyncs.py and shares_the_next",
+    ),
     "an open file is shared with python": Mutation(
         "lane.c",
         "lane->syncs.file = open(path, O_RDONLY | O_CLOEXEC);",
