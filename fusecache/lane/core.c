@@ -188,6 +188,6 @@ void core_sync_begins(const struct core *core)
 void core_sync_worked(const struct core *core)
 {
     __atomic_store_n(&core->syncs[SYNCS_GOOD], core->syncs[SYNCS_BEGUN], __ATOMIC_RELEASE);
-    __atomic_store_n(&core->syncs[SYNCING], 0, __ATOMIC_RELEASE);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* before a look at a gate; see Gates.shut */
+    /* Not put off beyond the next look at a gate; see Gates.shut. */
+    __atomic_exchange_n(&core->syncs[SYNCING], 0, __ATOMIC_SEQ_CST);
 }

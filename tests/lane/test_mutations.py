@@ -332,7 +332,7 @@ MUTATIONS = {
     ),
     "what was synced is being synced": Mutation(
         "core.c",
-        "    __atomic_store_n(&core->syncs[SYNCING], 0, __ATOMIC_RELEASE);\n",
+        "    __atomic_exchange_n(&core->syncs[SYNCING], 0, __ATOMIC_SEQ_CST);\n",
         "",
         "test_fsyncs.py and not_lost_later",
     ),
