@@ -49,7 +49,8 @@ bool syncs_take(struct lane *lane, const struct request *request)
                  !__atomic_load_n(&syncs->failed, __ATOMIC_ACQUIRE);
     if (taken) {
         syncs->asked[syncs->count++] = (struct fsync){*request, gate};
-        pthread_cond_signal(&syncs->wanted);
+        if (!syncs->under_way) /* else pass_on does */
+            pthread_cond_signal(&syncs->wanted);
     }
     pthread_mutex_unlock(&syncs->mutex);
     return taken;
@@ -115,7 +116,7 @@ static int make_stable(struct lane *lane)
     return error;
 }
 
-/* The sync is over: those that came meanwhile are another thread's. */
+/* The sync is over: those that came meanwhile are another thread's, if one waits. */
 static void pass_on(struct syncs *syncs)
 {
     pthread_mutex_lock(&syncs->mutex);
