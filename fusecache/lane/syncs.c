@@ -107,9 +107,7 @@ static int make_stable(struct lane *lane)
     do
         error = fdatasync(lane->syncs.file) < 0 ? errno : 0;
     while (error == EINTR);
-    if (error) {
-        __atomic_store_n(&lane->syncs.failed, true, __ATOMIC_RELEASE);
-    } else {
+    if (!error) {
         core_sync_worked(&lane->core);
         __atomic_fetch_add(&lane->counters.syncs, 1, __ATOMIC_RELAXED);
     }
@@ -143,8 +141,13 @@ void syncs_run(struct lane *lane, unsigned number)
     unsigned count;
     while ((count = take_all(lane, number))) {
         int error = make_stable(lane);
-        pass_on(&lane->syncs);
+        if (error <= 0)
+            pass_on(&lane->syncs);
         for (unsigned i = 0; i < count; i++)
             answer(lane, &lane->syncs.taken[number][i], error);
+        if (error > 0) { /* Python has heard of it before any other fsync is given to it */
+            __atomic_store_n(&lane->syncs.failed, true, __ATOMIC_RELEASE);
+            pass_on(&lane->syncs);
+        }
     }
 }
