@@ -12,6 +12,7 @@ from typing import TypeVar
 import trio
 
 from fusecache.config import Tuning
+from fusecache.core.dirty import SyncBegun
 from fusecache.core.index import CacheIndex
 from fusecache.core.rows import Rows
 from fusecache.engine.image import Image
@@ -394,14 +395,18 @@ class Committer:
             await self._syncs.run(self._device.sync, self._threads.device)
             self._core.dirty.sync_worked(began)
         except CacheDeviceError:
-            self._core.gates.shut()  # first: the lane answers no fsync for what is lost now
-            if lost := self._core.dirty.sync_failed(began):
-                log.error(
-                    "the cache device lost %d pages that the origin has not",
-                    lost,
-                    extra=fields("dirty-lost", pages=lost),
-                )
+            self.sync_failed(began)
             raise
+
+    def sync_failed(self, began: SyncBegun) -> None:
+        """A sync of the device that began so has failed: what was dirty and not stable is lost."""
+        self._core.gates.shut()  # first: the lane answers no fsync for what is lost now
+        if lost := self._core.dirty.sync_failed(began):
+            log.error(
+                "the cache device lost %d pages that the origin has not",
+                lost,
+                extra=fields("dirty-lost", pages=lost),
+            )
 
     async def checkpoint(self) -> None:
         """Moves the write-ahead log into the database, so that it does not grow for ever."""

@@ -56,10 +56,10 @@ class Flushes:
             return
         self._lane_failed = True
         if not self._state.usable:
-            self._core.dirty.sync_failed(self._core.dirty.sync_begins())
+            self._committer.sync_failed(self._core.dirty.sync_begins())
             return
         self._state.device.owe(error)
-        with suppress(FusecacheError):
+        with suppress(FusecacheError):  # told as every failed barrier is
             await self._committer.barrier()
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:

@@ -82,7 +82,7 @@ class HitPath:
         except CacheDeviceError:
             return False  # the slow path meets the error again and deals with it
         finally:
-            image.changed()
+            image.changed()  # in any case: the device may have some of it
         counters = image.counters
         counters.writes += 1
         counters.write_bytes += length

@@ -55,9 +55,10 @@ struct core {
     uint64_t *clock;        /* the next tick of the LRU order */
     uint64_t *soiled_count; /* of soiled[]: slots that had nothing unsynced and now have */
     uint32_t *soiled;
-    uint64_t *syncs; /* of the lane: how many began, which was the last good one, and of */
-    uint32_t *syncing; /* these slots, and pages, that wait for one, the number */
-    uint16_t *syncing_pages;
+    uint64_t *syncs; /* of the lane: how many began; the last good one; how much there is of the
+                      * next two */
+    uint32_t *syncing;       /* slots that the sync under way, or a failed one, is about */
+    uint16_t *syncing_pages; /* of these, as masks */
 };
 
 /* A part of a request within one block. */

@@ -51,6 +51,10 @@ void entry_back(struct lane *lane, unsigned queue);
 /* From now on the entry is this thread's. */
 void entry_hand_over(struct entry *entry, enum errand errand, struct queues *queues);
 
+/* Answers a request that came by a queue, from any thread; false if it did not, or somebody has
+ * answered it already. */
+bool entries_answer(struct lane *lane, uint64_t unique, int error, const void *data, size_t size);
+
 void entry_free(struct entry *entry);
 
 /* The caller is the thread that serves these. */

@@ -14,6 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "entries.h"
 #include "serve.h"
 
 #define SPARE_BUFFERS 32 /* writes that wait for Python, beside one for each thread */

@@ -71,10 +71,6 @@ void queues_open(struct lane *lane);
 /* A thread. Ends when the lane has ended, a signal comes, and the device reads nothing. */
 void queues_run(struct lane *lane, unsigned number);
 
-/* Answers a request that came by a queue, from any thread; false if it did not, or somebody has
- * answered it already. In entries.c. */
-bool entries_answer(struct lane *lane, uint64_t unique, int error, const void *data, size_t size);
-
 /* Reads the rest of a hit without waiting for it, in the thread that serves it. */
 void queues_read(struct entry *entry, const struct request *request, uint32_t gate,
                  const struct found *found, uint32_t done, uint64_t began);

@@ -10,6 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "entries.h"
+
 #define PIECE (32u << 10)     /* see store/cache_device.py */
 #define IN_PLACE (128u << 10) /* see engine/slot_io.py */
 #define TOO_LONG 4000000u     /* ns; see engine/in_place.py */

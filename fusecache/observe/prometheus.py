@@ -153,11 +153,9 @@ _MOUNT_COUNTERS = (
     ("read_past_bytes", "read_past_bytes", "Read by guests past the cache."),
     ("origin_errors", "origin_errors", "Calls the origin failed."),
 )
-
-
 _LANE_COUNTERS = (
-    ("fsyncs", "Fsyncs that the lane served by itself."),
-    ("syncs", "Syncs of the cache device that these shared."),
+    ("fsyncs", "lane_fsyncs", "Fsyncs that the lane served by itself."),
+    ("syncs", "lane_syncs", "Syncs of the cache device that these shared."),
 )
 
 
@@ -174,10 +172,8 @@ def _lane(lane: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:
     text = "Requests that the lane handed on, by to whom."
     passed = {"engine": lane["passed_to_engine"], "pyfuse3": lane["passed_to_pyfuse3"]}
     yield _by(CounterMetricFamily, "lane_passed_requests", text, only["mount"], "to", passed)
-    for name, text in _LANE_COUNTERS:
-        counter = CounterMetricFamily(f"fusecache_lane_{name}", text, labels=["mount"])
-        counter.add_metric([only["mount"]], lane[name])
-        yield counter
+    for key, name, text in _LANE_COUNTERS:
+        yield _counter(name, text, only, lane[key])
 
 
 def _sizes(status: dict[str, Any], only: dict[str, str]) -> Iterator[Metric]:

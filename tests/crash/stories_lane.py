@@ -6,13 +6,20 @@ from tests.crash.plays import Play, story
 from tests.support import lane
 
 
+async def _synced(play: Play, *, cached: bool = False) -> None:
+    """An image whose first block is dirty and stable; all others are clean, or not cached."""
+    lane.admit(play.cache)
+    await play.open()
+    if cached:
+        await play.read()
+    await play.write(0, 4)
+    await play.fsync()
+
+
 @story(dirty_age=60.0, barrier_interval=600.0)
 async def what_the_lane_overwrote_is_stable_after_an_fsync(play: Play) -> None:
     """No row changes, and yet the next fsync has something to do (R1)."""
-    lane.admit(play.cache)
-    await play.open()
-    await play.write(0, 4)
-    await play.fsync()
+    await _synced(play)
     await play.overwrite(1, 2)
     await play.fsync()
     await play.overwrite(1.5, 0.5)
@@ -23,10 +30,7 @@ async def what_the_lane_overwrote_is_stable_after_an_fsync(play: Play) -> None:
 @story(dirty_age=60.0, barrier_interval=600.0)
 async def the_lane_fsyncs_what_it_has_overwritten(play: Play) -> None:
     """No row has changed since the last fsync, so that a sync of the device is all (R1)."""
-    lane.admit(play.cache)
-    await play.open()
-    await play.write(0, 4)
-    await play.fsync()
+    await _synced(play)
     await play.overwrite(1, 2)
     await play.fsync_by_lane(surely=True)
     await play.overwrite(1.5, 0.5)
@@ -37,11 +41,7 @@ async def the_lane_fsyncs_what_it_has_overwritten(play: Play) -> None:
 @story(dirty_age=60.0, barrier_interval=600.0)
 async def rows_change_between_fsyncs(play: Play) -> None:
     """Then the next one is not the lane's, and the one after it is again."""
-    lane.admit(play.cache)
-    await play.open()
-    await play.read()
-    await play.write(0, 4)
-    await play.fsync()
+    await _synced(play, cached=True)
     await play.overwrite(0)
     await play.fsync_by_lane(surely=True)
     await play.write(6)
@@ -74,10 +74,7 @@ async def rows_change_during_an_fsync(play: Play) -> None:
 @story(dirty_age=60.0, barrier_interval=600.0, dirty_limit=0.1, slots=20)
 async def writes_go_past_the_cache_between_fsyncs(play: Play) -> None:
     """There is no room for more that is dirty: the origin has to be synced."""
-    lane.admit(play.cache)
-    await play.open()
-    await play.write(0, 4)
-    await play.fsync()
+    await _synced(play)
     await play.fsync_by_lane(surely=True)
     for page in range(4, 24, 4):
         await play.write(page, 4)
@@ -107,11 +104,7 @@ async def a_write_goes_past_the_cache_during_an_fsync(play: Play) -> None:
 @story(dirty_age=60.0, barrier_interval=600.0)
 async def a_write_fails_after_its_row_was_committed(play: Play) -> None:
     """The page is dirty then, the lane writes to it, and its row is not stable yet."""
-    lane.admit(play.cache)
-    await play.open()
-    await play.read()
-    await play.write(0, 4)
-    await play.fsync()
+    await _synced(play, cached=True)
     play.fail("device.write", 0)
     async with trio.open_nursery() as nursery, play.image.cleaning:
         nursery.start_soon(play.write, 5, 0.5)  # to let go of the page it waits for this
@@ -123,11 +116,7 @@ async def a_write_fails_after_its_row_was_committed(play: Play) -> None:
 @story(dirty_age=60.0, barrier_interval=600.0, commits_in_place=True)
 async def a_write_at_once_fails_after_its_row_was_committed(play: Play) -> None:
     """The same without a wait."""
-    lane.admit(play.cache)
-    await play.open()
-    await play.read()
-    await play.write(0, 4)
-    await play.fsync()
+    await _synced(play, cached=True)
     play.fail("device.write", 0)
     await play.write_together_fails(5)
     await play.overwrite(5, 1)

@@ -12,6 +12,7 @@ import trio
 from pyfuse3 import ROOT_INODE
 
 from fusecache import lane as lanes
+from fusecache.errors import DatabaseError
 from fusecache.fuse.requests import Request, Requests
 from tests.fuse.conftest import BLOCK, NOBODY, Served
 
@@ -233,3 +234,20 @@ async def test_a_failed_sync_of_the_lane_ends_the_cache_for_all(
     assert served.cache.core.lost_ranges(image.id)
     straggler = (8, lanes.FSYNC, handle, 0, errno.EIO, 0, None)
     assert await answers(served, straggler) == {8: (0, b"")}
+
+
+async def test_a_failed_sync_of_the_lane_after_the_cache_broke_still_loses(
+    served: Served, handle: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No barrier runs any more that would find out; what is lost must not count as rescued."""
+    cache, image = served.cache, served.operations.handles[handle].image
+    located = cache.core.locate(image.id, 0)
+    assert located is not None
+    await cache.fsync(image, metadata=True)
+    arrays = cache.core.arrays()  # a sync of the lane is under way, about the dirty page
+    arrays["syncing"][0], arrays["syncing_pages"][0] = located.slot, 1 << 15
+    arrays["syncs"][:] = 1, 0, 1
+    cache.state.unusable(DatabaseError("injected"))
+    await answers(served, (2, lanes.FSYNC, handle, 0, errno.EIO, 0, None))
+    assert cache.core.lost_ranges(image.id) == [(BLOCK - PAGE, PAGE)]
+    assert "lost 1 pages" in caplog.text
