@@ -15,18 +15,16 @@ int syncs_make(struct syncs *syncs)
 {
     pthread_mutex_init(&syncs->mutex, NULL);
     pthread_cond_init(&syncs->wanted, NULL);
-    syncs->asked = calloc(MOST_FSYNCS, sizeof *syncs->asked);
-    bool all = syncs->asked != NULL;
-    for (unsigned i = 0; i < SYNC_THREADS; i++)
-        all = (syncs->taken[i] = calloc(MOST_FSYNCS, sizeof *syncs->asked)) && all;
+    bool all = true;
+    for (unsigned i = 0; i < SYNC_BATCHES; i++)
+        all = (syncs->batches[i].fsyncs = calloc(MOST_FSYNCS, sizeof(struct fsync))) && all;
     return all ? 0 : ENOMEM;
 }
 
 void syncs_free(struct syncs *syncs)
 {
-    free(syncs->asked);
-    for (unsigned i = 0; i < SYNC_THREADS; i++)
-        free(syncs->taken[i]);
+    for (unsigned i = 0; i < SYNC_BATCHES; i++)
+        free(syncs->batches[i].fsyncs);
     pthread_cond_destroy(&syncs->wanted);
     pthread_mutex_destroy(&syncs->mutex);
 }
@@ -45,11 +43,12 @@ bool syncs_take(struct lane *lane, const struct request *request)
     if (gate >= lane->core.gate_count || !only_data(lane, gate))
         return false;
     pthread_mutex_lock(&syncs->mutex);
-    bool taken = syncs->count < MOST_FSYNCS && syncs->file >= 0 &&
+    struct batch *asked = &syncs->batches[ASKED];
+    bool taken = asked->count < MOST_FSYNCS && syncs->file >= 0 &&
                  !__atomic_load_n(&syncs->failed, __ATOMIC_ACQUIRE);
     if (taken) {
-        syncs->asked[syncs->count++] = (struct fsync){*request, gate};
-        if (!syncs->under_way) /* else pass_on does */
+        asked->fsyncs[asked->count++] = (struct fsync){*request, gate};
+        if (!syncs->under_way) /* else end_sync does */
             pthread_cond_signal(&syncs->wanted);
     }
     pthread_mutex_unlock(&syncs->mutex);
@@ -68,21 +67,35 @@ static bool has_ended(struct lane *lane)
     return __atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE);
 }
 
-/* Waits for fsyncs while nobody syncs, and takes all there are; 0 at the end. */
-static unsigned take_all(struct lane *lane, unsigned number)
+static void swap(struct batch *one, struct batch *other)
+{
+    struct batch kept = *one;
+    *one = *other;
+    *other = kept;
+}
+
+enum task { END, SYNC, ANSWER };
+
+/* Waits until there is something to do for a thread: it has *mine then, which was empty. */
+static enum task next_task(struct lane *lane, struct batch *mine)
 {
     struct syncs *syncs = &lane->syncs;
+    struct batch *asked = &syncs->batches[ASKED], *stable = &syncs->batches[STABLE];
+    bool can_sync;
     pthread_mutex_lock(&syncs->mutex);
-    while ((!syncs->count || syncs->under_way) && !has_ended(lane))
+    while (!(can_sync = asked->count && !syncs->under_way && !has_ended(lane)) &&
+           !stable->count && !has_ended(lane)) {
+        syncs->idle++;
         pthread_cond_wait(&syncs->wanted, &syncs->mutex);
-    struct fsync *all = syncs->asked;
-    unsigned count = has_ended(lane) ? 0 : syncs->count;
-    syncs->asked = syncs->taken[number];
-    syncs->taken[number] = all;
-    syncs->count = 0;
-    syncs->under_way = true;
+        syncs->idle--;
+    }
+    enum task task = can_sync ? SYNC : stable->count ? ANSWER : END;
+    if (can_sync)
+        syncs->under_way = true;
+    if (task != END)
+        swap(mine, can_sync ? asked : stable);
     pthread_mutex_unlock(&syncs->mutex);
-    return count;
+    return task;
 }
 
 /* What is unsynced now is what the sync is about: if it fails that is lost (R1). */
@@ -114,13 +127,18 @@ static int make_stable(struct lane *lane)
     return error;
 }
 
-/* The sync is over: those that came meanwhile are another thread's, if one waits. */
-static void pass_on(struct syncs *syncs)
+/* The sync is over. If there is another one to do, the thread does it at once, after a good one,
+ * and leaves *mine to one that is idle: the device should not wait while answers are given. */
+static void end_sync(struct syncs *syncs, struct batch *mine, bool good)
 {
+    struct batch *asked = &syncs->batches[ASKED], *stable = &syncs->batches[STABLE];
     pthread_mutex_lock(&syncs->mutex);
     syncs->under_way = false;
-    if (syncs->count)
+    if (asked->count) {
+        if (good && syncs->idle && !stable->count)
+            swap(mine, stable);
         pthread_cond_signal(&syncs->wanted);
+    }
     pthread_mutex_unlock(&syncs->mutex);
 }
 
@@ -136,18 +154,27 @@ static void answer(struct lane *lane, struct fsync *fsync, int error)
     }
 }
 
+static void answer_all(struct lane *lane, struct batch *mine, int error)
+{
+    for (unsigned i = 0; i < mine->count; i++)
+        answer(lane, &mine->fsyncs[i], error);
+    mine->count = 0;
+}
+
 void syncs_run(struct lane *lane, unsigned number)
 {
-    unsigned count;
-    while ((count = take_all(lane, number))) {
-        int error = make_stable(lane);
-        if (error <= 0)
-            pass_on(&lane->syncs);
-        for (unsigned i = 0; i < count; i++)
-            answer(lane, &lane->syncs.taken[number][i], error);
-        if (error > 0) { /* Python has heard of it before any other fsync is given to it */
-            __atomic_store_n(&lane->syncs.failed, true, __ATOMIC_RELEASE);
-            pass_on(&lane->syncs);
+    struct batch *mine = &lane->syncs.batches[TAKEN + number];
+    enum task task;
+    while ((task = next_task(lane, mine)) != END) {
+        int error = 0;
+        if (task == SYNC) {
+            error = make_stable(lane);
+            if (error > 0) { /* Python hears of it before any other fsync is given to it */
+                answer_all(lane, mine, error);
+                __atomic_store_n(&lane->syncs.failed, true, __ATOMIC_RELEASE);
+            }
+            end_sync(&lane->syncs, mine, error == 0);
         }
+        answer_all(lane, mine, error);
     }
 }

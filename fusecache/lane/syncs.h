@@ -1,6 +1,5 @@
 /* Fsyncs that need no more than a sync of the cache device: callers that wait for each other share
- * one. While a thread answers them another one does the next. See docs/architecture.md, "The
- * lane". */
+ * one. One thread syncs while another one answers. See docs/architecture.md, "The lane". */
 #ifndef FUSECACHE_SYNCS_H
 #define FUSECACHE_SYNCS_H
 
@@ -19,14 +18,22 @@ struct fsync {
     uint32_t gate;
 };
 
-struct syncs {
-    pthread_mutex_t mutex; /* over the next four */
-    pthread_cond_t wanted;
-    struct fsync *asked; /* room for MOST_FSYNCS, for the next sync */
+struct batch {
+    struct fsync *fsyncs; /* room for MOST_FSYNCS */
     unsigned count;
-    bool under_way;                    /* a sync: one at a time */
-    struct fsync *taken[SYNC_THREADS]; /* the same, to begin with: a thread's own */
-    bool failed;                       /* a sync, once: from then on all are Python's */
+};
+
+/* Those for the next sync; those of a good one, to be answered by whoever is idle; then what a
+ * thread has taken. */
+enum { ASKED, STABLE, TAKEN, SYNC_BATCHES = TAKEN + SYNC_THREADS };
+
+struct syncs {
+    pthread_mutex_t mutex; /* over the next three, and the first two batches */
+    pthread_cond_t wanted;
+    unsigned idle;  /* threads */
+    bool under_way; /* a sync: one at a time */
+    struct batch batches[SYNC_BATCHES];
+    bool failed; /* a sync, once: from then on all are Python's */
     int file; /* the cache device, opened once more: the kernel tells each open file once that it
                * could not write something, and who shared Python's might miss it. -1: none */
 };

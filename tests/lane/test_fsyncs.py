@@ -111,6 +111,20 @@ def test_a_sync_waits_for_its_turn_and_then_it_is_pythons(rig: Rig) -> None:
     assert words(rig) == [0, 0, 0]
 
 
+def test_all_that_wait_for_a_turn_in_vain_are_pythons(rig: Rig) -> None:
+    """Others come meanwhile, with whom a thread goes on, and leaves these to another one."""
+    rig.soil(5, 0)
+    opened(rig)
+    before = rig.device.syncs
+    sent = {rig.send(FSYNC, BODY) for _ in range(40)}
+    taken: list[Any] = []
+    while len(taken) < len(sent):
+        taken += rig.take()
+    assert {(one[0], one[4]) for one in taken} == {(unique, 0) for unique in sent}
+    assert not rig.nothing_came()
+    assert rig.device.syncs == before
+
+
 # -- what is unsynced ------------------------------------------------------------------------------
 
 

@@ -272,8 +272,8 @@ MUTATIONS = {
     ),
     "there is another sync after one that failed": Mutation(
         "syncs.c",
-        "            __atomic_store_n(&lane->syncs.failed, true, __ATOMIC_RELEASE);\n",
-        "            (void)lane;\n",
+        "                __atomic_store_n(&lane->syncs.failed, true, __ATOMIC_RELEASE);\n",
+        "",
         "test_fsyncs.py and no_other",
     ),
     "who waits while a sync fails has another one": Mutation(
@@ -338,15 +338,27 @@ MUTATIONS = {
     ),
     "two sync at a time": Mutation(
         "syncs.c",
-        "    syncs->under_way = true;\n",
-        "",
+        "        syncs->under_way = true;\n",
+        "        (void)0;\n",
         "test_fsyncs.py and shares_the_next",
     ),
     "nobody goes on after a sync": Mutation(
         "syncs.c",
-        "        if (error <= 0)\n            pass_on(&lane->syncs);\n",
-        "        (void)pass_on;\n",
+        "    syncs->under_way = false;\n",
+        "",
         "test_fsyncs.py and shares_the_next",
+    ),
+    "what was handed over after a sync is nobody's": Mutation(
+        "syncs.c",
+        "           !stable->count && !has_ended(lane)) {",
+        "           !has_ended(lane)) {",
+        "test_fsyncs.py and many",
+    ),
+    "what was handed over without a sync is answered": Mutation(
+        "syncs.c",
+        "if (good && syncs->idle",
+        "if (syncs->idle",
+        "test_fsyncs.py and in_vain",
     ),
     "an open file is shared with python": Mutation(
         "lane.c",
