@@ -94,6 +94,8 @@ def turn(
     if way == BUFFERED:  # a buffered read waits in its call: as many threads as reads
         options |= {"ioengine": "psync", "numjobs": depth, "direct": 0}
         options |= {"number_ios": reads // depth}
+        # A part of it for each, or some pages would be read twice.
+        options |= {"size": size // depth, "offset_increment": size // depth}
     else:
         options |= {"ioengine": "libaio", "iodepth": depth, "direct": 1, "number_ios": reads}
     if way != WARM:

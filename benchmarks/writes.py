@@ -6,7 +6,7 @@
    write, unless a filesystem has said that it has none at all: so there are two yardsticks.
 2. The same at depth 1 in write-back and in write-through, over an origin 1 ms away.
 3. A 4 KiB write and its fsync through the mount, over pages that are dirty already, against pwrite
-   and fdatasync of a plain file beside the cache; then 16 writers at once. The kernel lets one
+   and fdatasync of a plain file beside the cache; then 16 processes at once. The kernel lets one
    fsync of a file through at a time, so it is writers of different images that can share one.
    The same over clean pages, each once: then the map has to be made stable, too. And on an SSD
    whose sync takes 1 ms longer (``slow_sync.c``): what is shared is worth more there.
@@ -203,7 +203,7 @@ def syncs(base: Path, rounds: int, seconds: float) -> tuple[list[Row], Samples]:
     total = 2 * WRITERS * part
     job = {"rw": "randwrite", "bs": "4k", "ioengine": "psync", "size": part}
     whole = {"rw": "write", "bs": "1m", "ioengine": "psync", "direct": 1}
-    many = {"numjobs": WRITERS}
+    many = {"numjobs": WRITERS, "thread": 0}  # processes, as VMs are
     one_file = {**many, "offset_increment": part}
     own_file = {**many, "filename_format": "image-$jobnum.raw"}
     disk = copies["disk"]
