@@ -50,17 +50,19 @@ class Flushes:
         """A sync of the cache device by the lane failed with this errno. It tells so with every
         fsync that waited for that sync, and begins no other.
 
-        So does one of ours, now: the cache is broken, and what was not stable yet is lost.
+        What was not stable yet is lost. So is the cache: the next sync of ours fails, too.
         """
         if self._lane_failed:
             return
         self._lane_failed = True
-        if not self._state.usable:
-            self._committer.sync_failed(self._core.dirty.sync_begins())
-            return
-        self._state.device.owe(error)
-        with suppress(FusecacheError):  # told as every failed barrier is
-            await self._committer.barrier()
+        usable = self._state.usable
+        # Before anything is awaited: if the database fails as well, no barrier gets as far as the
+        # device, and what is lost would be taken for rescued.
+        self._committer.sync_failed(self._core.dirty.sync_begins())
+        if usable:
+            self._state.device.owe(error)
+            with suppress(FusecacheError):  # told as every failed barrier is
+                await self._committer.barrier()
 
     async def fsync(self, image: Image, *, metadata: bool) -> None:
         """What was written and acknowledged is on stable storage (P2).

@@ -74,26 +74,36 @@ static void swap(struct batch *one, struct batch *other)
     *other = kept;
 }
 
-enum task { END, SYNC, ANSWER };
+enum task { WAIT, SYNC, ANSWER, END };
+
+static enum task what_to_do(struct lane *lane)
+{
+    const struct syncs *syncs = &lane->syncs;
+    bool ended = has_ended(lane);
+    if (syncs->batches[ASKED].count && !syncs->under_way && !ended)
+        return SYNC;
+    if (syncs->batches[STABLE].count)
+        return ANSWER;
+    return ended ? END : WAIT;
+}
 
 /* Waits until there is something to do for a thread: it has *mine then, which was empty. */
 static enum task next_task(struct lane *lane, struct batch *mine)
 {
     struct syncs *syncs = &lane->syncs;
-    struct batch *asked = &syncs->batches[ASKED], *stable = &syncs->batches[STABLE];
-    bool can_sync;
+    enum task task;
     pthread_mutex_lock(&syncs->mutex);
-    while (!(can_sync = asked->count && !syncs->under_way && !has_ended(lane)) &&
-           !stable->count && !has_ended(lane)) {
+    while ((task = what_to_do(lane)) == WAIT) {
         syncs->idle++;
         pthread_cond_wait(&syncs->wanted, &syncs->mutex);
         syncs->idle--;
     }
-    enum task task = can_sync ? SYNC : stable->count ? ANSWER : END;
-    if (can_sync)
+    if (task == SYNC) {
         syncs->under_way = true;
-    if (task != END)
-        swap(mine, can_sync ? asked : stable);
+        swap(mine, &syncs->batches[ASKED]);
+    } else if (task == ANSWER) {
+        swap(mine, &syncs->batches[STABLE]);
+    }
     pthread_mutex_unlock(&syncs->mutex);
     return task;
 }

@@ -14,6 +14,7 @@ from pyfuse3 import ROOT_INODE
 from fusecache import lane as lanes
 from fusecache.errors import DatabaseError
 from fusecache.fuse.requests import Request, Requests
+from fusecache.store.block_map import BlockMap
 from tests.fuse.conftest import BLOCK, NOBODY, Served
 
 PAGE = 4096
@@ -38,6 +39,10 @@ def lookup(unique: int, parent: int, name: bytes) -> Request:
 def getattr_(unique: int, node: int) -> Request:
     """The same."""
     return unique, lanes.GETATTR, node, 0, 0, 0, None
+
+
+def _fails(*_: object, **__: object) -> Any:
+    raise DatabaseError("injected")
 
 
 async def answers(
@@ -236,10 +241,15 @@ async def test_a_failed_sync_of_the_lane_ends_the_cache_for_all(
     assert await answers(served, straggler) == {8: (0, b"")}
 
 
-async def test_a_failed_sync_of_the_lane_after_the_cache_broke_still_loses(
-    served: Served, handle: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_a_failed_sync_of_the_lane_loses_although_the_database_fails_with_it(
+    served: Served,
+    handle: int,
+    when: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No barrier runs any more that would find out; what is lost must not count as rescued."""
+    """No barrier reaches the device then and finds out; what is lost must not count as rescued."""
     cache, image = served.cache, served.operations.handles[handle].image
     located = cache.core.locate(image.id, 0)
     assert located is not None
@@ -247,7 +257,12 @@ async def test_a_failed_sync_of_the_lane_after_the_cache_broke_still_loses(
     arrays = cache.core.arrays()  # a sync of the lane is under way, about the dirty page
     arrays["syncing"][0], arrays["syncing_pages"][0] = located.slot, 1 << 15
     arrays["syncs"][:] = 1, 0, 1
-    cache.state.unusable(DatabaseError("injected"))
+    if when == "before":
+        cache.state.unusable(DatabaseError("injected"))
+    else:
+        monkeypatch.setattr(BlockMap, "commit", _fails)
+        image.row_owed = True
     await answers(served, (2, lanes.FSYNC, handle, 0, errno.EIO, 0, None))
+    assert not cache.state.usable
     assert cache.core.lost_ranges(image.id) == [(BLOCK - PAGE, PAGE)]
     assert "lost 1 pages" in caplog.text

@@ -350,8 +350,8 @@ MUTATIONS = {
     ),
     "what was handed over after a sync is nobody's": Mutation(
         "syncs.c",
-        "           !stable->count && !has_ended(lane)) {",
-        "           !has_ended(lane)) {",
+        "        return ANSWER;\n",
+        "        return WAIT;\n",
         "test_fsyncs.py and many",
     ),
     "what was handed over without a sync is answered": Mutation(
