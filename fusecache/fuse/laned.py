@@ -6,6 +6,7 @@ kernel - /dev/fuse - lane -+- a hit, an fsync of nothing but data: answered ther
 """
 
 import contextlib
+import logging
 import os
 import socket
 from typing import Any
@@ -19,7 +20,10 @@ from fusecache.fuse import queues
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.requests import Requests
 from fusecache.lane import lane_type
+from fusecache.observe.logs import fields
 from fusecache.store.superblock import DATA_OFFSET
+
+log = logging.getLogger(__name__)
 
 _LEAST_READERS = 2
 """Also on one processor: a read that lets a question overtake it must not hold up all others."""
@@ -62,9 +66,12 @@ class Laned:
             ring=True,
             capability=operations.xattrs,
             max_background=min(tuning.max_background, _MOST_BACKGROUND),
-            queues=queues.count() if queues.allowed() else 0,
+            queues=queues.count() if queues.offered() and not queues.why_not() else 0,
             queue_threads=queues.threads(),
         )
+        if queues.offered() and not self.lane.takes_queues:
+            why = queues.why_not() or "io_uring is forbidden, or does not take FUSE's commands"
+            log.info("requests will not come by io_uring: %s", why, extra=fields("no-queues"))
         self._requests = Requests(self.lane, operations, cache)
         operations.lane = self.lane
         cache.lane_counters = self.lane.counters

@@ -12,14 +12,19 @@ ALLOWED = Path("/sys/module/fuse/parameters/enable_uring")
 _POSSIBLE = Path("/sys/devices/system/cpu/possible")
 
 
-def allowed() -> bool:
-    """Whether the kernel would offer its queues to a mount that is made now, and we may run
-    wherever somebody could ask."""
+def offered() -> bool:
+    """Whether the kernel would offer its queues to a mount that is made now."""
     try:
-        offered = ALLOWED.read_text().strip() == "Y"
+        return ALLOWED.read_text().strip() == "Y"
     except OSError:
         return False
-    return offered and len(os.sched_getaffinity(0)) == os.cpu_count()
+
+
+def why_not() -> str:
+    """What keeps us from serving them; empty if nothing does, as far as one can tell beforehand."""
+    if len(os.sched_getaffinity(0)) != os.cpu_count():
+        return "this process may not run on every processor"
+    return ""
 
 
 def count() -> int:

@@ -54,6 +54,9 @@ class Lane:
     @property
     def ended(self) -> bool:
         """Whether the kernel has no more requests: unmounted, or aborted."""
+    @property
+    def takes_queues(self) -> bool:
+        """Whether requests come by the kernel's queues, if it still offers them at INIT."""
     def take(self) -> list[tuple[int, int, int, int, int, int, bytes | None]]:
         """Requests that Python must answer, each with ``reply``: unique number, opcode, handle (of
         a LOOKUP or GETATTR: node), offset, length, detail (flags of an FSYNC, mode of a FALLOCATE,

@@ -347,6 +347,11 @@ static PyObject *get_ended(LaneObject *self, void *Py_UNUSED(closure))
     return PyBool_FromLong(__atomic_load_n(&self->lane.ended, __ATOMIC_ACQUIRE));
 }
 
+static PyObject *get_takes_queues(LaneObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->lane.queues.threads);
+}
+
 static PyMethodDef lane_methods[] = {
     {"take", (PyCFunction)lane_py_take, METH_NOARGS, NULL},
     {"reply", (PyCFunction)lane_py_reply, METH_VARARGS, NULL},
@@ -363,6 +368,7 @@ static PyMethodDef lane_methods[] = {
 static PyGetSetDef lane_attributes[] = {
     {"queue", (getter)get_queue, NULL, NULL, NULL},
     {"ended", (getter)get_ended, NULL, NULL, NULL},
+    {"takes_queues", (getter)get_takes_queues, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

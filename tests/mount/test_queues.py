@@ -47,13 +47,24 @@ def _image(path: Path, number: int, blocks: int) -> None:
 
 
 def test_the_mount_says_so(faulty: InjectedMount) -> None:
-    assert queues.allowed() and queues.count() >= len(os.sched_getaffinity(0))
+    assert queues.offered() and queues.count() >= len(os.sched_getaffinity(0))
     _image(faulty.origin / "vm.img", 1, 4)
     assert faulty.start().status()["lane"]["fuse_over_io_uring"]
     with opened(faulty.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd:
         for _ in range(3):
             assert read_direct(fd, 0, 4 * BLOCK) == stamped(1, 0, 4 * BLOCK, 1)
     assert "requests come by io_uring" in faulty.run("status").stdout
+
+
+def test_a_daemon_that_may_not_run_everywhere_does_without(faulty: InjectedMount) -> None:
+    _image(faulty.origin / "vm.img", 1, 4)
+    with _on(min(os.sched_getaffinity(0))):
+        faulty.start()
+    assert not faulty.status()["lane"]["fuse_over_io_uring"]
+    with opened(faulty.mountpoint / "vm.img", os.O_RDONLY | os.O_DIRECT) as fd:
+        assert read_direct(fd, 0, 4 * BLOCK) == stamped(1, 0, 4 * BLOCK, 1)
+    expected = "requests will not come by io_uring: this process may not run on every processor"
+    assert expected in faulty.log()
 
 
 def test_cold_hits(faulty: InjectedMount) -> None:
