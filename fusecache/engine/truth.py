@@ -123,16 +123,18 @@ class Truth:
     async def noticed(self, identity: bytes, seen: Attributes, path_fd: int) -> None:
         """Attributes that somebody asked for: a change by others while only readers are open
         is looked into at once, before its new size is told to the kernel."""
+        if not self.notices(identity, seen):
+            return
         image = self._images.find(identity)
-        if image is None or image.writers or not image.readers or image.matches(seen):
-            return
-        if image.own_pending:
-            return
+        assert image is not None
         async with image.opening:
-            if image.own_pending:
-                return
-            if image.readers and not image.writers and not image.matches(seen):
+            if _tells_of_others(image, seen):
                 await self.check(image, await self.open_side(image, path_fd, write=False))
+
+    def notices(self, identity: bytes, seen: Attributes) -> bool:
+        """Whether ``noticed`` has anything to do."""
+        image = self._images.find(identity)
+        return image is not None and _tells_of_others(image, seen)
 
     async def settle(self, image: Image) -> None:
         """Trusts a record of our own making once its change time is old enough (P3)."""
@@ -208,3 +210,9 @@ class Truth:
             if image is not None:
                 image.attributes_set += 1
                 image.wrote_origin(data=False)
+
+
+def _tells_of_others(image: Image, seen: Attributes) -> bool:
+    """Whether attributes of an image that nobody writes tell of a change by others."""
+    only_read = image.readers and not image.writers and not image.own_pending
+    return bool(only_read) and not image.matches(seen)

@@ -2,8 +2,12 @@
 
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from fusecache.store.tree import Found
+
+if TYPE_CHECKING:
+    from fusecache.lane._lane import Lane
 
 ROOT_ID = 1
 
@@ -42,6 +46,11 @@ class Node:
         """Whether it is a regular file: only those are opened."""
         return self.fmt == stat.S_IFREG
 
+    @property
+    def directory(self) -> bool:
+        """Whether names can be looked up in it."""
+        return self.fmt == stat.S_IFDIR
+
 
 class Inodes:
     """All nodes, by id and by identity; hard links share one."""
@@ -50,7 +59,15 @@ class Inodes:
         self._by_id: dict[int, Node] = {}
         self._by_identity: dict[bytes, Node] = {}
         self._next_id = ROOT_ID
+        self._lane: Lane | None = None
         self.add(root)
+
+    def tell(self, lane: "Lane") -> None:
+        """The lane hears of every directory: it can look names up by their descriptors."""
+        self._lane = lane
+        for node in self._by_id.values():
+            if node.directory:
+                lane.open_directory(node.id, node.fd)
 
     def __getitem__(self, node_id: int) -> Node:
         """The node. KeyError for an id the kernel cannot have: a bug, answered with EIO."""
@@ -72,6 +89,8 @@ class Inodes:
             self._next_id += 1
             self._by_id[node.id] = node
             self._by_identity[node.identity] = node
+            if self._lane is not None and node.directory:
+                self._lane.open_directory(node.id, node.fd)
         else:
             # In place of the old one: after a rename by others it knows the new path.
             os.dup2(found.fd, node.fd, inheritable=False)
@@ -87,6 +106,8 @@ class Inodes:
             del self._by_id[node.id]
             if self._by_identity.get(node.identity) is node:
                 del self._by_identity[node.identity]
+            if self._lane is not None and node.directory:
+                self._lane.close_directory(node.id)
             os.close(node.fd)
 
     def close(self) -> None:

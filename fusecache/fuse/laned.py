@@ -74,6 +74,7 @@ class Laned:
             log.info("requests will not come by io_uring: %s", why, extra=fields("no-queues"))
         self._requests = Requests(self.lane, operations, cache)
         operations.lane = self.lane
+        operations.inodes.tell(self.lane)
         cache.lane_counters = self.lane.counters
 
     @property

@@ -103,10 +103,21 @@ class Operations(pyfuse3.Operations):
         """See ``look_up``."""
         return await self.look_up(parent_inode, name)
 
-    async def look_up(self, parent_inode: int, name: bytes) -> EntryAttributes:
-        """Finds a name."""
+    async def look_up(
+        self, parent_inode: int, name: bytes, fd: int | None = None
+    ) -> EntryAttributes:
+        """Finds a name, or takes over what the lane has found by it (an O_PATH descriptor)."""
         parent = self.inodes[parent_inode]
-        return self._entry(await self._metadata(self._tree.find, parent.fd, name))
+        if fd is None:
+            return self._entry(await self._metadata(self._tree.find, parent.fd, name))
+        return self._entry(await self._metadata(self._tree.found, fd))
+
+    def look_up_at_once(self, parent_inode: int, fd: int) -> EntryAttributes | None:
+        """``look_up`` of what the lane has found, from memory alone; None if that is not certain:
+        then the descriptor is the caller's still."""
+        if not self.inodes[parent_inode].local:
+            return None
+        return self._entry(self._tree.found(fd))
 
     async def forget(self, inode_list: Iterable[tuple[int, int]]) -> None:
         """Has no answer, so it must not fail either."""
@@ -210,13 +221,26 @@ class Operations(pyfuse3.Operations):
         return await self.attributes(inode)
 
     async def attributes(self, inode: int) -> EntryAttributes:
-        """The origin's, from memory at once where that is certain; what they tell of changes by
-        others is looked into first."""
+        """The origin's; what they tell of changes by others is looked into first."""
+        entry = self.attributes_at_once(inode)
+        if entry is not None:
+            return entry
         node = self.inodes[inode]
-        node.asked = True
         st = os.fstat(node.fd) if node.local else await self._stat(inode, node.fd)
         if node.regular:
             await self._cache.truth.noticed(node.identity, Attributes.of(st), node.fd)
+        return self._told.entry(node, st)
+
+    def attributes_at_once(self, inode: int) -> EntryAttributes | None:
+        """``attributes`` from memory alone; None if that is not certain, or they tell of something
+        that has to be looked into."""
+        node = self.inodes[inode]
+        node.asked = True
+        if not node.local:
+            return None
+        st = os.fstat(node.fd)
+        if node.regular and self._cache.truth.notices(node.identity, Attributes.of(st)):
+            return None
         return self._told.entry(node, st)
 
     @guarded

@@ -72,7 +72,8 @@ class Requests:
                 writes: list[tuple[Request, Write]] = []
                 for request in self._lane.take():
                     if request[1] in self._questions:
-                        nursery.start_soon(self._ask, request)
+                        if not self._tell_at_once(request):
+                            nursery.start_soon(self._ask, request)
                     elif not self._at_once(request, writes):
                         nursery.start_soon(self._answer, request)
                 for request in self._written_together(writes):
@@ -131,22 +132,45 @@ class Requests:
             error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
         self._reply(unique, error, data)
 
+    def _tell_at_once(self, request: Request) -> bool:
+        """Answers a question from memory; False if that is not certain."""
+        _, opcode, node, _, _, found, _ = request
+        error, data = 0, b""
+        try:
+            if opcode == lanes.GETATTR:
+                entry = self._operations.attributes_at_once(node)
+                data = b"" if entry is None else packed_attributes(entry)
+            elif found:
+                entry = self._operations.look_up_at_once(node, found - 1)
+                data = b"" if entry is None else packed_entry(entry)
+        except Exception as exc:
+            error = answer(self._state, exc, _NAMES[opcode]).errno
+        if not (data or error):
+            return False
+        self._tell(request, error, data)
+        return True
+
     async def _ask(self, request: Request) -> None:
-        unique, opcode = request[:2]
+        opcode = request[1]
         error, data = 0, b""
         try:
             data = await self._questions[opcode](request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES[opcode]).errno
+        self._tell(request, error, data)
+
+    def _tell(self, request: Request, error: int, data: bytes) -> None:
+        unique, opcode = request[:2]
         unseen = self._reply(unique, error, data)
         if unseen and opcode == lanes.LOOKUP and not error:  # the kernel will not forget it
             (node,) = _NODE.unpack_from(data)
             self._operations.inodes.forget(node, 1)
 
     async def _lookup(self, request: Request) -> bytes:
-        name = request[6]
+        name, found = request[6], request[5]
         assert name is not None
-        return packed_entry(await self._operations.look_up(request[2], name))
+        fd = found - 1 if found else None
+        return packed_entry(await self._operations.look_up(request[2], name, fd))
 
     async def _getattr(self, request: Request) -> bytes:
         return packed_attributes(await self._operations.attributes(request[2]))

@@ -60,13 +60,18 @@ class Lane:
     def take(self) -> list[tuple[int, int, int, int, int, int, bytes | None]]:
         """Requests that Python must answer, each with ``reply``: unique number, opcode, handle (of
         a LOOKUP or GETATTR: node), offset, length, detail (flags of an FSYNC, mode of a FALLOCATE,
-        whence of an LSEEK), and the data of a WRITE or name of a LOOKUP."""
+        whence of an LSEEK; of a LOOKUP: 0, or one more than an O_PATH descriptor of what it asks
+        for, which is the caller's), and the data of a WRITE or name of a LOOKUP."""
     def reply(self, unique: int, error: int, data: bytes | memoryview, /) -> int:
         """Answers a request; returns the errno of that. ENOENT: nobody waits for it any more."""
     def open(self, handle: int, node: int, gate: int, /) -> None:
         """From now on requests with this handle pass this gate."""
     def close(self, handle: int, /) -> None:
         """The handle is no more."""
+    def open_directory(self, node: int, fd: int, /) -> None:
+        """From now on names in this directory may be looked up by its descriptor."""
+    def close_directory(self, node: int, /) -> None:
+        """The kernel has forgotten it, and the descriptor may be closed."""
     def invalidate(self, node: int, /) -> None:
         """Makes the kernel forget pages and attributes. Blocks, without the GIL.
 

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "entries.h"
+#include "names.h"
 #include "serve.h"
 
 #define SPARE_BUFFERS 32 /* writes that wait for Python, beside one for each thread */
@@ -82,6 +83,8 @@ struct buffer *lane_queue(struct lane *lane, const struct request *request, stru
         lane->last = &waiting->next;
         __atomic_fetch_add(&lane->counters.queued, 1, __ATOMIC_RELAXED);
         signal_python(lane);
+    } else {
+        names_drop(request);
     }
     pthread_mutex_unlock(&lane->mutex);
     return buffer;
@@ -292,10 +295,11 @@ static int make_room(struct lane *lane)
     lane->ids = calloc(lane->threads, sizeof *lane->ids);
     lane->handles = calloc(HANDLES, sizeof *lane->handles);
     lane->nodes = calloc(HANDLES, sizeof *lane->nodes);
+    lane->directories = calloc(HANDLES, sizeof *lane->directories);
     lane->questions = calloc(HANDLES, sizeof *lane->questions);
     lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
     if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles ||
-        !lane->nodes || !lane->questions || !lane->held_until)
+        !lane->nodes || !lane->directories || !lane->questions || !lane->held_until)
         return ENOMEM;
     for (unsigned i = 0; i < buffers; i++) {
         struct buffer *buffer = new_buffer(lane);
@@ -456,6 +460,8 @@ void lane_abandon(struct lane *lane)
 
 void lane_free(struct lane *lane)
 {
+    for (const struct waiting *waiting = lane->first; waiting; waiting = waiting->next)
+        names_drop(&waiting->request);
     for (unsigned i = 0; i < lane->buffer_count; i++)
         if (lane->all_buffers && lane->all_buffers[i].bytes)
             munmap(lane->all_buffers[i].bytes, MESSAGE);
@@ -464,6 +470,7 @@ void lane_free(struct lane *lane)
     free(lane->ids);
     free(lane->handles);
     free(lane->nodes);
+    free(lane->directories);
     free(lane->questions);
     free(lane->held_until);
     cold_free(&lane->cold);

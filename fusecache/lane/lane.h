@@ -14,6 +14,7 @@
 #include "turns.h"
 
 #define HANDLES (1u << 16)
+#define MOST_GATES 0xFFFE /* what fits into a table beside a number */
 #define BUCKETS 32
 #define MESSAGE (LARGEST + 8192) /* the kernel wants room for its largest request and its header */
 
@@ -38,6 +39,8 @@ struct lane_counters {
     uint64_t apart;     /* overwrites given to Python because the SSD was slow */
     uint64_t fsyncs;    /* answered here */
     uint64_t syncs;     /* of the cache device, for these */
+    uint64_t missing;   /* look-ups answered here: there is no such name */
+    uint64_t found;     /* look-ups that Python finishes without asking the origin */
 };
 
 struct lane {
@@ -94,6 +97,7 @@ struct lane {
     /* Direct-mapped: number << 16 | gate + 1; what finds no place is simply not known here. */
     uint64_t *handles;
     uint64_t *nodes;
+    uint64_t *directories; /* Python's descriptors of them, instead of gates */
     uint64_t *questions; /* by unique: nodes whose attributes are asked for */
     uint64_t *held_until; /* by gate: monotonic ns */
 
@@ -124,6 +128,7 @@ void lane_done(struct lane *lane, struct waiting *waiting);
 /* Answers a request; errors of the kernel mean that nobody waits for it any more. */
 int lane_reply(struct lane *lane, uint64_t unique, int error, const void *data, size_t size);
 
+/* ``gate`` is below MOST_GATES. */
 void table_put(uint64_t *table, uint64_t number, uint32_t gate);
 void table_drop(uint64_t *table, uint64_t number);
 /* The gate, or UINT32_MAX. */

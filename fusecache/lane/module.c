@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "names.h"
 #include "serve.h"
 
 #define ARRAYS 17
@@ -85,7 +86,7 @@ static const char *out_of_range(const struct lane *lane, unsigned tag_bits)
         return "page_shift";
     if (core->slot_count < 1 || core->slot_count == UINT32_MAX)
         return "slot_count";
-    if (core->gate_count < 1 || core->gate_count > 0xFFFE)
+    if (core->gate_count < 1 || core->gate_count > MOST_GATES)
         return "gate_count";
     if (lane->readers < 1 || lane->readers > 64)
         return "readers";
@@ -205,8 +206,10 @@ static PyObject *lane_py_take(LaneObject *self, PyObject *Py_UNUSED(ignored))
     }
     for (struct waiting *next, *waiting = first; waiting; waiting = next) {
         next = waiting->next;
-        if (!list)
+        if (!list) {
             lane_reply(&self->lane, waiting->request.unique, EIO, NULL, 0);
+            names_drop(&waiting->request);
+        }
         lane_done(&self->lane, waiting);
     }
     return list;
@@ -253,6 +256,26 @@ static PyObject *lane_py_close(LaneObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "K", &handle))
         return NULL;
     table_drop(self->lane.handles, handle);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_open_directory(LaneObject *self, PyObject *args)
+{
+    unsigned long long node;
+    unsigned fd;
+    if (!PyArg_ParseTuple(args, "KI", &node, &fd))
+        return NULL;
+    if (fd < MOST_GATES) /* else it is simply not known here */
+        table_put(self->lane.directories, node, fd);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_close_directory(LaneObject *self, PyObject *args)
+{
+    unsigned long long node;
+    if (!PyArg_ParseTuple(args, "K", &node))
+        return NULL;
+    table_drop(self->lane.directories, node);
     Py_RETURN_NONE;
 }
 
@@ -327,10 +350,11 @@ static PyObject *lane_py_counters(LaneObject *self, PyObject *Py_UNUSED(ignored)
     const struct lane *lane = &self->lane;
     const struct lane_counters *counters = &lane->counters;
     return Py_BuildValue(
-        "{sKsKsKsKsKsKsKsNsKsNsKsNsN}", "forwarded", now(&counters->forwarded), "queued",
+        "{sKsKsKsKsKsKsKsKsKsNsKsNsKsNsN}", "forwarded", now(&counters->forwarded), "queued",
         now(&counters->queued), "repeated", now(&counters->repeated), "together",
         now(&counters->together), "apart", now(&counters->apart), "fsyncs", now(&counters->fsyncs),
-        "syncs", now(&counters->syncs), "read_ns",
+        "syncs", now(&counters->syncs), "missing", now(&counters->missing), "found",
+        now(&counters->found), "read_ns",
         histogram(lane->read_ns), "read_ns_sum", now(&lane->read_ns_sum), "write_ns",
         histogram(lane->write_ns), "write_ns_sum", now(&lane->write_ns_sum), "ring",
         PyBool_FromLong(lane->ring), "queues",
@@ -357,6 +381,8 @@ static PyMethodDef lane_methods[] = {
     {"reply", (PyCFunction)lane_py_reply, METH_VARARGS, NULL},
     {"open", (PyCFunction)lane_py_open, METH_VARARGS, NULL},
     {"close", (PyCFunction)lane_py_close, METH_VARARGS, NULL},
+    {"open_directory", (PyCFunction)lane_py_open_directory, METH_VARARGS, NULL},
+    {"close_directory", (PyCFunction)lane_py_close_directory, METH_VARARGS, NULL},
     {"invalidate", (PyCFunction)lane_py_invalidate, METH_VARARGS, NULL},
     {"enter", (PyCFunction)lane_py_enter, METH_NOARGS, NULL},
     {"leave", (PyCFunction)lane_py_leave, METH_NOARGS, NULL},

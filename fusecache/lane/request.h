@@ -37,7 +37,8 @@ struct request {
     uint64_t offset;
     uint64_t length;  /* bytes read, written, of a name, or to be allocated; FORGETS: entries;
                        * INIT: the second 32 flags */
-    uint32_t detail;  /* FSYNC, INIT: flags; FALLOCATE: mode; LSEEK: whence */
+    uint32_t detail;  /* FSYNC, INIT: flags; FALLOCATE: mode; LSEEK: whence; LOOKUP: 0, or one more
+                       * than a descriptor of what has that name, which the receiver closes */
     const char *data; /* inside the message: length bytes of a WRITE or LOOKUP, FORGETS: entries */
 };
 

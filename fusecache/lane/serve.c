@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "entries.h"
+#include "names.h"
 
 #define PIECE (32u << 10)     /* see store/cache_device.py */
 #define IN_PLACE (128u << 10) /* see engine/slot_io.py */
@@ -263,6 +264,9 @@ static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
             return buffer;
         return lane_queue(lane, request, buffer);
     case REQUEST_LOOKUP:
+        if (names_find(lane, request))
+            return buffer;
+        return lane_queue(lane, request, buffer);
     case REQUEST_FALLOCATE:
     case REQUEST_LSEEK:
         return lane_queue(lane, request, buffer);

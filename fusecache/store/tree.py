@@ -86,7 +86,7 @@ class Tree:
 
     def find_root(self) -> Found:
         """The origin directory itself."""
-        return self._found(os.dup(self._root_fd))
+        return self.found(os.dup(self._root_fd))
 
     def find(self, parent: int, name: bytes) -> Found:
         """The entry ``name`` of the directory ``parent`` (a descriptor). Links are not followed.
@@ -96,9 +96,15 @@ class Tree:
         """
         if name == b".." or b"/" in name:  # the kernel sends .. when an NFS server asks it to
             raise FileNotFoundError(2, "the name leaves its directory")
-        return self._found(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent))
+        return self.found(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent))
 
-    def _found(self, fd: int) -> Found:
+    def found(self, fd: int) -> Found:
+        """What an O_PATH descriptor is of; takes it over. Asks no disk and no network, but for
+        attributes, if it is on the filesystem of its parent directory, and that is ``local``.
+
+        Raises:
+            OSError: the attributes are not to be had; EXDEV: see ``find``.
+        """
         try:
             st = os.fstat(fd)
             filesystem = self._filesystem(fd, st)
@@ -155,7 +161,7 @@ class Tree:
             finally:
                 os.close(fd)
             fd = below
-        return self._found(fd)
+        return self.found(fd)
 
     def pin(self, path: bytes, identity: bytes) -> int | None:
         """A descriptor of the image at ``path``; None if it is not, or no longer, there.
@@ -245,7 +251,7 @@ class Tree:
         except BaseException:
             os.close(fd)
             raise
-        return self._found(fd)
+        return self.found(fd)
 
     def link(self, fd: int, parent: int, name: bytes) -> None:
         """One more name for an inode."""

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -93,12 +94,16 @@ def test_a_hanging_origin_is_one_line_and_one_when_it_answers(tmp_path: Path) ->
 def test_a_hung_lookup_or_listing_is_one_line_and_one_when_it_answers(tmp_path: Path) -> None:
     mount = InjectedMount(tmp_path / "fc")
     block = mount.faults / "block"
-    (mount.origin / "vm.img").touch()
+    calls: tuple[tuple[str, Callable[[Path], object]], ...] = (
+        ("Tree.find", Path.exists),
+        ("Tree.names", os.listdir),
+    )
     try:
         mount.start()
-        for method, call in (("Tree.find", os.stat), ("Tree.names", os.listdir)):
+        for method, call in calls:
             lines = len(events(mount.log(), "origin-hangs"))
-            path = mount.mountpoint / ("vm.img" if call is os.stat else ".")
+            # Of a name that the kernel has heard of before nobody need be asked.
+            path = mount.mountpoint / ("new-name" if call is Path.exists else ".")
             block.write_text(method)
             asking = [threading.Thread(target=call, args=(path,)) for _ in range(3)]
             for thread in asking:

@@ -3,6 +3,7 @@
 import errno
 import os
 import struct
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from pyfuse3 import ROOT_INODE
 from fusecache import lane as lanes
 from fusecache.errors import DatabaseError
 from fusecache.fuse.requests import Request, Requests
+from fusecache.store import origin
 from fusecache.store.block_map import BlockMap
+from fusecache.store.tree import Found, Tree
 from tests.fuse.conftest import BLOCK, NOBODY, Served
 
 PAGE = 4096
@@ -180,6 +183,87 @@ async def test_names_and_attributes_are_told_as_the_kernel_wants_them(
     error, data = (await answers(served, getattr_(6, node)))[6]
     assert (error, struct.unpack_from("<QII", data)) == (0, (1, 0, 0))
     assert _told(data[16:]) == _expected(path, node)
+
+
+@pytest.fixture(params=[True, False], ids=["local", "remote"])
+def local(served: Served, request: pytest.FixtureRequest) -> bool:
+    """Whether the origin answers from memory."""
+    served.operations.inodes[ROOT_INODE].local = request.param
+    return bool(request.param)
+
+
+async def test_what_the_lane_has_found_is_told_as_what_we_find(
+    served: Served, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody looks for it once more; where the origin may hang it is asked in a thread."""
+    path = served.origin / "vm.img"
+    path.write_bytes(bytes(12345))
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    taken = Tree.found
+    threads: list[bool] = []
+
+    def noted(tree: Tree, fd: int) -> Found:
+        threads.append(threading.current_thread() is not threading.main_thread())
+        return taken(tree, fd)
+
+    monkeypatch.setattr(Tree, "find", _fails)
+    monkeypatch.setattr(Tree, "found", noted)
+    asked = (2, lanes.LOOKUP, ROOT_INODE, 0, 6, found + 1, b"vm.img")
+    error, data = (await answers(served, asked))[2]
+    assert (error, threads) == (0, [not local])
+    (node,) = struct.unpack_from("<Q", data)
+    assert _told(data[_ENTRY.size :]) == _expected(path, node)
+    assert served.operations.inodes[node].fd == found
+    assert served.operations.inodes[node].lookups == 1
+
+
+async def test_what_the_lane_has_found_and_fails_is_closed(
+    served: Served, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (served.origin / "vm.img").touch()
+    found = os.open(served.origin / "vm.img", os.O_PATH | os.O_CLOEXEC)
+
+    def no_identity(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, "injected")
+
+    monkeypatch.setattr(origin, "identity_of", no_identity)
+    asked = (2, lanes.LOOKUP, ROOT_INODE, 0, 6, found + 1, b"vm.img")
+    assert await answers(served, asked) == {2: (errno.ESTALE, b"")}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(found)
+
+
+async def test_what_the_lane_has_found_and_nobody_waits_for_is_not_kept(
+    served: Served, local: bool
+) -> None:
+    (served.origin / "vm.img").touch()
+    found = os.open(served.origin / "vm.img", os.O_PATH | os.O_CLOEXEC)
+    asked = (2, lanes.LOOKUP, ROOT_INODE, 0, 6, found + 1, b"vm.img")
+    error, data = (await answers(served, asked, unwanted=True))[2]
+    (node,) = struct.unpack_from("<Q", data)
+    assert error == 0 and served.operations.inodes.get(node) is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(found)
+
+
+async def test_attributes_that_tell_of_a_change_by_others_are_looked_into(
+    served: Served,
+) -> None:
+    """Before they are told: the blocks go, and the size is the new one (P3)."""
+    path = served.origin / "vm.img"
+    path.write_bytes(b"1" * BLOCK)
+    os.utime(path, ns=(10**18, 10**18))
+    node = await served.inode("vm.img")
+    number = await served.open(node, os.O_RDONLY)
+    image = served.operations.handles[number].image
+    assert await served.cache.read(image, 0, 1) == b"1"
+    assert (await answers(served, getattr_(2, node)))[2][0] == 0
+    assert image.size == BLOCK
+    path.write_bytes(b"2" * (BLOCK + 512))
+    error, data = (await answers(served, getattr_(4, node)))[4]
+    assert (error, _told(data[16:])["size"]) == (0, BLOCK + 512)
+    assert image.size == BLOCK + 512
+    assert await served.cache.read(image, 0, 1) == b"2"
 
 
 async def test_questions_that_have_no_answer_fail(served: Served) -> None:

@@ -360,6 +360,42 @@ MUTATIONS = {
         "if (syncs->idle",
         "test_fsyncs.py and in_vain",
     ),
+    "a name leads out of its directory": Mutation(
+        "names.c",
+        " || leaves_its_directory(request))",
+        " || (0 && leaves_its_directory(request)))",
+        "test_names.py and lead_out",
+    ),
+    "another filesystem is looked at": Mutation(
+        "names.c",
+        "RESOLVE_CACHED | RESOLVE_NO_XDEV",
+        "RESOLVE_CACHED",
+        "test_names.py and another_filesystem",
+    ),
+    "the origin is asked for a name": Mutation(
+        "names.c",
+        "RESOLVE_CACHED | RESOLVE_NO_XDEV",
+        "RESOLVE_NO_XDEV",
+        "test_names.py and has_to_ask",
+    ),
+    "links are followed": Mutation(
+        "names.c",
+        "O_PATH | O_NOFOLLOW | O_CLOEXEC",
+        "O_PATH | O_CLOEXEC",
+        "test_names.py and opened_for_python",
+    ),
+    "a forgotten directory is used": Mutation(
+        "module.c",
+        "    table_drop(self->lane.directories, node);\n",
+        "",
+        "test_names.py and nobody_has_told",
+    ),
+    "what nobody has taken stays open": Mutation(
+        "lane.c",
+        "        names_drop(&waiting->request);\n",
+        "        (void)waiting;\n",
+        "test_names.py and closed_at_the_end",
+    ),
     "an open file is shared with python": Mutation(
         "lane.c",
         "lane->syncs.file = open(path, O_RDONLY | O_CLOEXEC);",

@@ -124,7 +124,7 @@ _CASES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "opendir": ("Directories.open", _at_once(os.listdir)),
     "readdir": ("Tree.names", _listed),
     "fsyncdir": ("Tree.sync_directory", _synced_directory),
-    "getattr": ("Truth.noticed", _with_handle(_written_then_asked)),
+    "getattr": ("Truth.notices", _with_handle(_written_then_asked)),
     "setattr": ("Tree.chmod", _at_once(lambda at: (at / "image").chmod(0o600))),
     "setattr (size)": ("BlockCache.truncate", _at_once(lambda at: os.truncate(at / "image", 9))),
     "statfs": ("Tree.statvfs", _at_once(os.statvfs)),

@@ -131,7 +131,7 @@ def _inject() -> None:
         _wrap(Tree, name)
     for name in ("open", "close", "read_slowly", "write_slowly", "fsync", "truncate"):
         _wrap(BlockCache, name)
-    _wrap(Truth, "noticed")
+    _wrap(Truth, "notices")
     _wrap(Closing, "before_close")
     for name in ("try_read", "try_write"):
         _wrap(HitPath, name)
