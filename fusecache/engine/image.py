@@ -163,6 +163,9 @@ class Image:
     """``written`` as of before the last origin sync that succeeded began."""
     attributes_set: int = 0
     """How many of ``written`` set attributes, and touched no data."""
+    attributes_synced: int = -1
+    """``attributes_set`` as of before the last sync of attributes, too; -1: there was none, and an
+    earlier life may have left some unsynced."""
     closing: tuple[int, Attributes] | None = None
     """``data_written`` and the attributes as of a guest's last close(2)."""
     kernel_true: bool = False

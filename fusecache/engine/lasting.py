@@ -77,10 +77,12 @@ class Lasting:
             image.running_sync = image.next_sync = None
 
     async def _sync(self, image: Image, current: OriginSync) -> None:
-        covered = image.written
+        covered, attributes = image.written, image.attributes_set
+        # What is covered need not be synced again, also by who asks for more than data.
+        metadata = current.metadata or attributes > image.attributes_synced
         spans: list[float] = []
         try:
-            sync = partial(timed(image.origin.sync, spans), metadata=current.metadata)
+            sync = partial(timed(image.origin.sync, spans), metadata=metadata)
             await self._threads.harmless(image.limiter, sync)
         except OriginError as exc:
             self._sync_failed(image, current, exc)
@@ -89,6 +91,8 @@ class Lasting:
             self._sync_failed(image, current, OriginError(5, UNEXPECTED))
         else:
             image.synced = max(image.synced, covered)
+            if metadata:
+                image.attributes_synced = max(image.attributes_synced, attributes)
         finally:
             image.counters.latency.add(Call.SYNC, spans)
 

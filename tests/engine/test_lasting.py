@@ -152,9 +152,10 @@ async def test_syncs_that_wait_for_each_other_are_one(
         asked.append(metadata)
         original(self, metadata=metadata)
 
-    monkeypatch.setattr(OriginDouble, "sync", sync)
     async with back.open() as cache:
         image = await opened(cache)
+        await cache.lasting.sync(image)
+        monkeypatch.setattr(OriginDouble, "sync", sync)
         back.before = {"~sync": 1.0}
         began = trio.current_time()
         async with trio.open_nursery() as nursery:

@@ -103,3 +103,31 @@ async def test_an_fsync_covers_times_that_were_being_set_during_the_one_before(
         await cache.fsync(image, metadata=True)
         assert world.faults.calls["origin.sync"] == syncs
         await cache.close(image, write=True)
+
+
+async def test_an_fsync_covers_attributes_although_data_was_synced_since_they_were_set(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """An fdatasync is a sync of data alone; what it has covered nobody syncs again."""
+    async with world.open() as cache:
+        image = await opened(cache)
+        await cache.fsync(image, metadata=True)
+        for times in (1, 2):
+            with cache.truth.setting_attributes(_IDENTITY):
+                world.files[1].mtime_ns = times
+            await cache.fsync(image, metadata=False)
+            await cache.fsync(image, metadata=True)
+            assert world.files[1].stable_times[0] == times
+        await cache.close(image, write=True)
+
+
+async def test_an_fsync_covers_attributes_of_an_earlier_life(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.files[1].mtime_ns = 1
+    async with world.open() as cache:
+        image = await opened(cache)
+        await cache.fsync(image, metadata=False)
+        await cache.fsync(image, metadata=True)
+        assert world.files[1].stable_times[0] == 1
+        await cache.close(image, write=True)

@@ -109,12 +109,14 @@ class OriginFile:
         """Bytes."""
         return len(self.pages.data)
 
-    def make_stable(self) -> None:
-        """Everything, times too, survives a power cut from now on."""
+    def make_stable(self, *, metadata: bool = True) -> None:
+        """Everything survives a power cut from now on: as fsync(2) does it, or fdatasync(2), which
+        leaves the times out."""
         self.pages.sync()
         self.uncut = None
         self.stable_size = self.size
-        self.stable_times = (self.mtime_ns, self.ctime_ns)
+        if metadata:
+            self.stable_times = (self.mtime_ns, self.ctime_ns)
 
     def shorten(self, size: int) -> None:
         """Cuts the file; until the next sync it may be found as it was before."""
@@ -528,7 +530,7 @@ class OriginDouble(OriginImage):
 
     def sync(self, *, metadata: bool = True) -> None:
         try:
-            self._call("sync").make_stable()
+            self._call("sync").make_stable(metadata=metadata)
         except OriginError:
             if self._world.failed_syncs_lose and self._file is not None:
                 self._file.go_back()
