@@ -137,7 +137,7 @@ def unflushed(cache: BlockCache, failures: Failures) -> Failures:
 
 def kept_by(cache: BlockCache) -> dict[str, Any] | None:
     """What stays on the cache at an end, for ``kept_text``; None if nothing does."""
-    dirty = [size for image in cache.images.all() if (size := cache.dirty_bytes_of(image))]
+    dirty = [size for image in cache.images.all() if (size := cache.kept_bytes_of(image))]
     if not dirty:
         return None
     return {

@@ -272,9 +272,13 @@ class BlockCache:
         return sum(map(self.dirty_bytes_of, self.images.all()))
 
     def dirty_bytes_of(self, image: Image) -> int:
-        """What the origin has not of an image. In a broken cache what was brought there stays dirty
-        in its slots, and counts no more."""
-        return 0 if image.rescued or self.state.emptied else self.core.dirty_bytes(image.id)
+        """What the origin has not of an image. In a broken cache what was brought there may stay
+        dirty in its slots, and counts no more."""
+        return 0 if image.rescued else self.kept_bytes_of(image)
+
+    def kept_bytes_of(self, image: Image) -> int:
+        """What the next start takes for dirty, whether or not the origin has it by now."""
+        return 0 if self.state.emptied else self.core.dirty_bytes(image.id)
 
     async def set_write_mode(self, image: Image, mode: WriteMode | None) -> None:
         """From now on the image is written in this mode; None means the mount's own.

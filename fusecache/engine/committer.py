@@ -112,6 +112,7 @@ class Committer:
         self.broken: FusecacheError | None = None
         """The error after which nothing is committed any more."""
         self._lock = trio.Lock()
+        self._alone = trio.Lock()
         self._wanted: list[_Activation] = []
         self._owners: list[_Owner] = []
         self._barrier = _Barrier()
@@ -398,6 +399,17 @@ class Committer:
             self.sync_failed(began)
             raise
 
+    async def sync_slots(self) -> None:
+        """In a broken cache, which has no barriers any more: what is in the slots is stable.
+
+        Raises:
+            CacheDeviceError: what was dirty and not stable is lost.
+        """
+        async with self._alone:  # the kernel tells of what it could not write once
+            if (running := self._running) is not None:
+                await running.done.wait()
+            await self._sync_device()
+
     def sync_failed(self, began: SyncBegun) -> None:
         """A sync of the device that began so has failed: what was dirty and not stable is lost."""
         self._core.gates.shut()  # first: the lane answers no fsync for what is lost now
@@ -419,9 +431,15 @@ class Committer:
             return await self._database(work)
 
     async def fence(self, work: Callable[[], T]) -> T:
-        """The one call on the block map that a broken cache still makes."""
+        """A call on the block map that a broken cache still makes."""
         async with self._lock:
             return await self._database(work)
+
+    async def drop_rescued(self, image: Image) -> None:
+        """In a broken cache: all blocks of an image are gone from the database, stably, if that
+        still works. Raises DatabaseError."""
+        batch = Batch(drops=[(image.id, 0)])
+        await self.fence(partial(self._block_map.commit, batch, stable=True))
 
     async def _database(self, work: Callable[[], T]) -> T:
         """In the database's thread. A caller that gives up does so afterwards: what was taken

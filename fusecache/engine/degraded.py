@@ -9,6 +9,7 @@ the next start believes nothing.
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
@@ -23,7 +24,7 @@ from fusecache.engine.lasting import Lasting
 from fusecache.engine.origin_writes import OriginWrites
 from fusecache.engine.ports import Threads
 from fusecache.engine.state import CacheState
-from fusecache.errors import CacheDeviceError, LostDataError
+from fusecache.errors import CacheDeviceError, DatabaseError, LostDataError
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +93,24 @@ class Degraded:
         if located is None:
             return
         position = (located.slot << self._geometry.block_shift) + start
+        touched = self._geometry.touched(start, start + len(piece))
+        # A writeback that was under way when the cache broke may bring its older copy after ours:
+        # it must not make the page clean. Dirty, it is read from its slot, and rescued after that.
+        self._core.dirty.soil(located.slot, touched)
         try:
             await self._threads.device(self._state.device.write, position, piece)
             whole = self._geometry.covered(start, start + len(piece))
             self._core.rewritten(located.slot, whole)
         except CacheDeviceError as exc:
             self._state.device_failed(exc)
-            self._core.dirty.lose(located.slot, self._geometry.touched(start, start + len(piece)))
+            self._core.dirty.lose(located.slot, touched)
             raise
+        self._core.dirty.written(
+            located.slot, touched
+        )  # a sync that ran meanwhile may have missed it
 
     async def overlay(self, image: Image, offset: int, into: memoryview) -> None:
-        """Puts what is dirty over bytes read from the origin. The caller holds the span's lock.
+        """Puts what is held over bytes read from the origin. The caller holds the span's lock.
 
         Raises:
             LostDataError: some of it is lost or cannot be read.
@@ -118,15 +126,16 @@ class Degraded:
     async def _overlay_block(
         self, image: Image, block: int, need: int, start: int, into: memoryview
     ) -> None:
-        dirty = self._core.dirty.mask(image.id, block) & need
-        if not dirty:
+        # Also what a writeback that is under way has made clean since the origin was read.
+        held = self._core.dirty.held(image.id, block) & need
+        if not held:
             return
         if self._core.dirty.lost(image.id, block) & need:
             raise LostDataError(f"block {block}: the cache device lost what was written")
         located = self._core.locate(image.id, block)
         assert located is not None
-        pieces, failed = await self._threads.device(self._dirty_reads.read, located.slot, dirty)
-        note_unreadable(image, block, dirty, failed)
+        pieces, failed = await self._threads.device(self._dirty_reads.read, located.slot, held)
+        note_unreadable(image, block, held, failed)
         if failed:
             raise LostDataError(f"block {block}: dirty data cannot be read from the cache device")
         for begin, data in pieces:
@@ -209,7 +218,8 @@ class Degraded:
     # -- the whole cache ---------------------------------------------------------------------------
 
     async def rescue(self, image: Image) -> None:
-        """Everything dirty of an image is on the origin, synced; it stays in its slots as well.
+        """Everything dirty of an image is on the origin, synced, and leaves the cache if the
+        database can still be told: else it stays in its slots as well.
 
         Raises:
             OriginError: not so.
@@ -219,6 +229,8 @@ class Degraded:
         async with image.cleaning:
             if image.rescued or not self.holds(image):
                 return
+            with suppress(CacheDeviceError):  # what is lost with it must not be copied
+                await self._committer.sync_slots()
             slots = self._core.dirty.slots(image.id).tolist()
             lost = 0
             for slot in slots:
@@ -227,6 +239,19 @@ class Degraded:
             if lost:
                 raise LostDataError(f"{lost} dirty pages cannot be read from the cache device")
             image.rescued = True
+            await self._leave(image)
+
+    async def _leave(self, image: Image) -> None:
+        """No row of a rescued image is left for the next start to believe: it may have changed
+        elsewhere by then, and others, which cannot be rescued, keep the fence from being tighter.
+        """
+        async with image.lock.everything():
+            try:
+                await self._committer.drop_rescued(image)
+            except DatabaseError as exc:
+                log.warning("the rows of %s stay, which is on the origin: %s", image.name, exc)
+            else:
+                self._core.drop(image.id, self._core.slots_of(image.id), dirty=True)
 
     async def _rescue_slot(self, image: Image, slot: int) -> int:
         """Returns how many pages are lost."""

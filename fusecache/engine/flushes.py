@@ -107,13 +107,13 @@ class Flushes:
             errors.append(exc)
 
     async def _stable_without_map(self, image: Image) -> None:
-        """The cache is broken: what is dirty is brought to the origin, and the slots are synced,
-        since the next start may believe them."""
+        """The cache is broken: what is dirty is brought to the origin, and the slots are synced
+        if the next start may believe them."""
         await self._state.passable()
         if self._degraded.counts(image):
             await self._degraded.rescue(image)
-            if self._degraded.holds(image):
-                await self._threads.device(self._state.device.sync)
+            if self._degraded.counts(image):
+                await self._committer.sync_slots()
 
     async def flush(self, image: Image, path_fd: int | None = None) -> None:
         """Everything acknowledged for the image is on the origin, synced; rows are stable.

@@ -114,7 +114,7 @@ class Reads:
 
     async def _beside(self, image: Image, offset: int, length: int) -> bytes:
         """As ``_past``, with what is dirty in the slots of a broken cache put over it."""
-        if not self._degraded.holds(image):
+        if image.rescued or not self._degraded.holds(image):
             return await self._past(image, offset, length)
         blocks = self._geometry.blocks(offset, length)
         async with image.lock.span(blocks.start, blocks.stop):

@@ -91,7 +91,6 @@ def fence(
     block_map: BlockMap,
     rows: Rows | None,
     *,
-    synced: bool = False,
     dirty: bool,
 ) -> bool:
     """Keeps the next start from trusting a map that could not be kept up to date.
@@ -101,13 +100,11 @@ def fence(
 
     Args:
         rows: what is owed to the database: if it can still be told, lost pages stay known as lost.
-        synced: what is dirty and not lost in these rows is on the device, stably.
+            What is dirty in them and not lost is on the device, stably.
     """
     if rows is not None and dirty:
         try:
-            last = block_map.commit(Batch(rows=rows), stable=True)
-            if synced:
-                block_map.merge(last)
+            block_map.merge(block_map.commit(Batch(rows=rows), stable=True))
         except DatabaseError as exc:
             log.warning("the last changes of the map are not recorded: %s", exc)
     wipe = block_map.wipe_clean if dirty else block_map.wipe

@@ -1,6 +1,7 @@
 """The rescuer: fences a broken cache, and brings what is dirty in it to the origin."""
 
 import logging
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -57,9 +58,12 @@ class Rescuer:
         counts any more.
         """
         await self._state.broken.wait()
+        # What the device could not keep is lost from here on, and must not be rescued as it was
+        # before. After a failed sync that is so already; else the fence would be told of it.
+        if not isinstance(self._committer.broken, CacheDeviceError):
+            with suppress(CacheDeviceError):
+                await self._committer.sync_slots()
         held = self._core.dirty.any_held
-        # After a failed sync of the device all that was not synced before is lost already.
-        synced = isinstance(self._committer.broken, CacheDeviceError)
         rows = self._core.take_owed()
         worked = await self._committer.fence(
             partial(
@@ -67,7 +71,6 @@ class Rescuer:
                 self._state.device,
                 self._block_map,
                 rows,
-                synced=synced,
                 dirty=held,
             )
         )
