@@ -98,10 +98,8 @@ struct entry *entry_new(struct queues *queues, unsigned queue)
     return entry;
 }
 
-/* Linux (6.18) gives a new entry to who comes next, and not to whoever has come already and waits
- * because there was none: he gets one when another request is answered. This is that request: the
- * kernel makes it, on the processor where we ask, because we ask for no bytes of an image. */
-static void pump(struct queues *queues, unsigned queue)
+/* Makes the kernel ask for no bytes of an image. False: it does not know that node any more. */
+static bool make_it_ask(struct lane *lane, uint64_t node)
 {
     static uint64_t last = UINT64_C(1) << 62;
     struct {
@@ -109,15 +107,45 @@ static void pump(struct queues *queues, unsigned queue)
         struct fuse_notify_retrieve_out out;
     } message = {.header = {.len = sizeof message, .error = FUSE_NOTIFY_RETRIEVE},
                  .out = {.notify_unique = __atomic_add_fetch(&last, 2, __ATOMIC_RELAXED),
-                         .nodeid = queues->node}};
+                         .nodeid = node}};
+    ssize_t done;
+    do
+        done = write(lane->fuse, &message, sizeof message);
+    while (done < 0 && errno == EINTR);
+    return done >= 0;
+}
+
+/* The same of an image that was read here, or else of one that is open: those who have none open
+ * get no hits that could be held up. */
+static void make_it_ask_something(struct queues *queues)
+{
+    struct lane *lane = queues->lane;
+    if (queues->node && make_it_ask(lane, queues->node))
+        return;
+    for (uint32_t gate = 0; gate < lane->core.gate_count; gate++) {
+        uint64_t node = __atomic_load_n(&lane->opened[gate], __ATOMIC_RELAXED);
+        if (node && make_it_ask(lane, node)) {
+            queues->node = node;
+            return;
+        }
+        if (node) /* unless it is another one's by now */
+            __atomic_compare_exchange_n(&lane->opened[gate], &node, 0, false, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED);
+    }
+}
+
+/* Linux (6.18) gives a new entry to who comes next, and not to whoever has come already and waits
+ * because there was none: he gets one when another request is answered. This is that request: the
+ * kernel makes it, on the processor where we ask. */
+static void pump(struct queues *queues, unsigned queue)
+{
     ring_start(&queues->ring);
     cpu_set_t here, there;
     bool moved = sched_getaffinity(0, sizeof here, &here) == 0;
     CPU_ZERO(&there);
     CPU_SET(queue, &there);
     moved = moved && sched_setaffinity(0, sizeof there, &there) == 0;
-    while (write(queues->lane->fuse, &message, sizeof message) < 0 && errno == EINTR)
-        ;
+    make_it_ask_something(queues);
     if (moved)
         sched_setaffinity(0, sizeof here, &here);
 }

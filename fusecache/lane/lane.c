@@ -297,9 +297,11 @@ static int make_room(struct lane *lane)
     lane->nodes = calloc(HANDLES, sizeof *lane->nodes);
     lane->directories = calloc(HANDLES, sizeof *lane->directories);
     lane->questions = calloc(HANDLES, sizeof *lane->questions);
+    lane->opened = calloc(lane->core.gate_count, sizeof *lane->opened);
     lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
     if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles ||
-        !lane->nodes || !lane->directories || !lane->questions || !lane->held_until)
+        !lane->nodes || !lane->directories || !lane->questions || !lane->opened ||
+        !lane->held_until)
         return ENOMEM;
     for (unsigned i = 0; i < buffers; i++) {
         struct buffer *buffer = new_buffer(lane);
@@ -472,6 +474,7 @@ void lane_free(struct lane *lane)
     free(lane->nodes);
     free(lane->directories);
     free(lane->questions);
+    free(lane->opened);
     free(lane->held_until);
     cold_free(&lane->cold);
     syncs_free(&lane->syncs);

@@ -99,6 +99,7 @@ struct lane {
     uint64_t *nodes;
     uint64_t *directories; /* Python's descriptors of them, instead of gates */
     uint64_t *questions; /* by unique: nodes whose attributes are asked for */
+    uint64_t *opened;     /* by gate: the node that was opened last */
     uint64_t *held_until; /* by gate: monotonic ns */
 
     struct lane_counters counters;

@@ -247,6 +247,7 @@ static PyObject *lane_py_open(LaneObject *self, PyObject *args)
     table_drop(self->lane.nodes, node);
     table_put(self->lane.nodes, node, gate);
     table_put(self->lane.handles, handle, gate);
+    __atomic_store_n(&self->lane.opened[gate], node, __ATOMIC_RELAXED);
     Py_RETURN_NONE;
 }
 

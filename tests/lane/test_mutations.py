@@ -411,6 +411,12 @@ MUTATIONS = {
 }
 
 OF_QUEUES = {
+    "nobody is asked if the image read last is gone": Mutation(
+        "entries.c",
+        "    if (queues->node && make_it_ask(lane, queues->node))\n",
+        "    if (!queues->node || make_it_ask(lane, queues->node) || queues->node)\n",
+        "test_queues.py and other_requests",
+    ),
     "whoever is not answered yet keeps the place of others": Mutation(
         "entries.c",
         "share->entries, __ATOMIC_RELAXED) - away >= READY",

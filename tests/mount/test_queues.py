@@ -3,6 +3,7 @@ kernel can."""
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -126,6 +127,54 @@ def test_a_stalled_origin_holds_up_no_queue(faulty: InjectedMount) -> None:
     for block, data in found.items():
         assert set(check_stamps(data, 2, block * BLOCK)) == {1}
     assert len(found) == STUCK
+
+
+@pytest.mark.parametrize("read_there", [True, False])
+def test_other_requests_that_stall_hold_up_no_queue(
+    faulty: InjectedMount, read_there: bool
+) -> None:
+    """Nor if the image that was read last on that processor is gone, or none ever was."""
+    _image(faulty.origin / "well", 1, 4)
+    _image(faulty.origin / "gone", 2, 4)
+    faulty.start()
+    processors = sorted(os.sched_getaffinity(0))
+    flags = os.O_RDWR | os.O_DIRECT
+    with opened(faulty.mountpoint / "well", flags) as well:
+        with _on(processors[0]):
+            assert read_direct(well, 0, 4 * BLOCK) == stamped(1, 0, 4 * BLOCK, 1)
+        if read_there:
+            with _on(processors[-1]), opened(faulty.mountpoint / "gone", flags) as gone:
+                for _ in range(40):
+                    read_direct(gone, 0, 4096)
+        (faulty.mountpoint / "gone").unlink()
+        found: list[bytes] = []
+
+        def ask() -> None:
+            with _on(processors[-1]):
+                os.statvfs(faulty.mountpoint)
+
+        def read() -> None:
+            with _on(processors[-1]):
+                found.append(read_direct(well, 0, 4096))
+
+        block = faulty.faults / "block"
+        block.write_text("Tree.statvfs")
+        burst = [threading.Thread(target=ask) for _ in range(STUCK)]
+        burst.append(threading.Thread(target=read))
+        assert faulty.pid is not None
+        os.kill(faulty.pid, signal.SIGSTOP)  # so that all of them are there before any is served
+        try:
+            for each in burst:
+                each.start()
+            time.sleep(0.5)
+            os.kill(faulty.pid, signal.SIGCONT)
+            burst[-1].join(SOON)
+            assert found == [stamped(1, 0, 4096, 1)]
+        finally:
+            os.kill(faulty.pid, signal.SIGCONT)
+            block.unlink()
+            for each in burst:
+                each.join()
 
 
 def test_an_aborted_connection_ends_it(faulty: InjectedMount) -> None:
