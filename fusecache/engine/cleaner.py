@@ -290,7 +290,7 @@ class Cleaner:
             image.own_pending = True
             await self._write_runs(image, noted, taken, skipped, errors)  # 2.
             if taken:
-                await self._lasting.sync(image)  # 3.
+                await self._lasting.bring(image)  # 3.
             if image.failed_syncs != failed_syncs:
                 raise OriginError(5, "a sync of the origin failed, all is written again")
             for slot in taken:

@@ -235,7 +235,7 @@ class Degraded:
             lost = 0
             for slot in slots:
                 lost += await self._rescue_slot(image, slot)
-            await self._lasting.sync(image)
+            await self._lasting.bring(image)
             if lost:
                 raise LostDataError(f"{lost} dirty pages cannot be read from the cache device")
             image.rescued = True

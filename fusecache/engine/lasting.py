@@ -7,6 +7,7 @@ survives an exception nobody foresaw; at the engine's end they are left behind l
 a stalled origin holds up.
 """
 
+import errno
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +61,21 @@ class Lasting:
         await mine.done.wait()
         if mine.error is not None:
             raise mine.error
+
+    async def bring(self, image: Image) -> None:
+        """Origin sync of what was dirty here: from now on the cache need not have it.
+
+        Raises:
+            OriginError: the origin failed; or the file was removed there, by others, and what was
+                written to it would go with our descriptor.
+        """
+        await self.sync(image)
+        if await self._threads.harmless(image.limiter, image.origin.nameless):
+            raise OriginError(
+                errno.ENOENT,
+                f"'{image.name}' was removed on the origin, or another file put in its place. If "
+                "nobody needs what is dirty of it: fusecache evict --discard-dirty",
+            )
 
     def _begin_next(self, image: Image) -> None:
         image.running_sync, image.next_sync = image.next_sync, None

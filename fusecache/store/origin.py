@@ -150,6 +150,13 @@ class OriginImage:
         except OSError as exc:
             raise _translated(exc, "reading the attributes") from exc
 
+    def nameless(self) -> bool:
+        """Whether the file was removed: what is written to it goes with its last descriptor."""
+        try:
+            return os.fstat(self._any()).st_nlink == 0
+        except OSError as exc:
+            raise _translated(exc, "looking for its names") from exc
+
     @property
     def readable(self) -> bool:
         """Whether it is open for reading."""

@@ -13,6 +13,7 @@ from tests.e2e.faulty import COMMAND
 from tests.e2e.helpers import nothing_left, process, refused, refused_mount, run, wait_for
 from tests.support.daemon import BLOCK, Mount
 from tests.support.direct import opened, read_direct
+from tests.support.stamps import stamped
 
 pytestmark = pytest.mark.mount
 
@@ -53,6 +54,29 @@ def test_evict_while_open_leaves_nothing_dirty_and_later_writes_go_through(mount
         assert mount.status()["cache"]["dirty_bytes"] == 0
     write(mount, "vm1.img", 1, 4)
     assert on_origin(mount, "vm1.img", 1) == 3
+    mount.stop()
+
+
+@pytest.mark.parametrize("verb", ["evict", "flush"])
+def test_what_was_removed_on_the_origin_by_others_is_not_said_to_be_there(
+    mount: Mount, verb: str
+) -> None:
+    """While it is open as well: it would go with the last descriptor."""
+    dirty_mount(mount, "vm1.img", "vm2.img")
+    fd = os.open(mount.mountpoint / "vm1.img", os.O_RDWR)
+    try:
+        (mount.origin / "vm1.img").unlink()
+        done = mount.run(verb, "vm1.img")
+        assert done.returncode == 1 and "was removed on the origin" in done.stderr
+        assert mount.image("vm1.img")["dirty_bytes"] == 4 * BLOCK
+        assert read_direct(fd, 0, BLOCK) == stamped(1, 0, BLOCK, 2)
+    finally:
+        os.close(fd)
+    done = mount.run("umount", mount.mountpoint)
+    assert done.returncode == 1 and "was removed on the origin" in done.stderr
+    assert on_origin(mount, "vm2.img", 2) == 2
+    done = mount.run("evict", "vm1.img", "--discard-dirty")
+    assert done.returncode == 0, done.stderr
     mount.stop()
 
 

@@ -473,6 +473,9 @@ class OriginDouble(OriginImage):
         file = self._call("stat")
         return Attributes(file.size, file.mtime_ns, file.ctime_ns)
 
+    def nameless(self) -> bool:
+        return False
+
     @property
     def readable(self) -> bool:
         return self._reads
