@@ -1,7 +1,6 @@
 """``status``: what every mount has cached, and how it does."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
 
         from fusecache.observe import report
 
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console = Console(highlight=False)
         report.show({"mounts": mounts}, console, details=bool(images))
 
 

@@ -10,6 +10,14 @@ from rich.table import Table
 from fusecache.observe.times import time_text
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_COLUMNS = (
+    "image", "size", "cached", "dirty", "hit: min", "hour", "all", "memory", "SSD", "origin",
+    "written", "p50", "p99", "",
+)  # fmt: skip
+"""Of the images; the last one is for remarks."""
+_LEFT_OUT = (("p50", "p99"), ("memory", "SSD", "origin"), ("hit: min", "hour"), ("written",))
+"""What goes first where there is no room."""
+_WIDEST = 10_000
 
 
 def printable(text: str) -> str:
@@ -57,7 +65,7 @@ def show(status: dict[str, Any], console: Console, *, details: bool = False) -> 
             console.print()
         for line in _mount(mount):
             console.print(line, soft_wrap=True)
-        console.print(_images(mount))
+        _show_images(mount, console)
         for image in mount["images"]:
             for line in _details(image) if details else _unusual(image):
                 console.print(f"{escape(image['path'])}: {line}", soft_wrap=True)
@@ -228,17 +236,29 @@ def _remedy(mount: dict[str, Any]) -> str:
     )
 
 
-def _images(mount: dict[str, Any]) -> Table:
+def _show_images(mount: dict[str, Any], console: Console) -> None:
+    """A line for each image, never wrapped or cut: on a terminal that is too narrow some columns
+    are left out, in a pipe none."""
+    room, left_out = console.width, set[str]()
+    for columns in ((), *_LEFT_OUT):
+        left_out |= set(columns)
+        table = _images(mount, left_out)
+        width = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+        if width <= room or not console.is_terminal:
+            break
+    console.width = max(room, width)  # rich would cut names to make the table fit
+    console.print(table, crop=False)
+    console.width = room
+
+
+def _images(mount: dict[str, Any], left_out: set[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("image", overflow="fold")
-    titles = (
-        "size", "cached", "dirty", "hit: min", "hour", "all", "memory", "SSD", "origin", "written",
-        "p50", "p99", "",
-    )  # fmt: skip
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=bool(title))
+    shown = [title for title in _COLUMNS if title not in left_out]
+    for title in shown:
+        name = "hits" if title == "all" and "hour" in left_out else title
+        table.add_column(name, justify="left" if title == "image" else "right", no_wrap=True)
     for image in mount["images"]:
-        table.add_row(
+        cells = (
             escape(image["path"]),
             size_text(image["size"]),
             size_text(image["cached_bytes"]),
@@ -246,6 +266,8 @@ def _images(mount: dict[str, Any]) -> Table:
             *_numbers(image),
             _remarks(image, mount["write_mode"]),
         )
+        row = dict(zip(_COLUMNS, cells, strict=True))
+        table.add_row(*(row[title] for title in shown))
     return table
 
 
