@@ -4,8 +4,8 @@ over the kernel's queues (io_uring), where the kernel has them: only that mount 
 
 Three parts. Reads of what is cached, all in memory: 4 KiB at depth 1 and 32, 64 KiB, 1 MiB in order
 and 16 jobs over 16 images. 4 KiB random writes in write-back over pages that are dirty already. And
-what the lane does not serve: random reads of blocks that are not cached, writes in write-through,
-and looking up names, with the lane and without it.
+what is no hit: random reads of blocks that are not cached, writes in write-through, looking up
+names, and asking for attributes, with the lane and without it.
 
 All take turns, job by job and round by round, starting with another one each round; compared are
 medians. Processor time is that of the process that serves, from /proc, a read; fio's is not in it.
@@ -44,7 +44,9 @@ from fusecache.fuse import queues
 WRITE = "4K random write over dirty pages, depth 32"
 MISS = "64K random read, not cached, depth 8"
 THROUGH = "4K random write, write-through, depth 8"
-NAMES = "a look-up of a missing name"
+MISSING = "a look-up of a missing name"
+THERE = "a look-up of a name that is there"
+ATTRIBUTES = "attributes of an open file"
 JOBS: dict[str, dict[str, object]] = {
     **read_jobs(2),
     WRITE: {"rw": "randwrite", "bs": "4k", "iodepth": 32},
@@ -58,7 +60,10 @@ LEAST_OTHER = 0.9
 """Of the figure without the lane."""
 MOST_TIME = 1 / 3
 """Of the processor time without the lane, a read at depth 32."""
-LOOKUPS = 3000
+LOOKUPS = 2000
+OPENED = 500
+SECOND = 1.2
+"""After which the kernel asks again."""
 RANDOM: dict[str, object] = {"ioengine": "libaio", "direct": 1, "iodepth": 8}
 
 Samples = dict[str, dict[str, list[dict[str, float]]]]
@@ -166,11 +171,14 @@ def cached(
 
 def others(base: Path, plain: Path, rounds: int, seconds: float, size: int) -> Samples:
     """What is not simply a hit."""
-    found: Samples = {job: {way: [] for way in ways()} for job in (MISS, THROUGH, NAMES)}
+    jobs = (MISS, THROUGH, MISSING, THERE, ATTRIBUTES)
+    found: Samples = {job: {way: [] for way in ways()} for job in jobs}
     with ExitStack() as stack:
         contenders: list[Ours] = []
         for number, way in enumerate(ways()):
             origin = peers.copy(plain, base / f"others-{number}-origin", [IMAGE])
+            for name in range(LOOKUPS):
+                (origin / f"there-{name}").touch()
             place = base / f"others-{number}"
             contenders.append(ours(place, origin, size, way, "through", Unheld))
         time.sleep(harness.SETTLED)
@@ -188,7 +196,9 @@ def others(base: Path, plain: Path, rounds: int, seconds: float, size: int) -> S
                     )
                 )
                 found[MISS][each.name].append(missed(each, size))
-                found[NAMES][each.name].append(looked_up(each.directory))
+                found[MISSING][each.name].append(looked_up(each.directory, "missing"))
+                found[THERE][each.name].append(looked_up(each.directory, "there"))
+                found[ATTRIBUTES][each.name].append(asked(each.directory))
         for each in contenders:
             harness.same_data(each.path(IMAGE), each.origin / IMAGE)
     return found
@@ -212,13 +222,30 @@ def missed(each: Ours, size: int) -> dict[str, float]:
     return found
 
 
-def looked_up(directory: Path) -> dict[str, float]:
-    """Questions for names that are not there, one after another."""
+def looked_up(directory: Path, kind: str) -> dict[str, float]:
+    """Questions for names, one after another, that the origin's kernel has heard of before."""
     began = time.perf_counter()
     for number in range(LOOKUPS):
-        (directory / f"missing-{number}").exists()
-    seconds = time.perf_counter() - began
-    return {"kiops": LOOKUPS / seconds / 1e3, "mean_us": seconds / LOOKUPS * 1e6}
+        (directory / f"{kind}-{number}").exists()
+    return _each(time.perf_counter() - began, LOOKUPS)
+
+
+def asked(directory: Path) -> dict[str, float]:
+    """Questions for attributes, one after another."""
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(open(directory / f"there-{number}", "rb"))
+            for number in range(OPENED)
+        ]
+        time.sleep(SECOND)
+        began = time.perf_counter()
+        for file in files:
+            os.fstat(file.fileno())
+        return _each(time.perf_counter() - began, OPENED)
+
+
+def _each(seconds: float, count: int) -> dict[str, float]:
+    return {"kiops": count / seconds / 1e3, "mean_us": seconds / count * 1e6}
 
 
 def medians(samples: Samples) -> Figures:
