@@ -443,11 +443,16 @@ class DirtyPages:
 
     def sync_begins(self) -> SyncBegun:
         """Just before a sync of the device; hand what this gives to ``sync_worked`` or
-        ``sync_failed``."""
+        ``sync_failed``.
+
+        Slots that are pinned stay unsynced: what is on its way there may arrive after this sync,
+        and may be what the next one fails for before whoever writes it can say so.
+        """
         slots = np.concatenate((np.array(self._unsynced, np.uint32), self._gates.take_soiled()))
-        self._unsynced = array("I")
         pages: U16 = self._slots.unsynced_of[slots]
-        self._slots.unsynced_of[slots] = 0
+        pinned = self._slots.pins_of[slots] != 0
+        self._slots.unsynced_of[slots[~pinned]] = 0
+        self._unsynced = array("I", slots[pinned].tolist())
         return SyncBegun(slots, pages, self._gates.syncs_begun)
 
     def sync_worked(self, began: SyncBegun) -> None:
