@@ -52,6 +52,14 @@ class OriginError(FusecacheError):
         self.errno = number
 
 
+class LinkOutsideError(FusecacheError):
+    """A symbolic link leads out of the origin; ``target`` is where to."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(f"a link leads outside the origin, to {target}")
+        self.target = target
+
+
 class LockedElsewhereError(OriginError):
     """Another host holds the lock of an image (P8)."""
 
@@ -78,6 +86,10 @@ class MountError(FusecacheError):
 
 class ControlError(FusecacheError):
     """The daemon cannot be reached or refused a request."""
+
+
+class NotAnImageError(ControlError):
+    """Where a name leads to is no regular file of the origin."""
 
 
 class IllegalStep(FusecacheError):

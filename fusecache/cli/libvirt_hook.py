@@ -62,7 +62,7 @@ def _disks(domain: ElementTree.Element) -> Iterator[str]:
         source = disk.find("source")
         if source is None or disk.find("readonly") is not None:
             continue
-        if disk.find("shareable") is None and "file" in source.attrib:
+        if disk.find("shareable") is None and source.get("file"):
             yield source.attrib["file"]
 
 

@@ -7,10 +7,12 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusecache.cli.cache import default_database, open_locked
+from fusecache.control import image_names
 from fusecache.control.protocol import readable
 from fusecache.engine.recovery import boot_id
 from fusecache.errors import CacheDeviceError, ControlError, OriginError
@@ -133,31 +135,41 @@ def _named(block_map: BlockMap, meta: Meta, names: tuple[str, ...]) -> list[Imag
     known = block_map.images()
     if not names:
         return known
+    place = _Place(*(Path(os.fsdecode(root)) for root in (meta.mountpoint, meta.origin)))
     chosen: dict[int, ImageRow] = {}
     for name in names:
-        wanted = {os.fsencode(path) for path in _candidates(name, meta)}
-        found = [image for image in known if image.path in wanted]
+        found = [
+            image
+            for _, path in image_names.readings(name, [place], ())
+            for image in _at(path, known, place)
+        ]
         if not found:
             raise ControlError(f"No image '{readable(name)[0]}' is cached. {_listing(known)}")
         chosen |= {image.id: image for image in found}
     return list(chosen.values())
 
 
-def _candidates(name: str, meta: Meta) -> Iterator[str]:
-    """What ``name`` may mean, relative to the origin: as for a running daemon."""
-    roots = [os.fsdecode(root) for root in (meta.mountpoint, meta.origin) if root]
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The last mount of the cache."""
+
+    mountpoint: Path
+    origin: Path
+
+
+def _at(path: str, known: list[ImageRow], place: _Place) -> list[ImageRow]:
+    """The image that a path relative to the origin means. The origin is asked only if none was
+    seen there: it may be away, and what is clean can be evicted without it."""
+    if found := [image for image in known if image.path == os.fsencode(path)]:
+        return found
     try:
-        here = os.getcwd()
-    except OSError:
-        here = "/"
-    inside = any(Path(here).is_relative_to(root) for root in roots)
-    if not os.path.isabs(name) and not inside:
-        yield os.path.normpath(name)
-        return
-    path = os.path.normpath(os.path.join(here, name))
-    for root in roots:
-        if Path(path).is_relative_to(root):
-            yield os.path.relpath(path, root)
+        with contextlib.closing(Tree(place.origin)) as tree:
+            meant = image_names.look_up(tree, path, place.mountpoint)
+    except (OSError, OriginError):
+        return []
+    return [
+        image for image in known if meant.identity == image.identity or meant.path == image.path
+    ]
 
 
 def _listing(known: list[ImageRow]) -> str:

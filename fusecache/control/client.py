@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusecache.control import protocol
+from fusecache.control import image_names, protocol
 from fusecache.errors import ControlError
 
 _CONNECT_TIMEOUT = 3.0
@@ -178,20 +178,11 @@ def choose(mountpoint: Path | None) -> list[Daemon]:
 def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:
     """The daemon an IMAGE argument means and the image's path relative to its origin.
 
-    As text: absolute below a mount, then below an origin; relative from the current directory if
-    that lies in either, else from the mount's root.
-
     Raises:
+        UsageError: the name is empty.
         ControlError: no mount has it, or several do.
     """
-    try:
-        here = os.getcwd()
-    except OSError:
-        here = "/"  # it was removed
-    path = os.path.normpath(os.path.join(here, name))
-    if not os.path.isabs(name) and not _below(here, running):
-        return _among(name, [(daemon, os.path.normpath(name)) for daemon in running])
-    matches = _below(path, running) or _below(_followed(path, running), running)
+    matches = image_names.readings(name, running, _noted_mounts())
     if not matches:
         places = ", ".join(str(daemon.mountpoint) for daemon in running)
         raise ControlError(
@@ -201,48 +192,31 @@ def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:
     return _among(name, matches)
 
 
-def _below(path: str, running: list[Daemon]) -> list[tuple[Daemon, str]]:
-    """Which daemons have the path, and where; mounts come before origins."""
-    for roots in ([d.mountpoint for d in running], [d.origin for d in running]):
-        found = [
-            (daemon, os.path.relpath(path, root))
-            for daemon, root in zip(running, roots, strict=True)
-            if Path(path).is_relative_to(root)
-        ]
-        if found:
-            return found
-    return []
-
-
-def _followed(path: str, running: list[Daemon]) -> str:
-    """The path with the links on its way resolved, but nothing at or below a mount is touched."""
-    done = "/"
-    todo = path.split("/")[::-1]
-    links = 40
-    while todo:
-        part = todo.pop()
-        done = os.path.normpath(os.path.join(done, part))
-        if any(str(daemon.mountpoint) == done for daemon in running):
-            break
-        if links and os.path.islink(done):
-            links -= 1
-            target = os.readlink(done)
-            todo += target.split("/")[::-1]
-            done = "/" if os.path.isabs(target) else os.path.dirname(done)
-    return os.path.normpath(os.path.join(done, *todo[::-1]))
+def _noted_mounts() -> set[str]:
+    """Where daemons serve, also such that do not answer."""
+    found = set()
+    for directory in protocol.runtime_directories():
+        for path in directory.glob("*.mount"):
+            with contextlib.suppress(OSError):
+                found.add(os.fsdecode(path.read_bytes()))
+    return found
 
 
 def _among(name: str, candidates: list[tuple[Daemon, str]]) -> tuple[Daemon, str]:
     if len(candidates) == 1:
         return candidates[0]
     having = []
+    refused = None
     for daemon, path in candidates:
         answer = ask(daemon.socket_path, {"verb": "resolve", "path": path}, timeout=10)
+        refused = refused or answer.get("refused")
         if answer["known"] or answer["exists"]:
             having.append((daemon, path))
     if len(having) == 1:
         return having[0]
     places = ", ".join(str(daemon.mountpoint) for daemon, _ in having or candidates)
+    if not having and refused:
+        raise ControlError(refused)
     if not having:
         raise ControlError(f"None of the mounts has an image '{name}' ({places}).")
     raise ControlError(f"'{name}' exists in several mounts ({places}): choose one with -m.")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import trio
 
 from fusecache.config import LOG_LEVELS, WriteMode
 from fusecache.control import protocol
+from fusecache.control.image_names import Meant, look_up
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.engine.snapshot import (
@@ -21,7 +21,14 @@ from fusecache.engine.snapshot import (
     image_snapshots,
     mount_snapshot,
 )
-from fusecache.errors import ControlError, FusecacheError, ImageOpenError, LostDataError
+from fusecache.errors import (
+    ControlError,
+    FusecacheError,
+    ImageOpenError,
+    LostDataError,
+    NotAnImageError,
+    OriginError,
+)
 from fusecache.observe import logs
 from fusecache.observe.windows import seconds_left
 from fusecache.store.tree import Found, Tree
@@ -103,8 +110,15 @@ class Verbs:
         }
 
     async def _resolve_verb(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
-        image, exists = await self._resolve(str(request.get("path", "")))
-        return {"known": image is not None, "exists": exists}
+        try:
+            image, meant = await self._resolve(str(request.get("path", "")))
+        except NotAnImageError as exc:
+            return {"known": False, "exists": False, "refused": str(exc)}
+        return {
+            "known": image is not None,
+            "exists": meant.identity is not None,
+            "path": os.fsdecode(meant.path),
+        }
 
     async def _status(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         wanted = request.get("images")
@@ -300,8 +314,8 @@ class Verbs:
 
     async def _known_or_none(self, path: str) -> Image | None:
         """The image at a path relative to the origin; None if the file is there but unknown."""
-        image, exists = await self._resolve(path)
-        if image is None and not exists:
+        image, meant = await self._resolve(path)
+        if image is None and meant.identity is None:
             raise self._unknown(path)
         return image
 
@@ -314,18 +328,12 @@ class Verbs:
 
     async def _made_known(self, path: str) -> Image:
         """The image at a path, also one that nobody has opened yet."""
-        raw = os.fsencode(path)
-        found = await self._find(raw)
-        if found is None:
-            image, _ = await self._resolve(path)
-            if image is None:
-                raise self._unknown(path)
-            return image
-        os.close(found.fd)
-        if not stat.S_ISREG(found.st.st_mode):
-            shown, _ = protocol.readable(path)
-            raise ControlError(f"'{shown}' is not a regular file: name an image.")
-        return self._cache.images.known(found.identity, raw)
+        image, meant = await self._resolve(path)
+        if meant.identity is not None:
+            return self._cache.images.known(meant.identity, meant.path)
+        if image is None:
+            raise self._unknown(path)
+        return image
 
     async def _pin(self, image: Image) -> int | None:
         """A descriptor of the image's file, if it is still where it was last seen."""
@@ -341,17 +349,29 @@ class Verbs:
             return await trio.to_thread.run_sync(self._tree.resolve, path, abandon_on_cancel=True)
         return None
 
-    async def _resolve(self, path: str) -> tuple[Image | None, bool]:
-        """By what lies at the path on the origin now, else by where it was last seen."""
-        raw = os.fsencode(path)
-        found = await self._find(raw)
-        if found is not None:
-            os.close(found.fd)
-            return self._cache.images.find(found.identity), True
+    async def _resolve(self, path: str) -> tuple[Image | None, Meant]:
+        """By what lies at the path on the origin now, else by where it was last seen.
+
+        Raises:
+            NotAnImageError: no image was seen there, and what is there now is none.
+        """
+        meant = Meant(os.fsencode(path), None)
+        refused: NotAnImageError | None = None
+        try:
+            with trio.move_on_after(_RESOLVE_TIMEOUT), contextlib.suppress(OSError, OriginError):
+                meant = await trio.to_thread.run_sync(
+                    look_up, self._tree, path, self._mounted.mountpoint, abandon_on_cancel=True
+                )
+        except NotAnImageError as exc:
+            refused = exc
+        if meant.identity is not None:
+            return self._cache.images.find(meant.identity), meant
         for image in self._cache.images.all():
-            if image.row.path == raw:
-                return image, False
-        return None, False
+            if image.row.path == meant.path:
+                return image, meant
+        if refused is not None:
+            raise refused
+        return None, meant
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ block and raise OSError; the caller runs them in a thread.
 """
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -12,8 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusecache.errors import OriginError
+from fusecache.errors import LinkOutsideError, OriginError
 from fusecache.store import origin, syscalls
+from fusecache.store.links import MOST_LINKS, followed
 
 _NETWORK_FILESYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "glusterfs", "afs", "lustre"}
 
@@ -151,8 +153,11 @@ class Tree:
 
     def resolve(self, path: bytes) -> Found:
         """The inode at a path relative to the origin, no symbolic link followed on the way."""
+        return self.found(self._open(path))
+
+    def _open(self, path: bytes) -> int:
         fd = os.dup(self._root_fd)
-        for name in [part for part in path.split(b"/") if part not in (b"", b".")]:
+        for name in _parts(path):
             if name == b"..":
                 os.close(fd)
                 raise FileNotFoundError(2, "the path leaves the origin")
@@ -161,7 +166,64 @@ class Tree:
             finally:
                 os.close(fd)
             fd = below
-        return self.found(fd)
+        return fd
+
+    def follow(self, path: bytes, mountpoint: Path) -> bytes:
+        """The path, relative to the origin, once the symbolic links on its way are followed; that
+        of something missing goes on as it is. For what people name.
+
+        A link may leave the origin and come back, as one to an absolute path does.
+
+        Args:
+            mountpoint: what lies below it is the origin's.
+
+        Raises:
+            LinkOutsideError: it leads out of the origin.
+            OSError: the origin failed; ELOOP: there are too many links.
+        """
+        done: list[bytes] = []
+        todo = _parts(path)[::-1]
+        links = 0
+        while todo:
+            name = todo.pop()
+            if name != b"..":
+                try:
+                    target = self._target(b"/".join([*done, name]))
+                except (FileNotFoundError, NotADirectoryError):
+                    return b"/".join([*done, name, *todo[::-1]])
+                if target is None:
+                    done.append(name)
+                    continue
+            elif done:
+                done.pop()
+                continue
+            else:
+                target = os.path.join(os.fsencode(self.root), b"..")
+            links += 1
+            if links > MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if os.path.isabs(target):
+                rest = os.fsdecode(os.path.join(target, *todo[::-1]))
+                done, todo = [], self._inside(rest, mountpoint)[::-1]
+            else:
+                todo += _parts(target)[::-1]
+        return b"/".join(done)
+
+    def _target(self, path: bytes) -> bytes | None:
+        """Where the link at a path leads to; None if that is no link."""
+        fd = self._open(path)
+        try:
+            return self.readlink(fd) if stat.S_ISLNK(os.fstat(fd).st_mode) else None
+        finally:
+            os.close(fd)
+
+    def _inside(self, path: str, mountpoint: Path) -> list[bytes]:
+        """The parts, below the origin, of an absolute path."""
+        target = followed(path, (str(self.root), str(mountpoint)))
+        for root in (self.root, mountpoint):
+            if Path(target).is_relative_to(root):
+                return _parts(os.fsencode(os.path.relpath(target, root)))
+        raise LinkOutsideError(target)
 
     def pin(self, path: bytes, identity: bytes) -> int | None:
         """A descriptor of the image at ``path``; None if it is not, or no longer, there.
@@ -317,6 +379,10 @@ class Tree:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def _parts(path: bytes) -> list[bytes]:
+    return [part for part in path.split(b"/") if part not in (b"", b".")]
 
 
 def _mounts_of(device: int) -> list[tuple[bytes, str]]:

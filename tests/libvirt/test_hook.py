@@ -103,6 +103,13 @@ def test_a_guests_disks_are_flushed_and_evicted_when_it_has_stopped(
         assert logged(mount, "is evicted, 4 blocks"), mount.log()
 
 
+def test_a_disk_that_is_named_by_a_link_is_the_image_it_leads_to(mount: Mount, hook: Hook) -> None:
+    (mount.origin / "link.img").symlink_to("1.img")
+    hook("release", domain(disk(mount.mountpoint / "link.img")))
+    wait_for(lambda: not cached(mount).get("1.img"), "the eviction", PATIENCE)
+    assert (mount.origin / "1.img").read_bytes()[:BLOCK] == stamped(1, 0, BLOCK, 2)
+
+
 def test_nothing_is_evicted_of_guests_that_did_not_ask_or_have_not_stopped(
     mount: Mount, hook: Hook
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fusecache.errors import OriginError
+from fusecache.errors import LinkOutsideError, OriginError
 from fusecache.store.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusecache.store.tree import Found, Tree
 
@@ -93,6 +93,36 @@ def test_dots_and_slashes_do_not_leave_the_origin(place: Place) -> None:
             place.keep(place.tree.resolve(path))
     assert place.keep(place.tree.resolve(b"/sub/./")).st.st_ino == os.fstat(sub).st_ino
     assert place.keep(place.tree.resolve(b"")).st.st_ino == place.origin.stat().st_ino
+
+
+def test_links_in_names_of_images_are_followed_within_the_origin(
+    place: Place, tmp_path: Path
+) -> None:
+    mountpoint = tmp_path / "mnt"
+    (place.origin / "sub").mkdir()
+    (place.origin / "sub" / "a").touch()
+    targets: dict[str, str | Path] = {
+        "rel": "sub/a", "sub/up": "../sub/./a", "dir": "sub", "abs": place.origin / "sub" / "a",
+        "out-and-in": "../origin/sub/a", "mounted": mountpoint / "dir" / "a", "chain": "mounted",
+    }  # fmt: skip
+    for name, target in targets.items():
+        (place.origin / name).symlink_to(target)
+    for name in (*targets, "dir/up", "dir/../rel"):
+        if name != "dir":
+            assert place.tree.follow(os.fsencode(name), mountpoint) == b"sub/a", name
+    for name in (b"none", b"none/a", b"dir/none/../a"):
+        followed = place.tree.follow(name, mountpoint)
+        assert followed == name.replace(b"dir", b"sub")
+        with pytest.raises(FileNotFoundError):
+            place.keep(place.tree.resolve(followed))
+    for name, target in (("file", place.outside / "secret"), ("way", "../outside")):
+        (place.origin / name).symlink_to(target)
+        with pytest.raises(LinkOutsideError) as caught:
+            place.tree.follow(os.fsencode(name), mountpoint)
+        assert caught.value.target.startswith(str(place.outside))
+    (place.origin / "circle").symlink_to("circle")
+    with pytest.raises(OSError, match="Too many"):
+        place.tree.follow(b"circle", mountpoint)
 
 
 def test_a_directory_swapped_for_a_link_changes_nothing_for_those_who_found_it(
