@@ -138,14 +138,17 @@ def _named(block_map: BlockMap, meta: Meta, names: tuple[str, ...]) -> list[Imag
     place = _Place(*(Path(os.fsdecode(root)) for root in (meta.mountpoint, meta.origin)))
     chosen: dict[int, ImageRow] = {}
     for name in names:
-        found = [
-            image
-            for _, path in image_names.readings(name, [place], ())
-            for image in _at(path, known, place)
-        ]
+        read = image_names.readings(name, [place], ())
+        by_path, by_root = (
+            {image.id: image for _, path in paths for image in _at(path, known, place)}
+            for paths in (read.path, read.root)
+        )
+        if by_path and by_root and by_path != by_root:
+            raise image_names.ambiguous(name, [*read.path, *read.root])
+        found = by_path or by_root
         if not found:
             raise ControlError(f"No image '{readable(name)[0]}' is cached. {_listing(known)}")
-        chosen |= {image.id: image for image in found}
+        chosen |= found
     return list(chosen.values())
 
 

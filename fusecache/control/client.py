@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +182,19 @@ def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:
         UsageError: the name is empty.
         ControlError: no mount has it, or several do.
     """
-    matches = image_names.readings(name, running, _noted_mounts())
-    if not matches:
+    found = image_names.readings(name, running, _noted_mounts())
+    if not found.path and not found.root:
         places = ", ".join(str(daemon.mountpoint) for daemon in running)
         raise ControlError(
             f"'{name}' lies below no mount or origin of fusecache: give a path below one of "
             f"them ({places})."
         )
-    return _among(name, matches)
+    if not found.path or not found.root:
+        return _among(name, found.path or found.root)
+    by_path, by_root = _having(found.path), _having(found.root)
+    if by_path.images and by_root.images and by_path.images != by_root.images:
+        raise image_names.ambiguous(name, by_path.images | by_root.images)
+    return _among(name, found.root if by_root.images and not by_path.images else found.path)
 
 
 def _noted_mounts() -> set[str]:
@@ -205,18 +210,35 @@ def _noted_mounts() -> set[str]:
 def _among(name: str, candidates: list[tuple[Daemon, str]]) -> tuple[Daemon, str]:
     if len(candidates) == 1:
         return candidates[0]
-    having = []
-    refused = None
-    for daemon, path in candidates:
-        answer = ask(daemon.socket_path, {"verb": "resolve", "path": path}, timeout=10)
-        refused = refused or answer.get("refused")
-        if answer["known"] or answer["exists"]:
-            having.append((daemon, path))
+    answers = _having(candidates)
+    having = answers.candidates
     if len(having) == 1:
         return having[0]
     places = ", ".join(str(daemon.mountpoint) for daemon, _ in having or candidates)
-    if not having and refused:
-        raise ControlError(refused)
+    if not having and answers.refused:
+        raise ControlError(answers.refused)
     if not having:
         raise ControlError(f"None of the mounts has an image '{name}' ({places}).")
     raise ControlError(f"'{name}' exists in several mounts ({places}): choose one with -m.")
+
+
+@dataclass(slots=True)
+class _Having:
+    """Which of some candidates are images, as their daemons say."""
+
+    candidates: list[tuple[Daemon, str]] = field(default_factory=list)
+    images: set[tuple[Daemon, str]] = field(default_factory=set)
+    """The same with the paths to which links on the way lead."""
+    refused: str = ""
+    """Why one is none, if something else is there."""
+
+
+def _having(candidates: list[tuple[Daemon, str]]) -> _Having:
+    having = _Having()
+    for daemon, path in candidates:
+        answer = ask(daemon.socket_path, {"verb": "resolve", "path": path}, timeout=10)
+        having.refused = having.refused or answer.get("refused", "")
+        if answer["known"] or answer["exists"]:
+            having.candidates.append((daemon, path))
+            having.images.add((daemon, answer.get("path", path)))
+    return having

@@ -7,13 +7,13 @@ up on the origin (``look_up``), by who has it open.
 import errno
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from fusecache.control.protocol import readable
-from fusecache.errors import LinkOutsideError, NotAnImageError, UsageError
+from fusecache.errors import ControlError, LinkOutsideError, NotAnImageError, UsageError
 from fusecache.store.links import followed
 from fusecache.store.tree import Tree
 
@@ -36,11 +36,19 @@ P = TypeVar("P", bound=Place)
 # -- as text ---------------------------------------------------------------------------------------
 
 
-def readings(name: str, places: Sequence[P], stops: Collection[str]) -> list[tuple[P, str]]:
-    """Which places the name may mean, and the image's path relative to their origin.
+@dataclass(frozen=True, slots=True)
+class Readings(Generic[P]):
+    """Which places a name may mean, each with the image's path relative to its origin."""
 
-    Absolute: below a mount, then below an origin; relative from the current directory if that
-    lies in either, else from the mount's root.
+    path: list[tuple[P, str]]
+    """As a path, absolute or from the current directory: below a mount, else below an origin."""
+    root: list[tuple[P, str]]
+    """As a path from the mount's root; none if it is absolute, or the current directory lies below
+    a mount or an origin. If both are an image, and not the same, nobody can tell which is meant."""
+
+
+def readings(name: str, places: Sequence[P], stops: Collection[str]) -> Readings[P]:
+    """What the name of an image may mean.
 
     Args:
         stops: mounts that must not be touched, see ``followed``; those of ``places`` never are.
@@ -54,11 +62,21 @@ def readings(name: str, places: Sequence[P], stops: Collection[str]) -> list[tup
         here = os.getcwd()
     except OSError:
         here = "/"  # it was removed
-    if not os.path.isabs(name) and not _below(here, places):
-        return [(place, os.path.normpath(name)) for place in places]
     path = os.path.normpath(os.path.join(here, name))
     roots = {str(root) for place in places for root in (place.mountpoint, place.origin)}
-    return _below(path, places) or _below(followed(path, roots | {*stops}), places)
+    found = _below(path, places) or _below(followed(path, roots | {*stops}), places)
+    if os.path.isabs(name) or _below(here, places):
+        return Readings(found, [])
+    return Readings(found, [(place, os.path.normpath(name)) for place in places])
+
+
+def ambiguous(name: str, images: Iterable[tuple[Place, str]]) -> ControlError:
+    """The refusal of a name both of whose readings are images."""
+    paths = sorted({os.path.join(place.mountpoint, path) for place, path in images})
+    return ControlError(
+        f"'{readable(name)[0]}' may mean {' or '.join(readable(path)[0] for path in paths)}: name "
+        "the image by its whole path."
+    )
 
 
 def _below(path: str, places: Sequence[P]) -> list[tuple[P, str]]:
@@ -120,8 +138,8 @@ def look_up(tree: Tree, name: str, mountpoint: Path) -> Meant:
         return Meant(path, found.identity)
     if path == b"":
         raise NotAnImageError(
-            f"That is the whole mount {mountpoint}: name an image. For all of them: fusecache evict "
-            "--all, or fusecache flush"
+            f"That is the whole mount {mountpoint}: name an image. For all of them: fusecache "
+            "evict --all, or fusecache flush"
         )
     kind = "a directory" if stat.S_ISDIR(found.st.st_mode) else "not a regular file"
     raise NotAnImageError(f"'{shown}' is {kind}: name an image, or several.")

@@ -161,3 +161,52 @@ def test_a_name_that_is_not_utf8_works_in_every_verb(mount: Mount) -> None:
     assert mount.run("flush", name).returncode == 0
     assert mount.run("evict", mount.mountpoint / name).returncode == 0
     refused(mount.run("evict", os.fsdecode(b"none\xff")), "none")
+
+
+def test_a_path_from_the_current_directory_that_leads_below_a_mount(mount: Mount) -> None:
+    _warm(mount, "vm.img", "sub/vm.img")
+    (mount.base / "sub").mkdir()
+    (mount.base / "sub" / "cached").symlink_to(mount.mountpoint)
+    for name, cwd in (
+        ("mnt/sub/vm.img", mount.base),
+        ("./origin/sub/vm.img", mount.base),
+        ("../mnt/sub/vm.img", mount.base / "sub"),
+        ("cached/sub/vm.img", mount.base / "sub"),
+        ("sub/vm.img", mount.base / "sub"),
+        ("sub/vm.img", mount.base),
+    ):
+        _evicted(mount, name, cwd)
+        (left,) = mount.status()["images"]
+        assert left["path"] == "vm.img", (name, cwd)
+    refused(mount.run("evict", "mnt/none.img", cwd=mount.base), "no image 'none.img'")
+    refused(mount.run("evict", "mnt", cwd=mount.base), "the whole mount")
+
+
+def test_a_name_that_is_an_image_from_here_and_another_from_the_root_is_refused(
+    mount: Mount,
+) -> None:
+    _warm(mount, "vm.img", "mnt/vm.img", "mnt/other.img")
+    for verb in ("evict", "flush", "status"):
+        done = mount.run(verb, "mnt/vm.img", cwd=mount.base)
+        refused(
+            done, "'mnt/vm.img'", f"{mount.mountpoint}/vm.img", f"{mount.mountpoint}/mnt/vm.img"
+        )
+    done = mount.run("evict", "mnt/other.img", cwd=mount.base)
+    assert (done.returncode, done.stdout) == (0, "evicted 1 image, 1 blocks\n"), done.stderr
+    (mount.base / "twice.img").symlink_to(mount.mountpoint / "vm.img")
+    (mount.origin / "twice.img").symlink_to("vm.img")
+    done = mount.run("evict", "twice.img", cwd=mount.base)
+    assert (done.returncode, done.stdout) == (0, "evicted 1 image, 1 blocks\n"), done.stderr
+    assert [image["path"] for image in mount.status()["images"]] == ["mnt/vm.img"]
+    mount.stop()
+
+
+def test_several_mounts_and_a_path_from_the_current_directory(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    one, two = make_mount("one"), make_mount("two")
+    _warm(one, "vm.img")
+    _warm(two, "vm.img")
+    assert one.run("evict", "two/mnt/vm.img", cwd=tmp_path).returncode == 0
+    assert one.run("evict", "mnt/vm.img", cwd=one.base).returncode == 0
+    assert one.status()["images"] == two.status()["images"] == []

@@ -103,3 +103,18 @@ def test_wrong_combinations_are_wrong_usage(served: Mount) -> None:
     refused(served.run("evict", *cache), "--all", code=2)
     refused(served.run("flush", "--cache", served.base / "none"), "does not exist")
     assert not Path(served.base / "none").exists()
+
+
+def test_a_path_from_the_current_directory_that_leads_below_the_last_mount(served: Mount) -> None:
+    cache = ("--cache", served.cache)
+    for name in ("mnt/vm1.img", "origin/vm1.img", "vm1.img"):
+        done = served.run("flush", name, *cache, cwd=served.base)
+        assert (done.returncode, done.stdout) == (0, "flushed 1 image\n"), done.stderr
+    (served.origin / "mnt").mkdir()
+    (served.origin / "mnt" / "vm1.img").write_bytes(stamped(3, 0, BLOCK, 1))
+    served.start()
+    (served.mountpoint / "mnt" / "vm1.img").read_bytes()
+    served.stop()
+    done = served.run("evict", "mnt/vm1.img", *cache, cwd=served.base)
+    refused(done, "'mnt/vm1.img'", f"{served.mountpoint}/vm1.img", "whole path")
+    assert _paths(served) == ["mnt/vm1.img", "vm1.img", "vm2.img"]
