@@ -11,6 +11,7 @@ from fusecache.config import LOG_LEVELS
 from fusecache.control import client
 from fusecache.control.client import Daemon
 from fusecache.errors import ControlError, UsageError
+from fusecache.observe import sentences
 
 _ANSWER = 30.0
 """Seconds; reading a file of which a path hangs is given up by the daemon before."""
@@ -30,7 +31,7 @@ def check(file: Path) -> None:
     """
     found = config_file.read(absolute(file))
     for sentence in found.wrong:
-        click.echo(f"fusecache: {file}: {sentence}", err=True)
+        click.echo(sentences.line(f"fusecache: {file}: {sentence}"), err=True, nl=False)
     if found.wrong:
         click.get_current_context().exit(1)
     lacking = config_file.missing(found)
@@ -49,7 +50,7 @@ def reload(mountpoint: Path | None, pid: int | None) -> None:
     for change in answer["applied"]:
         click.echo(change)
     for sentence in answer["refused"]:
-        click.echo(f"fusecache: {sentence}", err=True)
+        click.echo(sentences.line(f"fusecache: {sentence}"), err=True, nl=False)
     if not answer["applied"] and not answer["refused"]:
         click.echo("nothing has changed")
 

@@ -26,7 +26,7 @@ from fusecache.engine.ports import Clock
 from fusecache.errors import FusecacheError, MountError, UsageError
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.session import Session
-from fusecache.observe import logs
+from fusecache.observe import logs, sentences
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.tree import Tree
@@ -106,7 +106,7 @@ def _background(plan: MountConfig, again: Callable[[], MountConfig], writer: int
         status = 0
     except FusecacheError as exc:
         log.error("%s", exc)
-        os.write(2, f"fusecache: {exc}\n".encode("utf-8", "backslashreplace"))
+        os.write(2, sentences.line(f"fusecache: {exc}"))
         status = 2 if isinstance(exc, UsageError) else 1
     except BaseException:
         log.exception("the daemon ends by an unexpected error")

@@ -13,6 +13,7 @@ from fusecache.config import WriteMode, format_size
 from fusecache.control import client, protocol
 from fusecache.control.client import Daemon
 from fusecache.errors import ControlError, UsageError
+from fusecache.observe import sentences
 
 mount_option = click.option(
     "-m",
@@ -147,12 +148,12 @@ def _why(image: dict[str, Any], again: str) -> str:
     return f"{reason}. {again} it again when that is mended."
 
 
-def _fail(sentences: Iterable[str]) -> None:
+def _fail(reasons: Iterable[str]) -> None:
     """Every failure in a line of its own, and exit code 1 if there is any."""
     failed = False
-    for sentence in sentences:
+    for sentence in reasons:
         failed = True
-        click.echo(f"fusecache: {sentence}", err=True)
+        click.echo(sentences.line(f"fusecache: {sentence}"), err=True, nl=False)
     if failed:
         click.get_current_context().exit(1)
 

@@ -11,6 +11,7 @@ import click
 
 from fusecache import __version__
 from fusecache.errors import FusecacheError, UsageError
+from fusecache.observe import sentences
 from fusecache.observe.logs import is_journal
 
 _VERBS = {
@@ -76,7 +77,8 @@ def main() -> None:
         _fail(str(exc), 2 if isinstance(exc, UsageError) else 1)
     except click.UsageError as exc:
         command = exc.ctx.command_path if exc.ctx is not None else "fusecache"
-        _fail(f"{exc.format_message()} See: {command} --help", 2)
+        said = " ".join(exc.format_message().split())  # some have lines
+        _fail(f"{said}{_dashed(exc)} See: {command} --help", 2)
     except click.ClickException as exc:
         _fail(exc.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
@@ -90,9 +92,19 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _dashed(exc: click.UsageError) -> str:
+    """What to do if what was taken for options is an image whose name begins with a dash."""
+    if not isinstance(exc, click.NoSuchOption) or exc.ctx is None:
+        return ""
+    if all(param.name != "images" for param in exc.ctx.command.params):
+        return ""
+    begun = exc.option_name
+    word = next((word for word in sys.argv if word.startswith(begun) and word != begun), "")
+    return "" if word.startswith("--") or not word else f" An image of that name is ./{word}."
+
+
 def _fail(sentence: str, code: int) -> None:
-    # Names need not be UTF-8; they must not turn an error into a traceback.
     start = "<3>" if is_journal(sys.stderr) else "fusecache: "
-    sys.stderr.buffer.write(f"{start}{sentence}\n".encode("utf-8", "backslashreplace"))
+    sys.stderr.buffer.write(sentences.line(f"{start}{sentence}"))
     sys.stderr.flush()
     sys.exit(code)

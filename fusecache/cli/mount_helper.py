@@ -15,6 +15,7 @@ import click
 from fusecache.cli import mount
 from fusecache.cli.settings import SETTINGS, nearest
 from fusecache.errors import FusecacheError, MountError, UsageError
+from fusecache.observe import sentences
 
 _OURS = {name: None for name in SETTINGS if name not in ("origin", "mountpoint", "options")} | {
     "config": None
@@ -59,8 +60,7 @@ def mount_helper(
         if not fake:
             mount.start(config, False, {"origin": spec, "mountpoint": directory} | given)
     except FusecacheError as exc:
-        text = f"mount.fusecache: {exc}\n"
-        sys.stderr.buffer.write(text.encode("utf-8", "backslashreplace"))
+        sys.stderr.buffer.write(sentences.line(f"mount.fusecache: {exc}"))
         click.get_current_context().exit(_WRONG_USAGE if isinstance(exc, UsageError) else _FAILED)
     except SystemExit as exc:  # the daemon failed, and has said why
         if exc.code:

@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fusecache.observe.report import count_text, percent_text, printable, size_text
+from fusecache.observe.report import count_text, percent_text, size_text
+from fusecache.observe.sentences import printable
 from fusecache.observe.times import time_text
 
 _BARS = "▁▂▃▄▅▆▇█"

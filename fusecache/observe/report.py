@@ -7,6 +7,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
+from fusecache.observe.sentences import printable
 from fusecache.observe.times import time_text
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -18,11 +19,6 @@ _COLUMNS = (
 _LEFT_OUT = (("p50", "p99"), ("memory", "SSD", "origin"), ("hit: min", "hour"), ("written",))
 """What goes first where there is no room."""
 _WIDEST = 10_000
-
-
-def printable(text: str) -> str:
-    """A name without what a terminal would take for a command."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def escape(text: str) -> str:

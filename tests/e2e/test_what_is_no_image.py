@@ -162,3 +162,40 @@ def test_a_directory_in_one_mount_is_no_image_of_that_name_in_another(
     done = one.run("evict", "vm.img")
     assert (done.returncode, done.stdout) == (0, "evicted 1 image, 1 blocks\n"), done.stderr
     refused(one.run("evict", "d1"), "'d1' is a directory")
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(mount: Mount) -> None:
+    mount.start()
+    name = "no\x1b[31mpe\r\nx"
+    (mount.origin / name).mkdir()
+    for verb in (("evict",), ("status",), ("set", "--write-mode", "back"), ("flush",)):
+        for wrong in (name, f"{name}/none", f"/{name}"):
+            assert "no�[31mpe��x" in refused(mount.run(*verb, wrong))
+    refused(mount.run("umount", f"/{name}"), "no�[31mpe��x")
+    assert "\x1b" not in refused(mount.run(f"--{name}"), code=2)
+    mount.stop()
+    refused(mount.run("evict", name, "--cache", mount.cache), "no�[31mpe��x")
+
+
+def test_control_characters_of_an_image_that_was_not_evicted(mount: Mount) -> None:
+    name = "vm\x1b[31m\n.img"
+    dirty_mount(mount, name).stop("--keep-dirty")
+    (mount.origin / name).rename(mount.base / "away")
+    done = mount.run("evict", "--all", "--cache", mount.cache)
+    refused(done, "'vm�[31m�.img' was not evicted")
+
+
+def test_a_name_that_begins_with_a_dash(mount: Mount) -> None:
+    (mount.origin / "-dash.img").write_bytes(bytes(BLOCK))
+    mount.start()
+    for verb in ("evict", "flush", "status"):
+        refused(mount.run(verb, "-dash.img"), "./-dash.img", f"fusecache {verb} --help", code=2)
+        for words in (("./-dash.img",), ("--", "-dash.img")):
+            (mount.mountpoint / "-dash.img").read_bytes()
+            assert mount.run(verb, *words).returncode == 0
+    assert "./" not in refused(mount.run("evict", "--al"), "--al", code=2)
+    mount.stop()
+
+
+def test_a_missing_word_of_several_is_said_in_one_line(mount: Mount) -> None:
+    refused(mount.run("log-level"), "debug", code=2)
