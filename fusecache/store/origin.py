@@ -24,6 +24,8 @@ _READAHEAD = 128 << 10
 """Bytes, the kernel's default."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+_FULL = {errno.ENOSPC: "the origin is full", errno.EDQUOT: "the origin's quota is used up"}
+
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
@@ -356,6 +358,9 @@ def identity_of(fd: int, filesystem: int) -> bytes:
 
 
 def _translated(exc: OSError, doing: str) -> OriginError:
+    if exc.errno in _FULL:
+        # What guests and the SSD have room for is another thing.
+        return OriginError(exc.errno, f"{doing}: {_FULL[exc.errno]} ({exc.strerror})")
     hint = ""
     if exc.errno == errno.EACCES and os.geteuid() == 0:
         hint = " to root: its server squashes root (root_squash); export with no_root_squash"
