@@ -61,7 +61,7 @@ class LinkOutsideError(FusecacheError):
 
 
 class LockedElsewhereError(OriginError):
-    """Another host holds the lock of an image (P8)."""
+    """Another host, or another mount of this one, holds the lock of an image (P8)."""
 
 
 class LocksUnsupportedError(OriginError):

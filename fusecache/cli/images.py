@@ -1,5 +1,7 @@
 """``evict``, ``flush`` and ``set``: what is done to single images."""
 
+import os
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -122,10 +124,21 @@ def set_image(images: tuple[str, ...], write_mode: str | None, mountpoint: Path 
 
 
 def _outcome(answers: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
-    """How many images it was done for, and those it was not, with names for people."""
-    failed = [image for answer in answers for image in answer.get("failed", [])]
-    for image in failed:
-        image["image"] = protocol.readable(image["image"])[0]
+    """How many images it was done for, and those it was not, with names for people and for
+    commands: with their whole paths, which mean the same from everywhere."""
+    failed = []
+    for answer in answers:
+        for image in answer.get("failed", []):
+            name = protocol.readable(image["image"])[0]
+            whole = shlex.quote(os.path.join(answer["root"], name))
+            failed.append(
+                {
+                    **image,
+                    "image": name,
+                    "look": answer.get("look", f"fusecache status {whole}"),
+                    "give_up": f"fusecache evict {whole}{answer.get('where', '')} --discard-dirty",
+                }
+            )
     return sum(answer["images"] for answer in answers), failed
 
 
@@ -134,16 +147,15 @@ def _why(image: dict[str, Any], again: str) -> str:
     reason = str(image["error"]).rstrip(".")
     if reason.startswith(name := f"'{image['image']}' "):
         reason = f"it {reason.removeprefix(name)}"
-    give_up = f"fusecache evict {image['image']} --discard-dirty"
     if image["lost"]:
         return (
-            f"{reason}. Which bytes: fusecache status {image['image']}. To give up all that the "
-            f"origin does not have: {give_up}"
+            f"{reason}. Which bytes: {image['look']}. To give up all that the origin does not "
+            f"have: {image['give_up']}"
         )
     if image["dirty_bytes"]:
         return (
             f"{reason}. {format_size(image['dirty_bytes'])} of it stay on the cache until then. "
-            f"{again} it again when the origin works, or give them up: {give_up}"
+            f"{again} it again when the origin works, or give them up: {image['give_up']}"
         )
     return f"{reason}. {again} it again when that is mended."
 
@@ -178,9 +190,13 @@ def _work(
 
     database = None if db is None else absolute(db)
     if request["verb"] == "flush":
-        return [offline.flush(absolute(cache), database, images)]
-    discard = bool(request["discard_dirty"])
-    return [offline.evict(absolute(cache), database, images, discard_dirty=discard)]
+        answer = offline.flush(absolute(cache), database, images)
+    else:
+        discard = bool(request["discard_dirty"])
+        answer = offline.evict(absolute(cache), database, images, discard_dirty=discard)
+    more = "" if database is None else f" --db {shlex.quote(str(database))}"
+    place = f"{shlex.quote(str(absolute(cache)))}{more}"
+    return [{**answer, "where": f" --cache {place}", "look": f"fusecache check {place}"}]
 
 
 def _for_images(
@@ -206,7 +222,9 @@ def _for_images(
             more = f" ({news['done']} of {count_text(news['of'])})"
             line.write_back(request["verb"], news["left"], of, more)
 
-        return [
-            client.ask(daemon.socket_path, {**request, "images": paths}, progress=progress)
-            for daemon, paths in work.items()
-        ]
+        answers = []
+        for daemon, paths in work.items():
+            wanted = {**request, "images": paths}
+            answer = client.ask(daemon.socket_path, wanted, progress=progress)
+            answers.append({**answer, "root": str(daemon.mountpoint)})
+        return answers

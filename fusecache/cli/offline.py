@@ -71,7 +71,8 @@ def _write_back(
 ) -> dict[str, Any]:
     from fusecache.cli.writeback import write_back  # the engine takes its time to load
 
-    return write_back(device, block_map, meta, images, evict=evict)
+    answer = write_back(device, block_map, meta, images, evict=evict)
+    return {**answer, "root": os.fsdecode(meta.origin)}
 
 
 @contextlib.contextmanager

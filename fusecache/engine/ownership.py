@@ -173,7 +173,7 @@ class Ownership:
             raise OriginError(
                 errno.ENOENT,
                 f"'{image.name}' is not where it was on the origin. If it was moved, open it once "
-                "below the mount; if nobody needs its data: fusecache evict --discard-dirty",
+                "below the mount; if nobody needs its data, evict it with --discard-dirty",
             )
         return path_fd
 

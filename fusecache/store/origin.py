@@ -283,7 +283,9 @@ class OriginImage:
             os.close(fd)
             if exc.errno in (errno.EAGAIN, errno.EACCES):
                 raise LockedElsewhereError(
-                    errno.EBUSY, "another host has the image open for writing, or dirty"
+                    errno.EBUSY,
+                    "another host, or another mount of this host, has the image open for writing, "
+                    "or dirty",
                 ) from exc
             if exc.errno in _NO_LOCKS:
                 raise LocksUnsupportedError(exc.errno, f"locking: {exc.strerror}") from exc
