@@ -110,8 +110,12 @@ def _sync_origin(meta: Meta, images: list[ImageRow]) -> None:
 def _sync_image(tree: Tree, image: ImageRow) -> None:
     try:
         found = tree.resolve(image.path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return  # the image is gone, and what was written to it with it
+    except OSError as exc:
+        raise OriginError(
+            exc.errno or 0, f"'{_shown(image)}' on the origin cannot be synced: {exc.strerror}."
+        ) from exc
     try:
         if not stat.S_ISREG(found.st.st_mode):
             return

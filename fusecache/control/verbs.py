@@ -1,6 +1,7 @@
 """What the daemon does for each verb that comes through the control socket."""
 
 import contextlib
+import errno
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -31,7 +32,7 @@ from fusecache.errors import (
 )
 from fusecache.observe import logs
 from fusecache.observe.windows import seconds_left
-from fusecache.store.tree import Found, Tree
+from fusecache.store.tree import Tree
 
 _RESOLVE_TIMEOUT = 2.0
 _PROGRESS_INTERVAL = 0.2
@@ -176,7 +177,8 @@ class Verbs:
                 return await self._cache.evict_closed(image, path_fd)
             return await self._cache.evict(image, path_fd, discard_dirty=discard)
 
-        return await self._each("evict", await self._wanted(request), send, evict)
+        wanted = await self._wanted(request)
+        return await self._each("evict", wanted, send, evict, synced=not discard)
 
     async def _flush(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         async def flush(image: Image, path_fd: int | None) -> int:
@@ -222,17 +224,42 @@ class Verbs:
     async def _wanted(self, request: dict[str, Any]) -> list[Image | None]:
         """The images a request names, or all; None stands for a file that is not known."""
         names = request.get("images")
-        if names:
-            return [await self._known_or_none(str(path)) for path in names]
-        return list(self._cache.images.all())
+        if not names:
+            return list(self._cache.images.all())
+        wanted: list[Image | None] = []
+        for path in map(str, names):
+            image, meant = await self._resolve(path)
+            if image is None and meant.identity is None:
+                raise self._unknown(path)
+            wanted += [image, *self._dirty_before(image, meant.path)]
+        return wanted
+
+    def _dirty_before(self, image: Image | None, path: bytes) -> list[Image]:
+        """Images that were seen at this path before others put another file there, and are dirty:
+        whoever names that path asks for all that is here of it."""
+        dirty = self._cache.core.dirty
+        return [
+            other
+            for other in self._cache.images.all()
+            if other is not image and other.row.path == path and dirty.pages(other.id)
+        ]
 
     async def _each(
-        self, verb: str, images: Iterable[Image | None], send: Send, work: Work
+        self,
+        verb: str,
+        images: Iterable[Image | None],
+        send: Send,
+        work: Work,
+        *,
+        synced: bool = True,
     ) -> dict[str, Any]:
         """Does ``work`` for every image, side by side: one that fails or stalls holds up no
         other. Counts blocks, and tells which images failed.
 
         An image that nobody has open may still have to be synced: ``work`` gets a descriptor.
+
+        Args:
+            synced: it must be, if the file is there.
         """
         todo = list(images)
         began = trio.current_time()
@@ -243,7 +270,7 @@ class Verbs:
         async def one(image: Image) -> None:
             nonlocal blocks
             try:
-                done = await self._with_descriptor(image, work)
+                done = await self._with_descriptor(image, work, synced=synced)
                 blocks += done
             except Exception as exc:
                 failed.append(self._failure(image, exc))
@@ -277,8 +304,14 @@ class Verbs:
         failed.sort(key=lambda entry: str(entry["image"]))
         return {"images": len(todo) - len(failed), "blocks": blocks, "failed": failed}
 
-    async def _with_descriptor(self, image: Image, work: Work) -> int:
-        path_fd = None if image.origin_open else await self._pin(image)
+    async def _with_descriptor(self, image: Image, work: Work, *, synced: bool) -> int:
+        path_fd: int | None = None
+        if not image.origin_open:
+            try:
+                path_fd = await self._pin(image)
+            except (OSError, OriginError):
+                if synced and image.synced < image.written:
+                    raise
         try:
             return await work(image, path_fd)
         finally:
@@ -336,18 +369,16 @@ class Verbs:
         return image
 
     async def _pin(self, image: Image) -> int | None:
-        """A descriptor of the image's file, if it is still where it was last seen."""
-        found = await self._find(image.row.path)
-        if found is not None and found.identity != image.row.identity:
-            os.close(found.fd)
-            return None
-        return None if found is None else found.fd
+        """A descriptor of the image's file, if it is still where it was last seen. The origin is
+        asked for a short while only, since it may be stalled.
 
-    async def _find(self, path: bytes) -> Found | None:
-        """What lies at a path; asked for a short while only, since the origin may be stalled."""
-        with trio.move_on_after(_RESOLVE_TIMEOUT), contextlib.suppress(OSError, FusecacheError):
-            return await trio.to_thread.run_sync(self._tree.resolve, path, abandon_on_cancel=True)
-        return None
+        Raises:
+            OSError, OriginError: nobody knows.
+        """
+        where = (image.row.path, image.row.identity)
+        with trio.move_on_after(_RESOLVE_TIMEOUT):
+            return await trio.to_thread.run_sync(self._tree.pin, *where, abandon_on_cancel=True)
+        raise OriginError(errno.ETIMEDOUT, "the origin does not answer")
 
     async def _resolve(self, path: str) -> tuple[Image | None, Meant]:
         """By what lies at the path on the origin now, else by where it was last seen.

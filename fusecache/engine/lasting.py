@@ -74,7 +74,7 @@ class Lasting:
             raise OriginError(
                 errno.ENOENT,
                 f"'{image.name}' was removed on the origin, or another file put in its place. If "
-                "nobody needs what is dirty of it: fusecache evict --discard-dirty",
+                "nobody needs what is dirty of it, evict it with --discard-dirty",
             )
 
     def _begin_next(self, image: Image) -> None:

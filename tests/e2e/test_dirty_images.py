@@ -80,6 +80,22 @@ def test_what_was_removed_on_the_origin_by_others_is_not_said_to_be_there(
     mount.stop()
 
 
+def test_what_was_replaced_on_the_origin_by_others_is_not_said_to_be_there(mount: Mount) -> None:
+    """By whoever asks for the name: another image has it now."""
+    dirty_mount(mount, "vm1.img")
+    new = mount.origin / "new.img"
+    new.write_bytes(stamped(2, 0, BLOCK, 7))
+    new.rename(mount.origin / "vm1.img")
+    for verb in ("evict", "flush"):
+        done = mount.run(verb, "vm1.img")
+        assert done.returncode == 1 and "another file put in its place" in done.stderr, done
+    assert (mount.mountpoint / "vm1.img").read_bytes() == stamped(2, 0, BLOCK, 7)
+    done = mount.run("evict", "vm1.img", "--discard-dirty")
+    assert done.returncode == 0, done.stderr
+    assert mount.status()["cache"]["dirty_bytes"] == 0
+    mount.stop()
+
+
 def test_evict_with_discard_dirty_goes_back_to_what_the_origin_has(mount: Mount) -> None:
     dirty_mount(mount, "vm1.img", "vm2.img")
     assert mount.run("evict", "vm1.img", "--discard-dirty").returncode == 0
