@@ -117,8 +117,8 @@ def look_up(tree: Tree, name: str, mountpoint: Path) -> Meant:
     """
     shown, _ = readable(name)
     path = os.fsencode(name)
-    if path.startswith(b"../"):
-        return Meant(path, None)  # readings() leaves no other ones
+    if path.split(b"/")[0] == b"..":  # elsewhere ``readings`` leaves none
+        return Meant(path, None)
     try:
         path = tree.follow(path, mountpoint)
         found = tree.resolve(path)

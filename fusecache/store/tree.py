@@ -198,7 +198,7 @@ class Tree:
                 done.pop()
                 continue
             else:
-                target = os.path.join(os.fsencode(self.root), b"..")
+                target = os.path.dirname(os.fsencode(self.root))
             links += 1
             if links > MOST_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))

@@ -116,6 +116,7 @@ def test_links_in_a_circle_or_to_nothing_are_refused(dirty: Mount) -> None:
     (dirty.origin / "two").symlink_to("one")
     (dirty.origin / "dangling").symlink_to("none.img")
     refused(dirty.run("evict", "one"), "'one'", "too many links")
+    refused(dirty.run("evict", ".."), "no image '..'")
     refused(dirty.run("evict", "dangling"), "no image 'dangling'")
     dirty.stop()
 

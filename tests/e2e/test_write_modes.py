@@ -119,7 +119,7 @@ def test_set_refuses_what_is_no_image_and_what_is_no_mode(mount: Mount) -> None:
     refused(mount.run("set", "vm.img", "--write-mode", "back"), "No fusecache daemon")
     mount.start()
     refused(mount.run("set", "none.img", "--write-mode", "back"), "'none.img'")
-    refused(mount.run("set", "sub", "--write-mode", "back"), "'sub'", "regular file")
+    refused(mount.run("set", "sub", "--write-mode", "back"), "'sub' is a directory")
     refused(mount.run("set", "vm.img", "--write-mode", "sideways"), "sideways", code=2)
     refused(mount.run("set", "vm.img"), "--write-mode", code=2)
     refused(mount.run("set", "--write-mode", "back"), "IMAGE", code=2)

@@ -99,11 +99,13 @@ def test_links_in_names_of_images_are_followed_within_the_origin(
     place: Place, tmp_path: Path
 ) -> None:
     mountpoint = tmp_path / "mnt"
+    (tmp_path / "alias").symlink_to(place.origin)
     (place.origin / "sub").mkdir()
     (place.origin / "sub" / "a").touch()
     targets: dict[str, str | Path] = {
         "rel": "sub/a", "sub/up": "../sub/./a", "dir": "sub", "abs": place.origin / "sub" / "a",
-        "out-and-in": "../origin/sub/a", "mounted": mountpoint / "dir" / "a", "chain": "mounted",
+        "out-and-in": "../origin/sub/a", "by-alias": "../alias/sub/a", "chain": "mounted",
+        "mounted": mountpoint / "dir" / "a",
     }  # fmt: skip
     for name, target in targets.items():
         (place.origin / name).symlink_to(target)
