@@ -14,18 +14,22 @@ from fusecache.config import DEFAULT_BLOCK_SIZE, format_size
 from fusecache.control import client
 from fusecache.control.client import Daemon
 from fusecache.control.protocol import readable, state_directory
+from fusecache.engine.recovery import boot_id
 from fusecache.errors import (
     CacheDeviceError,
     CacheInUseError,
     DatabaseError,
     EmptyCacheError,
+    NotACacheError,
+    SuperblockError,
     UsageError,
 )
 from fusecache.store import cache_device
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
-from fusecache.store.dirty_data import DirtyData, dirty_data
-from fusecache.store.superblock import DATA_OFFSET, Superblock
+from fusecache.store.candidates import Candidate, candidates
+from fusecache.store.dirty_data import DirtyData
+from fusecache.store.superblock import DATA_OFFSET, Superblock, named, remedy
 from fusecache.store.telling import Tell, silent
 
 _ENDING = 5.0
@@ -41,6 +45,82 @@ def default_database(path: Path, superblock: Superblock) -> Path:
     return Path(f"{path}.sqlite")
 
 
+def hinted(path: Path, database: Path, superblock: Superblock) -> str:
+    """A cache as a command line names it; its database alone if it is not where it usually is."""
+    usual = (state_directory() / f"{superblock.uuid}.sqlite", Path(f"{path}.sqlite"))
+    return named(path, None if database in usual else database)
+
+
+def read_superblock(fd: int, path: Path, database: Path | None) -> Superblock:
+    """The superblock of an open cache; where it is none, the refusal names the databases that may
+    be this cache's.
+
+    Args:
+        database: where the operator says that it lies.
+
+    Raises:
+        EmptyCacheError, NotACacheError, SuperblockError: see ``cache_device.read_superblock``.
+    """
+    try:
+        return cache_device.read_superblock(fd, path, database)
+    except EmptyCacheError:
+        raise
+    except NotACacheError as exc:
+        if found := possible_databases(fd, path, database):
+            raise NotACacheError(_without_superblock(path, database, found)) from exc
+        raise
+    except SuperblockError as exc:
+        if found := possible_databases(fd, path, database):
+            why = str(exc).partition(f". {remedy(path, database)}")[0]
+            raise SuperblockError(f"{why}. {remedy(path, found[0].path)}") from exc
+        raise
+
+
+def possible_databases(fd: int, path: Path, database: Path | None) -> list[Candidate]:
+    """Those of a cache whose superblock does not say which is its own, the most likely first."""
+    chosen = True
+    if database is not None:
+        places = [database]
+    elif stat.S_ISBLK(os.fstat(fd).st_mode):
+        chosen, places = False, sorted(state_directory().glob("*.sqlite"))
+    else:
+        places = [Path(f"{path}.sqlite")]
+    found = candidates(fd, path, places, boot_id(), chosen=chosen)
+    return [one for one in found if one.dirty is not None or BlockMap.is_block_map(one.path)]
+
+
+def _without_superblock(path: Path, database: Path | None, found: list[Candidate]) -> str:
+    """What to do about a device without a superblock that may have been a cache all the same."""
+    first, help_ = found[0], remedy(path, found[0].path)
+    if first.certain:
+        return f"The superblock of {path} is damaged; its database is {contents(first)}. {help_}"
+    force = "--force" if is_clean(found) else "--force --discard-dirty"
+    return (
+        f"{path} has no fusecache superblock, but its database may be {one_of(found)}. {help_}; "
+        f"if nothing of it is needed: fusecache format {named(path, database)} {force}"
+    )
+
+
+def is_clean(found: list[Candidate]) -> bool:
+    """Whether nothing would be lost with the cache of any of these databases."""
+    return all(one.dirty is not None and not one.dirty.images for one in found)
+
+
+def one_of(found: list[Candidate]) -> str:
+    """``A (nothing dirty) or B (dirty: ...)``, for people."""
+    more = [f"one of {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return " or ".join([*map(contents, found[:_SHOWN]), *more])
+
+
+def contents(one: Candidate) -> str:
+    """A database with what would be lost with its cache."""
+    if one.dirty is None:
+        return f"{one.path} (damaged: what is dirty there nobody can say)"
+    if not one.dirty.images:
+        return f"{one.path} (nothing is dirty there)"
+    return f"{one.path} (dirty, and not on the origin: {describe(one.dirty)})"
+
+
 def open_cache_device(
     path: Path, database: Path | None, size: int | None, block_size: int | None
 ) -> tuple[CacheDevice, BlockMap]:
@@ -53,10 +133,10 @@ def open_cache_device(
         fd = open_locked(path)
         try:
             try:
-                superblock = cache_device.read_superblock(fd, path)
+                superblock = read_superblock(fd, path, database)
             except EmptyCacheError:
                 return make(fd, path, database, size, block_size)
-            _compare(path, superblock, size, block_size)
+            _compare(path, database, superblock, size, block_size)
             block_map = BlockMap.open(database or default_database(path, superblock), superblock)
             return CacheDevice(path, fd, superblock), block_map
         except BaseException:
@@ -148,19 +228,26 @@ def _is_fusecache(pid: int | None) -> bool:
         return False
 
 
-def _compare(path: Path, superblock: Superblock, size: int | None, block_size: int | None) -> None:
+def _compare(
+    path: Path,
+    database: Path | None,
+    superblock: Superblock,
+    size: int | None,
+    block_size: int | None,
+) -> None:
     """The sizes asked for are those the cache was formatted with."""
+    anew = f"fusecache format {named(path, database)} --force"
     if block_size is not None and block_size != superblock.block_size:
         raise CacheDeviceError(
             f"{path} was formatted with blocks of {format_size(superblock.block_size)}, not "
             f"{format_size(block_size)}: leave --block-size out, or format it anew with "
-            f"fusecache format {path} --force --block-size ..."
+            f"{anew} --block-size {block_size}"
         )
     if size is not None and _slots(size, superblock.block_size) != superblock.slot_count:
         had = DATA_OFFSET + superblock.slot_count * superblock.block_size
         raise CacheDeviceError(
             f"{path} was formatted with a size of {format_size(had)}, not {format_size(size)}: "
-            f"leave --size out, or format it anew with fusecache format {path} --force --size ..."
+            f"leave --size out, or format it anew with {anew} --size {size}"
         )
 
 
@@ -180,6 +267,8 @@ def make(
 ) -> tuple[CacheDevice, BlockMap]:
     """Makes an empty cache. Ordered so that a cut at any moment leaves none at all:
     the old superblock goes first, the new one comes last, the database in between."""
+    if not force:
+        _refuse_if_emptied(fd, path, database, size)
     block_size = block_size or DEFAULT_BLOCK_SIZE
     had = cache_device.size_of(fd)
     superblock = cache_device.plan(fd, path, block_size, size)
@@ -213,23 +302,34 @@ def _check_database_place(place: Path, path: Path, *, leftover: bool, force: boo
     if force or place.stat().st_size == 0:
         return
     if leftover and BlockMap.is_block_map(place):
-        _check_leftover(place, path)
-        return
+        return  # with nothing dirty, see _refuse_if_emptied
     what = "the map of another cache" if BlockMap.is_block_map(place) else "something else"
     raise DatabaseError(
         f"{place} holds {what}: choose another --db, or remove the file if nobody needs it."
     )
 
 
-def _check_leftover(place: Path, path: Path) -> None:
-    """The map of a cache that is no longer at its path goes, unless data was lost with it."""
-    found = dirty_data(place)
-    if found.images:
-        raise DatabaseError(
-            f"{path} is empty, but {place} says that a cache was there with {describe(found)} "
-            "that the origin does not have: bring that cache back. To give the data up: "
-            f"fusecache format {path} --force --discard-dirty"
-        )
+def _refuse_if_emptied(fd: int, path: Path, database: Path | None, size: int | None) -> None:
+    """No new cache where an emptied one was, whose database has data that the origin has not."""
+    found = possible_databases(fd, path, database)
+    if is_clean(found):
+        return
+    command = f"fusecache format {named(path, database)} --force --discard-dirty"
+    if size is not None or cache_device.size_of(fd) < DATA_OFFSET:
+        command += f" --size {size or '20G'}"
+    other = " or choose another --db;" if database is not None else ""
+    raise DatabaseError(
+        f"{path} is empty, but was perhaps the cache of {one_of(found)}: {saving(path, found)};"
+        f"{other} to give that up: {command}"
+    )
+
+
+def saving(path: Path, found: list[Candidate]) -> str:
+    """How to come by what only a cache without a superblock has."""
+    for one in found:
+        if one.holds:
+            return f"to mend it, fusecache repair {named(path, one.path)}"
+    return "its data is not on it any more, so bring that cache or a copy of it back"
 
 
 def describe(found: DirtyData) -> str:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import trio
 
-from fusecache.cli.cache import open_cache_device, wait_until_free
+from fusecache.cli.cache import hinted, open_cache_device, wait_until_free
 from fusecache.cli.progress import count_text
 from fusecache.cli.service import Service
 from fusecache.config import MountConfig
@@ -29,6 +29,7 @@ from fusecache.fuse.session import Session
 from fusecache.observe import logs, sentences
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
+from fusecache.store.superblock import Superblock
 from fusecache.store.tree import Tree
 
 log = logging.getLogger("fusecache")
@@ -143,7 +144,7 @@ def _open_and_serve(
 ) -> None:
     device, block_map = open_cache_device(plan.cache, plan.database, plan.size, plan.block_size)
     try:
-        _refuse_another_origin(plan, block_map)
+        _refuse_another_origin(plan, device.superblock, block_map)
         tree = _open_origin(plan.origin)
         trio.run(
             partial(_serve, plan, again, device, block_map, tree, ready, listener),
@@ -156,7 +157,7 @@ def _open_and_serve(
         device.close()
 
 
-def _refuse_another_origin(plan: MountConfig, block_map: BlockMap) -> None:
+def _refuse_another_origin(plan: MountConfig, superblock: Superblock, block_map: BlockMap) -> None:
     """Data that waits for one origin must not be looked for on another."""
     before = Path(os.fsdecode(block_map.meta().origin))
     if before == plan.origin:
@@ -166,7 +167,7 @@ def _refuse_another_origin(plan: MountConfig, block_map: BlockMap) -> None:
         raise MountError(
             f"The cache {plan.cache} has data of {count_text(len(dirty))} that waits for the "
             f"origin {before}: mount that origin, or bring it there with fusecache flush --cache "
-            f"{plan.cache}"
+            f"{hinted(plan.cache, block_map.path, superblock)}"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import trio
 
+from fusecache.cli.cache import hinted
 from fusecache.cli.progress import Progress, left_text
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
@@ -144,4 +145,5 @@ def kept_by(cache: BlockCache) -> dict[str, Any] | None:
         "bytes": sum(dirty),
         "images": len(dirty),
         "cache": str(cache.device.path),
+        "named": hinted(cache.device.path, cache.block_map.path, cache.device.superblock),
     }

@@ -2,22 +2,33 @@
 
 import contextlib
 import os
-import stat
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from fusecache.cli import completion
-from fusecache.cli.cache import default_database, describe, made_if_missing, make, open_locked
+from fusecache.cli.cache import (
+    default_database,
+    describe,
+    is_clean,
+    made_if_missing,
+    make,
+    one_of,
+    open_locked,
+    possible_databases,
+    read_superblock,
+    saving,
+)
 from fusecache.cli.paths import absolute
 from fusecache.cli.progress import Progress, interruptible
 from fusecache.config import check_block_size, format_size, parse_size
 from fusecache.control.protocol import readable
 from fusecache.errors import DatabaseError, EmptyCacheError, NotACacheError, SuperblockError
 from fusecache.store import cache_device
-from fusecache.store.dirty_data import DirtyData, dirty_data
-from fusecache.store.superblock import Superblock, remedy
+from fusecache.store.dirty_data import dirty_data
+from fusecache.store.superblock import named, remedy
 from fusecache.store.telling import Tell
 
 
@@ -44,7 +55,8 @@ def format_cache(
     wanted = None if size is None else parse_size(size)
     blocks = None if block_size is None else check_block_size(parse_size(block_size))
     new = not os.path.lexists(path)
-    made = "nothing was made." if new else f"what {path} is now says: fusecache check {path}"
+    check = f"fusecache check {named(path, database)}"
+    made = "nothing was made." if new else f"what {path} is now says: {check}"
     with interruptible(made), Progress() as line:
         tell = partial(line.follow, "format")
         _format(path, wanted, blocks, database, force, discard_dirty, tell)
@@ -63,7 +75,7 @@ def _format(
         fd = open_locked(path)
         try:
             if not force:
-                _refuse_unless_empty(fd, path)
+                _refuse_unless_empty(fd, path, database)
             elif not discard_dirty:
                 _refuse_if_dirty(fd, path, database)
             old = _old_database(fd, path)
@@ -80,9 +92,9 @@ def _format(
     )
 
 
-def _refuse_unless_empty(fd: int, path: Path) -> None:
+def _refuse_unless_empty(fd: int, path: Path, database: Path | None) -> None:
     with contextlib.suppress(EmptyCacheError):
-        cache_device.read_superblock(fd, path)
+        read_superblock(fd, path, database)
         raise NotACacheError(
             f"{path} is a fusecache cache already: to make it an empty one, add --force."
         )
@@ -95,58 +107,58 @@ def _refuse_if_dirty(fd: int, path: Path, database: Path | None) -> None:
         DatabaseError: the cache has such data, or nobody can tell.
     """
     try:
-        superblock = cache_device.read_superblock(fd, path)
+        superblock = cache_device.read_superblock(fd, path, database)
     except NotACacheError:
-        _refuse_if_leftover_is_dirty(fd, path, database)
+        _refuse_if_lost(fd, path, database)
         return
     except SuperblockError as exc:
-        why = str(exc).removeprefix(f"{path} ").partition(f". {remedy(path)}")[0]
-        raise _nobody_can_tell(path, why) from exc
+        _nobody_can_tell(fd, path, database, str(exc).removeprefix(f"{path} "))
     place = database or default_database(path, superblock)
     try:
         found = dirty_data(place)
         if found.uuid != str(superblock.uuid):
             raise DatabaseError(f"The database {place} belongs to another cache.")
     except DatabaseError as exc:
-        raise _nobody_can_tell(path, str(exc).rstrip(".")) from exc
-    _refuse(path, found)
+        _nobody_can_tell(fd, path, database, str(exc))
+    if found.images:
+        origin = readable(os.fsdecode(found.origin))[0]
+        raise DatabaseError(
+            f"{path} has {describe(found)} that the origin {origin} does not have. Bring it there: "
+            f"fusecache flush --cache {named(path, database)}. To give it up, add --discard-dirty."
+        )
 
 
-def _nobody_can_tell(path: Path, why: str) -> DatabaseError:
-    return DatabaseError(
-        f"Nobody can tell whether the cache {path} has data that the origin does not have ({why}). "
-        f"{remedy(path)}. To give up whatever it has, add --discard-dirty."
-    )
-
-
-def _refuse_if_leftover_is_dirty(fd: int, path: Path, database: Path | None) -> None:
-    """A cache file whose first blocks were overwritten still has its map beside it."""
-    place = database or Path(f"{path}.sqlite")
-    if stat.S_ISREG(os.fstat(fd).st_mode) and place.is_file():
-        try:
-            found = dirty_data(place)
-        except DatabaseError:
-            return  # no map
-        _refuse(path, found)
-
-
-def _refuse(path: Path, found: DirtyData) -> None:
-    if not found.images:
-        return
-    origin = readable(os.fsdecode(found.origin))[0]
+def _nobody_can_tell(fd: int, path: Path, database: Path | None, why: str) -> NoReturn:
+    help_ = remedy(path, database)
+    why = why.partition(f". {help_}")[0].rstrip(".")
+    if found := possible_databases(fd, path, database):
+        help_ = remedy(path, found[0].path)
     raise DatabaseError(
-        f"{path} has {describe(found)} that the origin {origin} does not have. Bring it there: "
-        f"fusecache flush --cache {path}. To give it up, add --discard-dirty."
+        f"Nobody can tell whether the cache {path} has data that the origin does not have ({why}). "
+        f"{help_}. To give up whatever it has, add --discard-dirty."
     )
+
+
+def _refuse_if_lost(fd: int, path: Path, database: Path | None) -> None:
+    """A cache whose first blocks were overwritten still has its map."""
+    found = possible_databases(fd, path, database)
+    if not is_clean(found):
+        raise DatabaseError(
+            f"{path} has no fusecache superblock, but its database may be {one_of(found)}: "
+            f"{saving(path, found)}. To give up whatever it has, add --discard-dirty."
+        )
 
 
 def _old_database(fd: int, path: Path) -> Path | None:
     """Where the map of the cache lies that is about to go, if it is known to be its own."""
     try:
-        superblock: Superblock = cache_device.read_superblock(fd, path)
+        superblock = cache_device.read_superblock(fd, path)
         place = default_database(path, superblock)
         return place if dirty_data(place).uuid == str(superblock.uuid) else None
-    except (NotACacheError, SuperblockError, DatabaseError):
+    except (NotACacheError, SuperblockError):
+        found = [one for one in possible_databases(fd, path, None) if one.certain]
+        return found[0].path if len(found) == 1 else None
+    except DatabaseError:
         return None
 
 

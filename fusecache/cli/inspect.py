@@ -14,18 +14,19 @@ import click
 import numpy as np
 
 from fusecache.cli import completion
-from fusecache.cli.cache import default_database, open_locked
+from fusecache.cli.cache import default_database, one_of, open_locked, possible_databases
 from fusecache.cli.paths import absolute
 from fusecache.cli.progress import Progress, interruptible
 from fusecache.config import format_size
 from fusecache.control.protocol import readable
 from fusecache.core.rows import Rows
 from fusecache.engine.recovery import boot_id
-from fusecache.errors import CacheDeviceError, NotACacheError, SuperblockError
+from fusecache.errors import CacheDeviceError, DatabaseError, NotACacheError, SuperblockError
 from fusecache.store import repair as mending
+from fusecache.store.candidates import in_use
 from fusecache.store.inspection import Inspection, inspect
 from fusecache.store.repair import Loss, Plan
-from fusecache.store.superblock import SUPERBLOCK_SIZE, Superblock
+from fusecache.store.superblock import SUPERBLOCK_SIZE, Superblock, named
 
 _LEFT = {
     "clean": "stopped cleanly",
@@ -34,6 +35,7 @@ _LEFT = {
     "unknown": "how it was left is not known",
 }
 _UNCHANGED = "nothing was changed."
+_UNKNOWN = "not known"
 _argument = click.argument("cache", type=Path, shell_complete=completion.files)
 _db = click.option("--db", "database", type=Path, help="Where its database lies.")
 
@@ -48,24 +50,40 @@ def _inspected(
         raise CacheDeviceError(f"The cache {cache} does not exist.")
     fd = open_locked(cache)
     try:
-        place = _database(fd, cache, None if database is None else absolute(database))
+        place = _database(fd, verb, cache, None if database is None else absolute(database))
         with Progress() as line:
             found = inspect(fd, cache, place, boot_id(), partial(line.follow, verb))
             line.show("")
+            mending.refuse_foreign(found)
             yield fd, found, line
     finally:
         os.close(fd)
 
 
-def _database(fd: int, cache: Path, chosen: Path | None) -> Path | None:
-    """None for a block device whose superblock does not tell its uuid."""
+def _database(fd: int, verb: str, cache: Path, chosen: Path | None) -> Path | None:
+    """None for a block device whose superblock does not tell its uuid.
+
+    Raises:
+        DatabaseError: the one that was chosen is another cache's; or none was, and there are some
+            of which nobody can say whether they are this one's.
+    """
     if chosen is not None:
+        if in_use(chosen):
+            raise DatabaseError(
+                f"{chosen} is in use by another cache: name the right database with --db."
+            )
         return chosen
     if not stat.S_ISBLK(os.fstat(fd).st_mode):
         return Path(f"{cache}.sqlite")
     try:
         return default_database(cache, Superblock.unpack(os.pread(fd, SUPERBLOCK_SIZE, 0)))
-    except (SuperblockError, NotACacheError):
+    except (SuperblockError, NotACacheError) as exc:
+        if found := possible_databases(fd, cache, None):
+            raise DatabaseError(
+                f"{cache} cannot say which database is its own, because its superblock is damaged "
+                f"or missing. It may be {one_of(found)}: "
+                f"fusecache {verb} {named(cache, found[0].path)}"
+            ) from exc
         return None
 
 
@@ -95,9 +113,15 @@ def check(context: click.Context, cache: Path, database: Path | None) -> None:
         kinds = len(found.findings)
         click.echo(
             f"{found.path}: {kinds} kind{'s' * (kinds != 1)} of inconsistency. "
-            f"To mend it: fusecache repair {found.path}"
+            f"To mend it: fusecache repair {_named(found)}"
         )
     context.exit(1)
+
+
+def _named(found: Inspection) -> str:
+    """The cache for a command line."""
+    known = found.database != Path(os.devnull)
+    return named(found.path, found.database if known else None)
 
 
 def _pages(masks: "np.ndarray[Any, np.dtype[np.uint16]]") -> int:
@@ -141,7 +165,7 @@ def _header(found: Inspection, rows: Rows) -> dict[str, Any]:
     origin = None if meta is None else os.fsdecode(meta.origin)
     return {
         "cache": readable(str(found.path))[0],
-        "database": readable(str(found.database))[0],
+        "database": _database_name(found),
         "uuid": str(superblock.uuid) if superblock else meta.uuid if meta else None,
         "block_size": None if found.geometry is None else found.geometry.block_size,
         "slots_total": found.slot_count,
@@ -151,6 +175,10 @@ def _header(found: Inspection, rows: Rows) -> dict[str, Any]:
         "fence": None if superblock is None else superblock.fence.name.lower(),
         "findings": [finding.what for finding in found.findings],
     }
+
+
+def _database_name(found: Inspection) -> str | None:
+    return None if found.database == Path(os.devnull) else readable(str(found.database))[0]
 
 
 def _images(found: Inspection, rows: Rows) -> Iterator[dict[str, Any]]:
@@ -178,8 +206,8 @@ def _summary(header: dict[str, Any], images: list[dict[str, Any]]) -> None:
     size = header["block_size"]
     blocks = "blocks of unknown size" if size is None else f"blocks of {format_size(size)}"
     click.echo(f"{header['cache']}: {header['slots_used']} of {header['slots_total']} {blocks}")
-    click.echo(f"database {header['database']}, uuid {header['uuid']}")
-    click.echo(f"origin {header['origin']}; {_LEFT[header['left']]}")
+    click.echo(f"database {header['database'] or _UNKNOWN}, uuid {header['uuid'] or _UNKNOWN}")
+    click.echo(f"origin {header['origin'] or _UNKNOWN}; {_LEFT[header['left']]}")
     for image in images:
         name = f"'{image['path']}'" if image["path"] is not None else "an unknown image"
         parts = [f"cached {format_size(image['cached_bytes'])}"]
@@ -203,7 +231,10 @@ def repair(context: click.Context, cache: Path, database: Path | None, yes: bool
 
     Says first which data, that the origin does not have, cannot be saved.
     """
-    state = f"go on with fusecache repair {cache} --yes" if yes else _UNCHANGED
+    state = _UNCHANGED
+    if yes:
+        again = named(absolute(cache), None if database is None else absolute(database))
+        state = f"go on with fusecache repair {again} --yes"
     with interruptible(state), _inspected("repair", cache, database) as (fd, found, line):
         made = mending.plan(found, fd)
         if not made.needed:
@@ -213,15 +244,18 @@ def repair(context: click.Context, cache: Path, database: Path | None, yes: bool
             raise CacheDeviceError(
                 f"{found.database} belongs to another cache: name the right one with --db."
             )
+        command = _named(found)
         if found.database == Path(os.devnull):
             found = replace(found, database=default_database(found.path, made.superblock))
         _tell(found, made)
         if yes:
             mending.carry_out(made, found, fd, partial(line.follow, "repair"))
             line.show("")
-            click.echo(f"{found.path}: repaired")
+            usual = default_database(found.path, made.superblock)
+            mount = "" if found.database == usual else f"; mount it with --db {found.database}"
+            click.echo(f"{found.path}: repaired{mount}")
             return
-        click.echo(f"Nothing was done. To do it: fusecache repair {found.path} --yes")
+        click.echo(f"Nothing was done. To do it: fusecache repair {command} --yes")
     context.exit(1)
 
 

@@ -19,6 +19,7 @@ _STATUS = (
 )
 _ENVIRONMENT = (
     ("FUSECACHE_RUNTIME_DIR", "Where control sockets lie, instead of the directory below."),
+    ("FUSECACHE_STATE_DIR", "Where databases of block devices lie, instead of the one below."),
     ("XDG_RUNTIME_DIR", "A plain user's control sockets lie in the directory fusecache there."),
     ("XDG_STATE_HOME", "A plain user's databases of block devices lie below it."),
     ("NO_COLOR", "If it is set, nothing is coloured. In a pipe nothing is in any case."),

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusecache.cli.cache import default_database, open_locked
+from fusecache.cli.cache import default_database, open_locked, read_superblock
 from fusecache.control import image_names
 from fusecache.control.protocol import readable
 from fusecache.engine.recovery import boot_id
 from fusecache.errors import CacheDeviceError, ControlError, OriginError
-from fusecache.store import cache_device
 from fusecache.store.block_map import Batch, BlockMap, ImageRow, Meta
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.superblock import Fence
@@ -81,7 +80,7 @@ def _opened(cache: Path, database: Path | None) -> Iterator[tuple[CacheDevice, B
         raise CacheDeviceError(f"The cache {cache} does not exist.")
     fd = open_locked(cache)
     try:
-        superblock = cache_device.read_superblock(fd, cache)
+        superblock = read_superblock(fd, cache, database)
         place = database or default_database(cache, superblock)
         with contextlib.closing(BlockMap.open(place, superblock)) as block_map:
             yield CacheDevice(cache, fd, superblock), block_map

@@ -152,5 +152,5 @@ def kept_text(kept: dict[str, Any]) -> str:
     """``1.2 GiB of 3 images stay on /dev/sdb: ...``, with what to do."""
     return (
         f"{amount_text(kept)} stay on {kept['cache']}: mount it again, or: "
-        f"fusecache flush --cache {kept['cache']}"
+        f"fusecache flush --cache {kept.get('named', kept['cache'])}"
     )

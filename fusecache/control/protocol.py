@@ -79,6 +79,8 @@ def runtime_directories() -> list[Path]:
 
 def state_directory() -> Path:
     """Where this user's databases of block devices lie."""
+    if chosen := os.environ.get("FUSECACHE_STATE_DIR"):
+        return Path(chosen)
     if os.geteuid() == 0:
         return Path("/var/lib/fusecache")
     home = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state"))

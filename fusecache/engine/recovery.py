@@ -78,7 +78,7 @@ def _remedy(exc: Exception, device: CacheDevice, block_map: BlockMap) -> str:
     """What to do about a database that cannot be recovered."""
     if "disk is full" in str(exc):
         return f"Make room on the filesystem of {block_map.path}, then mount again."
-    return remedy(device.path)
+    return remedy(device.path, block_map.path)
 
 
 def boot_id() -> str:

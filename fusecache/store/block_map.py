@@ -87,7 +87,7 @@ class BlockMap:
         """
         if not path.exists():
             raise DatabaseError(
-                f"The cache's database {path} is missing. {remedy(superblock.path)}"
+                f"The cache's database {path} is missing. {remedy(superblock.path, path)}"
             )
         block_map: BlockMap | None = None
         log_missing = not Path(f"{path}-wal").exists()  # to open it makes one
@@ -113,7 +113,7 @@ class BlockMap:
         except DatabaseError as exc:
             if block_map is not None:
                 block_map.close()
-            raise DatabaseError(f"{str(exc).rstrip('.')}. {remedy(superblock.path)}") from exc
+            raise DatabaseError(f"{str(exc).rstrip('.')}. {remedy(superblock.path, path)}") from exc
         return block_map
 
     def _migrate(self) -> None:

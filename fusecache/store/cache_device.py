@@ -29,6 +29,7 @@ from fusecache.store.superblock import (
     Fence,
     Superblock,
     Witness,
+    named,
     remedy,
 )
 from fusecache.store.telling import Tell, silent
@@ -207,8 +208,17 @@ def size_of(fd: int) -> int:
     return os.lseek(fd, 0, os.SEEK_END)
 
 
-def read_superblock(fd: int, path: Path) -> Superblock:
+def is_empty(fd: int) -> bool:
+    """Whether there are no bytes, or zeros in the first and last MiB."""
+    last = max(0, size_of(fd) - _EDGE)
+    return not any(os.pread(fd, _EDGE, 0)) and not any(os.pread(fd, _EDGE, last))
+
+
+def read_superblock(fd: int, path: Path, database: Path | None = None) -> Superblock:
     """The superblock of an open cache.
+
+    Args:
+        database: where the operator says that its database lies.
 
     Raises:
         EmptyCacheError: nothing is there: no bytes, or zeros in the first and last MiB.
@@ -216,24 +226,25 @@ def read_superblock(fd: int, path: Path) -> Superblock:
         SuperblockError: the superblock is damaged, or the device is shorter than it says.
     """
     size = size_of(fd)
-    first = os.pread(fd, _EDGE, 0)
-    if not any(first) and not any(os.pread(fd, _EDGE, max(0, size - _EDGE))):
+    if is_empty(fd):
         raise EmptyCacheError(f"{path} is empty.")
+    first = os.pread(fd, WITNESS_OFFSET + WITNESS_SIZE, 0)
     try:
         superblock = Superblock.unpack(first)
         witness = Witness.unpack(first[WITNESS_OFFSET : WITNESS_OFFSET + WITNESS_SIZE])
     except NotACacheError:
         raise NotACacheError(
             f"{path} holds something that is not a fusecache cache (a filesystem, a partition "
-            f"table, other data). If nothing on it is needed: fusecache format {path} --force"
+            f"table, other data). If nothing on it is needed: fusecache format "
+            f"{named(path, database)} --force"
         ) from None
     except SuperblockError as exc:
-        raise SuperblockError(f"{path} cannot be used: {exc}. {remedy(path)}") from None
+        raise SuperblockError(f"{path} cannot be used: {exc}. {remedy(path, database)}") from None
     needed = DATA_OFFSET + superblock.slot_count * superblock.block_size
     if size < needed:
         raise SuperblockError(
             f"{path} has {format_size(size)} but was formatted with {format_size(needed)}: "
-            f"it was cut short. {remedy(path)}"
+            f"it was cut short. {remedy(path, database)}"
         )
     return replace(superblock, witness=witness, path=path)
 

@@ -63,6 +63,7 @@ class Inspection:
     read: Salvaged | None = None
     same_boot: bool = False
     has_magic: bool = False
+    empty: bool = False
     foreign: bool = False
     contradiction: str | None = None
     findings: list[Finding] = field(default_factory=list)
@@ -159,6 +160,7 @@ def inspect(
 def _superblock(found: Inspection, fd: int) -> None:
     data = os.pread(fd, WITNESS_OFFSET + WITNESS_SIZE, 0)
     found.has_magic = data.startswith(MAGIC)
+    found.empty = cache_device.is_empty(fd)
     try:
         found.superblock = Superblock.unpack(data)
     except NotACacheError:

@@ -25,7 +25,7 @@ from fusecache.store.inspection import Inspection, byte_ranges, present, wrong_r
 from fusecache.store.packing import PackedRegion, region_crc
 from fusecache.store.records import PART_REGIONS, ImageRow, Meta, block_hash
 from fusecache.store.salvage import TABLES, Salvaged, salvage
-from fusecache.store.superblock import DATA_OFFSET, Fence, Superblock, Witness
+from fusecache.store.superblock import DATA_OFFSET, Fence, Superblock, Witness, named
 from fusecache.store.tables import latest
 from fusecache.store.tallies import Tally
 from fusecache.store.telling import Tell, silent
@@ -101,7 +101,7 @@ def plan(found: Inspection, fd: int) -> Plan:
     else:
         _keep(made, found, read)
         made.steps.append("make a new database of what can be kept")
-    if found.database.exists() and made.needed:
+    if found.database.is_file() and made.needed:
         made.steps.append(f"keep the damaged one as {aside(found.database)}")
     if found.superblock is None and (read is None or read.meta is None):
         made.steps.append("format the cache device anew")
@@ -117,13 +117,28 @@ def _refuse(found: Inspection) -> None:
             f"The database {found.database} is of another version than this fusecache makes: mount "
             "it with the fusecache that made it, or a newer one."
         )
+    refuse_foreign(found)
+
+
+def refuse_foreign(found: Inspection) -> None:
+    """Raises NotACacheError if nothing there was ever a cache."""
     # Anything that once said that this is a cache; a mistyped name must not cost a filesystem.
     known = found.has_magic or (found.witness is not None and not found.witness.blank)
-    if not known and found.superblock is None and (found.read is None or found.read.meta is None):
+    if known or found.superblock is not None or found.kinds.isdisjoint({"superblock"}):
+        return
+    if found.read is None or found.read.meta is None:
+        force = "" if found.empty else " --force"
+        small = found.device_size < _least(DEFAULT_BLOCK_SIZE)
         raise NotACacheError(
-            f"Nothing says that {found.path} was ever a fusecache cache. To make it one: "
-            f"fusecache format {found.path}"
+            f"Nothing says that {found.path} was ever a fusecache cache. If nothing on it is "
+            f"needed and it shall be one: fusecache format {named(found.path)}{force}"
+            + (" --size 20G" if small else "")
         )
+
+
+def _least(block_size: int) -> int:
+    """Bytes of the smallest cache."""
+    return DATA_OFFSET + cache_device.MIN_SLOTS * block_size
 
 
 def _unfinished(found: Inspection) -> Plan | None:
@@ -155,7 +170,7 @@ def _superblock(found: Inspection, fd: int) -> Superblock:
     elif meta is not None:
         size, count, uuid = meta.block_size, meta.slot_count, UUID(meta.uuid)
     else:
-        small = found.device_size < DATA_OFFSET + cache_device.MIN_SLOTS * DEFAULT_BLOCK_SIZE
+        small = found.device_size < _least(DEFAULT_BLOCK_SIZE)
         block_size = MIN_BLOCK_SIZE if small else DEFAULT_BLOCK_SIZE
         return cache_device.plan(fd, found.path, block_size, None)
     fits = cache_device.plan(fd, found.path, size, None).slot_count

@@ -11,6 +11,7 @@ sync makes it stable. It is no part of the superblock, which is thus hardly ever
 """
 
 import enum
+import shlex
 import struct
 import uuid
 import zlib
@@ -140,7 +141,16 @@ class Superblock:
         return cls(block_size, slot_count, uuid.UUID(bytes=raw), Fence(fence))
 
 
-def remedy(path: Path | None) -> str:
+def named(path: Path, database: Path | None = None) -> str:
+    """A cache as a command line names it. Its database is named, too, unless it lies where it is
+    looked for in any case: a damaged superblock of a block device does not tell where that is."""
+    words = [str(path)]
+    if database is not None and database != Path(f"{path}.sqlite"):
+        words += ["--db", str(database)]
+    return shlex.join(words)
+
+
+def remedy(path: Path | None, database: Path | None = None) -> str:
     """What to do about a damaged cache, for the end of a refusal."""
-    cache = "CACHE" if path is None else path
+    cache = "CACHE" if path is None else named(path, database)
     return f"See what is wrong: fusecache check {cache}; to mend it: fusecache repair {cache}"
