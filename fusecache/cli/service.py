@@ -43,6 +43,8 @@ _FORCED_END = 20.0
 _COPIES = 2.0
 """Seconds after an unmount in which the kernel lets go of the mount, if nobody else has it."""
 _NOTE_INTERVAL = 0.2
+_LOOK_INTERVAL = 1.0
+"""Seconds between looks whether the database is where it was."""
 _SHOWN = 3
 
 
@@ -94,6 +96,7 @@ class Service:
             nursery.start_soon(self._obey_signals)
             nursery.start_soon(self._cache.sampler.run)
             nursery.start_soon(self._trouble.run)
+            nursery.start_soon(self._watch_database)
             if self._metrics is not None:
                 nursery.start_soon(self._metrics.serve)
             serving = trio.Event()
@@ -105,11 +108,30 @@ class Service:
                 # The mount is gone. Unless somebody waits for this end, there is no hurry.
                 patience = _FORCED_FLUSH if self._forced else math.inf
                 await self._flush(patience, persistent=True)
-            if kept := kept_by(self._cache):
-                log.warning(
-                    "%s", kept_text(kept), extra=fields("kept-dirty", dirty_bytes=kept["bytes"])
-                )
+            await self._tell_kept()
             nursery.cancel_scope.cancel()
+
+    async def _tell_kept(self) -> None:
+        """The last word on what the origin does not have."""
+        if (kept := kept_by(self._cache)) is None:
+            return
+        if gone := await self._cache.look_for_database():
+            log.error(
+                "%s that only the cache has are lost, because %s",
+                amount_text(kept),
+                gone,
+                extra=fields("dirty-lost", dirty_bytes=kept["bytes"]),
+            )
+            return
+        log.warning("%s", kept_text(kept), extra=fields("kept-dirty", dirty_bytes=kept["bytes"]))
+
+    async def _watch_database(self) -> None:
+        while self._cache.state.usable:
+            try:
+                await self._cache.look_for_database()
+            except Exception as exc:
+                self._cache.state.unexpected(exc, "looking for the database")
+            await trio.sleep(_LOOK_INTERVAL)
 
     async def _announce(self, serving: trio.Event, ready: Callable[[], None]) -> None:
         await serving.wait()
@@ -251,11 +273,12 @@ class Service:
         self._refuse_open_files(force)
         self._mounted.state = "unmounting"
         try:
-            if not keep_dirty:
+            if keep_dirty:
+                await self._refuse_keeping()
+            else:
                 self._cache.drain()
-                self._refuse_unflushed(
-                    await self._flush(_FORCED_FLUSH if force else math.inf, note=note)
-                )
+                flushing = await self._flush(_FORCED_FLUSH if force else math.inf, note=note)
+                await self._refuse_unflushed(flushing)
             self._refuse_open_files(force)  # they may have come meanwhile
             if kept := kept_by(self._cache):
                 await note({"kept": kept})
@@ -274,6 +297,7 @@ class Service:
     async def _join(self, keep_dirty: bool, note: Send) -> None:
         """The mount is gone already and only its data is on its way."""
         if keep_dirty:
+            await self._refuse_keeping()
             self._keep_the_rest()
         if kept := kept_by(self._cache) if keep_dirty else None:
             await note({"kept": kept})
@@ -289,32 +313,48 @@ class Service:
                 "Close these first, or use --force."
             )
 
-    def _refuse_unflushed(self, flushing: Flushing) -> None:
+    async def _refuse_keeping(self) -> None:
+        """Nothing is kept in a database that the next start will not find."""
+        gone = await self._cache.look_for_database()
+        if gone and (kept := kept_by(self._cache)):
+            raise MountError(
+                f"{amount_text(kept)} cannot stay on the cache, because {gone}: umount without "
+                "--keep-dirty brings everything to the origin."
+            )
+
+    async def _refuse_unflushed(self, flushing: Flushing) -> None:
         """A flush that did not bring everything home leaves the mount as it is."""
         if self._mounted.state == "stopping":
             raise MountError(f"{self._plan.mountpoint} is being ended by a signal.")
         failures = unflushed(self._cache, flushing.failures)
         for _, exc in flushing.failures:
             log.error("not flushed: %s", exc)
+        gone = await self._cache.look_for_database()
+        leave = f"it cannot stay on the cache, because {gone}" if gone else ""
         if failures:
-            raise MountError(self._why_not(failures))
+            raise MountError(self._why_not(failures, leave))
         if flushing.kept and (kept := kept_by(self._cache)):
             why = "the origin does not answer" if flushing.stalled else "of an unexpected error"
             raise MountError(
                 f"{self._plan.mountpoint} stays mounted, because {why} and {amount_text(kept)} "
-                "are not on the origin yet. Try again, or leave them on the cache with "
-                "--keep-dirty."
+                "are not on the origin yet. Try again"
+                + (f"; {leave}." if gone else ", or leave them on the cache with --keep-dirty.")
             )
 
-    def _why_not(self, failures: Failures) -> str:
+    def _why_not(self, failures: Failures, leave: str) -> str:
         reasons = [_reason(image, exc) for image, exc in failures[:_SHOWN]]
         if len(failures) > _SHOWN:
             reasons.append(f"and {len(failures) - _SHOWN} more images")
         lost = all(isinstance(exc, LostDataError) for _, exc in failures)
-        again = "" if lost else "Try again when the origin works, or leave"
-        return (
+        text = (
             f"{self._plan.mountpoint} stays mounted: not everything could be written back "
-            f"({'; '.join(reasons)}). {again or 'Leave'} it on the cache with --keep-dirty."
+            f"({'; '.join(reasons)}). "
+        )
+        again = "" if lost else "Try again when the origin works"
+        if leave:
+            return f"{text}{again + '; ' if again else ''}{leave}."
+        return (
+            f"{text}{again + ', or leave' if again else 'Leave'} it on the cache with --keep-dirty."
         )
 
     def _open_files(self) -> str:

@@ -49,7 +49,7 @@ from fusecache.engine.state import CacheState
 from fusecache.engine.truth import Truth
 from fusecache.engine.write_modes import WriteModes
 from fusecache.engine.writes import Write, Writes
-from fusecache.errors import FusecacheError, OriginError
+from fusecache.errors import DatabaseError, FusecacheError, OriginError
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.origin import OriginImage
@@ -279,6 +279,17 @@ class BlockCache:
     def kept_bytes_of(self, image: Image) -> int:
         """What the next start takes for dirty, whether or not the origin has it by now."""
         return 0 if self.state.emptied else self.core.dirty_bytes(image.id)
+
+    async def look_for_database(self) -> str | None:
+        """What became of the database, if its path leads to it no more; else None.
+
+        No start would find what it takes from then on, so the cache counts as broken: what is
+        dirty is rescued to the origin.
+        """
+        gone = await self.threads.database(self.block_map.gone)
+        if gone is not None and self.state.usable:
+            self.committer.give_up(DatabaseError(f"its database {gone}"))
+        return gone
 
     async def set_write_mode(self, image: Image, mode: WriteMode | None) -> None:
         """From now on the image is written in this mode; None means the mount's own.

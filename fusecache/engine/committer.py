@@ -128,6 +128,10 @@ class Committer:
             self.broken = error
         self._report(error)
 
+    def give_up(self, error: DatabaseError) -> None:
+        """Somebody else found out that the database cannot be relied on."""
+        self._failed(error)
+
     def _check(self) -> None:
         if self.broken is not None:
             raise DatabaseError(f"the cache is out of use: {self.broken}")

@@ -28,7 +28,7 @@ from fusecache.store.schema import SCHEMA_VERSION, migrations
 from fusecache.store.superblock import Fence, Superblock, remedy
 from fusecache.store.tables import EVERYTHING, Tables, latest
 from fusecache.store.telling import Tell, silent
-from fusecache.store.watching import Watch, WitnessKeeper
+from fusecache.store.watching import Place, Watch, WitnessKeeper
 
 __all__ = ["WHOLE_IMAGE", "Batch", "BlockMap", "ImageRow", "Meta"]
 
@@ -56,6 +56,7 @@ class BlockMap:
         self._tables = Tables(connection)
         self._stable: bool | None = None
         self._watch = Watch(path, log_missing=False)
+        self._place: Place | None = None
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -76,6 +77,7 @@ class BlockMap:
             sizes = (superblock.block_size, superblock.slot_count)
             block_map._tables.new_meta(Meta(SCHEMA_VERSION, str(superblock.uuid), *sizes))
             block_map.checkpoint(truncate=True)
+        block_map._place = Place(path)
         return block_map
 
     @classmethod
@@ -114,7 +116,12 @@ class BlockMap:
             if block_map is not None:
                 block_map.close()
             raise DatabaseError(f"{str(exc).rstrip('.')}. {remedy(superblock.path, path)}") from exc
+        block_map._place = Place(path)
         return block_map
+
+    def gone(self) -> str | None:
+        """See ``Place.gone``. Asks the filesystem and not the database, in any thread."""
+        return None if self._place is None else self._place.gone()
 
     def _migrate(self) -> None:
         version = self._version()

@@ -86,6 +86,36 @@ class Watch:
             self._told = witness
 
 
+class Place:
+    """Where a database and its log were when they were opened. A file that is removed stays open,
+    and takes every commit; but no start will find it."""
+
+    def __init__(self, path: Path) -> None:
+        files = (path, Path(f"{path}-wal"))
+        self._files = {file: there for file in files if (there := _identity(file)) is not None}
+
+    def gone(self) -> str | None:
+        """What became of them, if they are not there any more; a part of a sentence."""
+        for file, there in self._files.items():
+            try:
+                found = _identity(file)
+            except OSError:
+                continue  # nobody can tell
+            if found is None:
+                return f"{file} was removed"
+            if found != there:
+                return f"{file} was replaced by another file"
+        return None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def lost_record(meta: Meta, witness: Witness) -> bool:
     """Whether the device had a record of this database's commits and has it no more.
 

@@ -299,3 +299,67 @@ def test_after_a_bare_umount_it_can_be_told_to_keep_the_rest(faulty: FaultyMount
             assert (done.returncode, done.stdout) == (0, KEPT.format(cache=faulty.cache) + "\n")
         nothing_left(faulty)
     _has_it_all_again(faulty)
+
+
+# -- the database is removed -----------------------------------------------------------------------
+
+
+def _remove_database(mount: Mount, *suffixes: str) -> str:
+    for suffix in suffixes:
+        os.unlink(f"{mount.cache}.sqlite{suffix}")
+    return f"{mount.cache}.sqlite was removed"
+
+
+@pytest.mark.parametrize("suffixes", [("", "-wal"), ("",), ("-wal",)])
+def test_a_removed_database_is_noticed_and_what_is_dirty_goes_to_the_origin(
+    two: Mount, suffixes: tuple[str, ...]
+) -> None:
+    _remove_database(two, *suffixes)
+    wait_for(lambda: two.status()["cache"]["state"] == "degraded", "the daemon noticing it")
+    assert f"{two.cache}.sqlite{suffixes[0]} was removed" in two.status()["cache"]["trouble"]
+    assert "was removed" in two.run("status").stdout
+    assert "event=cache-degraded" in two.log()
+    wait_for(lambda: two.status()["cache"]["dirty_bytes"] == 0, "the rescue")
+    assert _origin(two) == (2, 2) and _served(two) == (2, 2)
+    done = two.run("umount", two.mountpoint, "--keep-dirty")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    nothing_left(two)
+
+
+def test_a_database_that_was_replaced_is_noticed_too(two: Mount) -> None:
+    database = f"{two.cache}.sqlite"
+    with open(database, "rb") as old, open(f"{database}.new", "wb") as new:
+        new.write(old.read())
+    os.replace(f"{database}.new", database)
+    wait_for(lambda: two.status()["cache"]["state"] == "degraded", "the daemon noticing it")
+    two.stop()
+    assert _origin(two) == (2, 2)
+
+
+def test_umount_keeps_nothing_in_a_database_that_was_removed(faulty: FaultyMount) -> None:
+    with faulty.fault("fail-write"):
+        removed = _remove_database(faulty, "", "-wal")
+        for flags in (["--keep-dirty"], ["--keep-dirty", "--force"]):
+            said = refused(faulty.run("umount", faulty.mountpoint, *flags), removed, "512.0 KiB")
+            assert "without --keep-dirty" in said
+        done = faulty.run("umount", faulty.mountpoint)
+        assert "--keep-dirty" not in refused(done, "stays mounted", "Try again", removed)
+        assert faulty.status()["state"] == "serving"
+    faulty.stop()
+    assert _origin(faulty) == (2, 2)
+
+
+def test_a_plain_umount_right_after_the_database_was_removed(two: Mount) -> None:
+    _remove_database(two, "", "-wal")
+    two.stop()
+    assert _origin(two) == (2, 2)
+
+
+def test_a_signal_says_what_is_lost_with_a_removed_database(faulty: FaultyMount) -> None:
+    assert faulty.pid is not None
+    with faulty.fault("fail-write"):
+        removed = _remove_database(faulty, "", "-wal")
+        end(faulty.pid, signal.SIGTERM)
+        nothing_left(faulty)
+    assert removed in faulty.log() and "event=dirty-lost" in faulty.log()
+    assert "mount it again" not in faulty.log()

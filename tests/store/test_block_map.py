@@ -727,3 +727,21 @@ def test_a_full_disk_is_a_database_error_and_loses_nothing(
     with contextlib.closing(BlockMap.open(path, SUPERBLOCK)) as again:
         attach(again, "boot 2")
         assert set(loaded(again)) == {(1, 1)}
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_it_knows_whether_its_files_are_still_there(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "map.sqlite"
+    BlockMap.create(path, SUPERBLOCK).close()
+    block_map = BlockMap.open(path, SUPERBLOCK)
+    file, away = Path(f"{path}{suffix}"), tmp_path / "away"
+    block_map.commit(Batch(rows=rows((1, 1, 1, 1, 0))), stable=True)
+    block_map.checkpoint(truncate=True)
+    assert block_map.gone() is None
+    file.rename(away)
+    assert block_map.gone() == f"{file} was removed"
+    file.write_bytes(away.read_bytes())
+    assert block_map.gone() == f"{file} was replaced by another file"
+    away.rename(file)
+    assert block_map.gone() is None
+    block_map.close()
