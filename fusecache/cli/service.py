@@ -359,7 +359,7 @@ class Service:
 
     def _open_files(self) -> str:
         files = [
-            f"{handle.image.name} (pid {handle.pid}{_command(handle.pid)})"
+            f"{handle.image.name} ({_process(handle.pid)})"
             for handle in self._operations.handles.values()
         ]
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
@@ -410,8 +410,12 @@ def _end_anyway() -> None:
     os._exit(1)
 
 
-def _command(pid: int) -> str:
+def _process(pid: int) -> str:
+    """``pid 123 qemu``. The kernel tells of the thread that opened a file, which may have a name
+    of its own."""
     try:
-        return " " + Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
+        status = Path(f"/proc/{pid}/status").read_text()
+        pid = int(status.partition("Tgid:")[2].split()[0])
+        return f"pid {pid} {Path(f'/proc/{pid}/comm').read_text().strip()}"
+    except (OSError, IndexError, ValueError):
+        return f"pid {pid}"

@@ -74,6 +74,27 @@ def test_umount_refuses_while_files_are_open_and_names_image_and_pid(mount: Moun
     nothing_left(mount)
 
 
+def test_umount_names_a_process_and_not_its_thread(mount: Mount) -> None:
+    path = _image(mount)
+    mount.start()
+    ready, done = threading.Event(), threading.Event()
+
+    def guest() -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("a thread")
+        with open(path, "rb"):
+            ready.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=guest)
+    thread.start()
+    assert ready.wait(30)
+    said = refused(mount.run("umount", mount.mountpoint), f"pid {os.getpid()} ")
+    assert "a thread" not in said
+    done.set()
+    thread.join()
+    mount.stop()
+
+
 def test_umount_with_force_detaches_and_open_files_fail_from_then_on(mount: Mount) -> None:
     path = _image(mount)
     mount.start()
