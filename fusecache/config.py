@@ -202,6 +202,14 @@ def check_block_size(size: int) -> int:
     return size
 
 
+def size_argument(size: int) -> str:
+    """Bytes as ``parse_size`` takes them: ``64M``."""
+    for letter in "TGMK":
+        if size % _SUFFIXES[letter] == 0:
+            return f"{size // _SUFFIXES[letter]}{letter}"
+    return str(size)
+
+
 def format_size(size: float) -> str:
     """Bytes for people: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

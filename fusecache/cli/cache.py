@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from fusecache.cli.progress import Progress, count_text
-from fusecache.config import DEFAULT_BLOCK_SIZE, format_size
+from fusecache.config import DEFAULT_BLOCK_SIZE, format_size, size_argument
 from fusecache.control import client
 from fusecache.control.client import Daemon
 from fusecache.control.protocol import readable, state_directory
@@ -241,13 +241,13 @@ def _compare(
         raise CacheDeviceError(
             f"{path} was formatted with blocks of {format_size(superblock.block_size)}, not "
             f"{format_size(block_size)}: leave --block-size out, or format it anew with "
-            f"{anew} --block-size {block_size}"
+            f"{anew} --block-size {size_argument(block_size)}"
         )
     if size is not None and _slots(size, superblock.block_size) != superblock.slot_count:
         had = DATA_OFFSET + superblock.slot_count * superblock.block_size
         raise CacheDeviceError(
             f"{path} was formatted with a size of {format_size(had)}, not {format_size(size)}: "
-            f"leave --size out, or format it anew with {anew} --size {size}"
+            f"leave --size out, or format it anew with {anew} --size {size_argument(size)}"
         )
 
 
@@ -315,8 +315,10 @@ def _refuse_if_emptied(fd: int, path: Path, database: Path | None, size: int | N
     if is_clean(found):
         return
     command = f"fusecache format {named(path, database)} --force --discard-dirty"
-    if size is not None or cache_device.size_of(fd) < DATA_OFFSET:
-        command += f" --size {size or '20G'}"
+    if size is not None:
+        command += f" --size {size_argument(size)}"
+    elif cache_device.size_of(fd) < found[0].size:
+        command += f" --size {size_argument(found[0].size)}"
     other = " or choose another --db;" if database is not None else ""
     raise DatabaseError(
         f"{path} is empty, but was perhaps the cache of {one_of(found)}: {saving(path, found)};"

@@ -74,6 +74,23 @@ def _check_nesting(plan: MountConfig) -> None:
                 f"The {what} {path} lies below the mount point {plan.mountpoint}: "
                 "choose another place."
             )
+        check_place(what, path)
+
+
+def check_place(what: str, path: Path | None) -> None:
+    """Refuses a cache or database on a fusecache mount: it would lie on that one's origin.
+
+    Raises:
+        MountError: it does.
+    """
+    if path is None:
+        return
+    found = mounts.around(path)
+    if found.fstype == f"fuse.{mounts.SUBTYPE}":
+        raise MountError(
+            f"The {what} {path} lies on a fusecache mount, {found.path}, and so on the origin of "
+            "that: choose a place on the SSD."
+        )
 
 
 def _inside(path: Path, directory: Path) -> bool:

@@ -21,6 +21,7 @@ from fusecache.cli.cache import (
     read_superblock,
     saving,
 )
+from fusecache.cli.checks import check_place
 from fusecache.cli.paths import absolute
 from fusecache.cli.progress import Progress, interruptible
 from fusecache.config import check_block_size, format_size, parse_size
@@ -52,6 +53,8 @@ def format_cache(
     """Make PATH, a file or a block device, an empty cache."""
     path = absolute(path)
     database = None if database is None else absolute(database)
+    check_place("cache", path)
+    check_place("database", database)
     wanted = None if size is None else parse_size(size)
     blocks = None if block_size is None else check_block_size(parse_size(block_size))
     new = not os.path.lexists(path)

@@ -52,6 +52,16 @@ def mount_at(path: Path) -> MountPoint | None:
     return found
 
 
+def around(path: Path) -> MountPoint:
+    """The mount that an absolute path without links lies on, by mountinfo; nothing is touched."""
+    found = MountPoint(Path("/"), "", "")
+    for fields in _mountinfo():
+        top = _name(fields[4])
+        if len(top.parts) >= len(found.path.parts) and (top == path or top in path.parents):
+            found = MountPoint(top, fields[2].decode(), fields[fields.index(b"-") + 1].decode())
+    return found
+
+
 def points_of(fstype: str) -> list[Path]:
     """Where filesystems of a type are mounted, by mountinfo."""
     return [

@@ -27,6 +27,8 @@ class Candidate:
     path: Path
     dirty: DirtyData | None
     """None: it is damaged, and nobody can tell."""
+    size: int
+    """Of the cache in bytes, as far as it is known."""
     certain: bool
     """The device's record of commits is that of this database."""
     holds: bool
@@ -71,16 +73,16 @@ def _fits(seen: Inspection) -> bool:
     meta = None if seen.read is None else seen.read.meta
     if meta is None or seen.contradiction is not None or seen.foreign:
         return False
-    return DATA_OFFSET + meta.slot_count * meta.block_size <= seen.device_size
+    return seen.needed <= seen.device_size
 
 
 def _candidate(fd: int, seen: Inspection) -> Candidate:
     read, witness = seen.read, seen.witness
     meta = None if read is None else read.meta
     if read is None or meta is None or read.complaints or any(read.damaged.values()):
-        return Candidate(seen.database, None, certain=False, holds=False)
+        return Candidate(seen.database, None, seen.needed, certain=False, holds=False)
     certain = witness is not None and not witness.blank and meta.commits == witness.commits
-    return Candidate(seen.database, _dirty(seen), certain, _holds(fd, seen))
+    return Candidate(seen.database, _dirty(seen), seen.needed, certain, _holds(fd, seen))
 
 
 def _dirty(seen: Inspection) -> DirtyData:

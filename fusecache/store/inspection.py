@@ -16,7 +16,7 @@ from fusecache.core.rows import Rows
 from fusecache.core.slots import NO_SLOT
 from fusecache.errors import NotACacheError, SuperblockError
 from fusecache.store import cache_device
-from fusecache.store.records import ImageRow
+from fusecache.store.records import ImageRow, Meta
 from fusecache.store.salvage import TABLES, Salvaged, salvage
 from fusecache.store.schema import SCHEMA_VERSION
 from fusecache.store.superblock import (
@@ -87,10 +87,20 @@ class Inspection:
         return None
 
     @property
+    def _said(self) -> Superblock | Meta | None:
+        """What tells of the sizes."""
+        return self.superblock or (self.read.meta if self.read is not None else None)
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the cache device should have; 0 if nobody can say."""
+        said = self._said
+        return 0 if said is None else DATA_OFFSET + said.slot_count * said.block_size
+
+    @property
     def slot_count(self) -> int:
         """Slots that are really there."""
-        geometry = self.geometry
-        said = self.superblock or (self.read.meta if self.read is not None else None)
+        geometry, said = self.geometry, self._said
         if geometry is None or said is None:
             return 0
         there = max(0, self.device_size - DATA_OFFSET) // geometry.block_size
@@ -174,15 +184,18 @@ def _superblock(found: Inspection, fd: int) -> None:
     superblock = found.superblock
     if superblock is None:
         return
-    needed = DATA_OFFSET + superblock.slot_count * superblock.block_size
-    if found.device_size < needed:
-        sizes = f"{format_size(found.device_size)} of {format_size(needed)}"
-        found.add("cut short", f"the cache device is shorter than it was: {sizes}")
+    _length(found)
     if superblock.fence is not Fence.NONE:
         what = "nothing" if superblock.fence is Fence.ALL else "only what is dirty"
         found.add(
             "fence", f"the last daemon went on past trouble: {what} in the database is believed"
         )
+
+
+def _length(found: Inspection) -> None:
+    if found.device_size < found.needed:
+        sizes = f"{format_size(found.device_size)} of {format_size(found.needed)}"
+        found.add("cut short", f"the cache device is shorter than it was, cut short: {sizes}")
 
 
 def _database(found: Inspection, read: Salvaged, boot_id: str) -> None:
@@ -197,7 +210,9 @@ def _database(found: Inspection, read: Salvaged, boot_id: str) -> None:
         return
     found.same_boot = meta.boot_id == boot_id
     superblock, witness = found.superblock, found.witness
-    if superblock is not None:
+    if superblock is None:
+        _length(found)
+    else:
         if (meta.uuid, meta.block_size) != (str(superblock.uuid), superblock.block_size):
             found.foreign = True
             found.add("other cache", f"the database belongs to another cache ({meta.uuid})")

@@ -15,10 +15,10 @@ from uuid import UUID
 
 import numpy as np
 
-from fusecache.config import DEFAULT_BLOCK_SIZE, MIN_BLOCK_SIZE
+from fusecache.config import DEFAULT_BLOCK_SIZE, MIN_BLOCK_SIZE, format_size, size_argument
 from fusecache.core.geometry import REGION_BLOCKS, Geometry
 from fusecache.core.rows import U64, Rows
-from fusecache.errors import DatabaseError, NotACacheError
+from fusecache.errors import CacheDeviceError, DatabaseError, NotACacheError
 from fusecache.store import cache_device
 from fusecache.store.block_map import BlockMap
 from fusecache.store.inspection import Inspection, byte_ranges, present, wrong_rows
@@ -87,6 +87,7 @@ def plan(found: Inspection, fd: int) -> Plan:
     _refuse(found)
     if (made := _unfinished(found)) is not None:
         return made
+    _refuse_too_short(found)
     superblock = _superblock(found, fd)
     made = Plan(superblock, _meta(found, superblock))
     read = found.read
@@ -134,6 +135,25 @@ def refuse_foreign(found: Inspection) -> None:
             f"needed and it shall be one: fusecache format {named(found.path)}{force}"
             + (" --size 20G" if small else "")
         )
+
+
+def _refuse_too_short(found: Inspection) -> None:
+    geometry = found.geometry
+    block_size = MIN_BLOCK_SIZE if geometry is None else geometry.block_size
+    if found.device_size >= _least(block_size):
+        return
+    rows, gone = found.rows(), ""
+    if geometry is not None and rows.dirty.any():
+        pages = int(np.unpackbits(rows.dirty.astype("<u2").view(np.uint8)).sum())
+        gone = f" with {format_size(pages * geometry.page_size)} that the origin does not have"
+    database = found.database if found.database.is_file() else None
+    size = size_argument(found.needed or _least(DEFAULT_BLOCK_SIZE))
+    raise CacheDeviceError(
+        f"{found.path} was cut short: {format_size(found.device_size)} are left of it, too little "
+        f"for any cache, and the rest is gone{gone}. If there is a copy of the whole, put it back; "
+        f"else begin anew: fusecache format {named(found.path, database)} --force "
+        f"--discard-dirty --size {size}"
+    )
 
 
 def _least(block_size: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import MakeMount
+from tests.e2e.dirty import dirty_mount
 from tests.e2e.helpers import (
     COMMAND,
     NO_OTHERS,
@@ -379,3 +380,69 @@ def test_images_stay_what_they_are_through_all_refusals(served: Mount) -> None:
         args = [*served.arguments()[:2], "--cache", images[0]]
         refused_mount(served, "inside the origin", args=args)
     assert images[0].stat().st_size == 8 * BLOCK
+
+
+# -- what never was a cache, and what is left of one -----------------------------------------------
+
+
+def _command(said: str, verb: str) -> list[str]:
+    """The last command in a message, as a shell reads it."""
+    return [verb, *shlex.split(said.rpartition(f"fusecache {verb} ")[2].rstrip(".\n"))]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", bytes(4 << 20), b"dear operator", b"x" * (4 << 20)],
+    ids=["no bytes", "zeros", "a letter", "data"],
+)  # fmt: skip
+def test_the_verbs_for_damage_say_that_something_never_was_a_cache(
+    mount: Mount, content: bytes
+) -> None:
+    mount.cache.write_bytes(content)
+    with unharmed(mount.cache):
+        for verb in (["check"], ["dump"], ["dump", "--json"], ["repair"], ["repair", "--yes"]):
+            done = mount.run(*verb, mount.cache)
+            said = refused(done, "was ever a fusecache cache", "fusecache format")
+            assert done.stdout == "" and "repair" not in said
+    command = [word.replace("20G", "8M") for word in _command(said, "format")]
+    done = mount.run(*command)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("size", [1 << 20, 0])
+def test_a_cache_that_was_cut_to_nothing(mount: Mount, size: int) -> None:
+    dirty_mount(mount, "vm1.img")
+    mount.stop("--keep-dirty")
+    os.truncate(mount.cache, size)
+    arguments = [*mount.arguments()[:2], "--cache", mount.cache]
+    with unharmed(mount.cache, _database(mount)):
+        for args in (arguments, mount.arguments()):
+            said = refused(mount.run("mount", *args))
+            if size:
+                assert "cut short" in said and "fusecache repair" in said
+            else:
+                assert "is empty" in said and "256.0 KiB of 1 image" in said
+                assert "repair" not in said and "smaller" not in said
+        assert "cut short" in mount.run("check", mount.cache).stdout
+        for flags in ([], ["--yes"]):
+            said = refused(mount.run("repair", mount.cache, *flags), "cut short", "256.0 KiB")
+            assert "--block-size" not in said
+        refused(mount.run("format", mount.cache, "--force", "--size", "64M"), "--discard-dirty")
+    command = _command(said, "format")
+    assert command[-2:] == ["--size", "64M"] and "--discard-dirty" in command
+    done = mount.run(*command)
+    assert done.returncode == 0, done.stderr
+    mount.start()
+    mount.stop()
+
+
+def test_a_cache_or_database_on_another_fusecache(make_mount: MakeMount) -> None:
+    one, two = make_mount("one").start(), make_mount("two")
+    inside = one.mountpoint / "c.img"
+    words = ("a fusecache mount", str(one.mountpoint))
+    args = [two.origin, two.mountpoint, "--cache", inside, "--size", "8M"]
+    refused(two.run("mount", *args), *words)
+    refused(two.run("mount", *two.arguments(), "--db", inside), *words)
+    refused(two.run("format", inside, "--size", "8M"), *words)
+    refused(two.run("format", two.cache, "--size", "8M", "--db", inside), *words)
+    assert list(one.origin.iterdir()) == [] and not two.cache.exists()
+    one.stop()
