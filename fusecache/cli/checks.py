@@ -5,10 +5,13 @@ from pathlib import Path
 
 import click
 
+from fusecache.cli import standing
+from fusecache.cli.standing import State
 from fusecache.config import MountConfig
 from fusecache.control import client, protocol
 from fusecache.errors import MountError, UsageError
 from fusecache.fuse import mounts
+from fusecache.store import mountinfo
 
 _WHY_NOT = {
     False: "ask for access to it",
@@ -48,7 +51,7 @@ def _check_origin(origin: Path) -> None:
 def _check_mounted(origin: Path) -> None:
     """A directory whose storage is not mounted shows no images, which is worse than no mount."""
     for path in mounts.points_of_fstab():
-        if (path == origin or path in origin.parents) and mounts.mount_at(path) is None:
+        if (path == origin or path in origin.parents) and mountinfo.mount_at(path) is None:
             raise MountError(
                 f"The origin {origin} is not mounted: /etc/fstab has a line for {path}. "
                 f"Mount it: mount {path}"
@@ -85,8 +88,8 @@ def check_place(what: str, path: Path | None) -> None:
     """
     if path is None:
         return
-    found = mounts.around(path)
-    if found.fstype == f"fuse.{mounts.SUBTYPE}":
+    found = mountinfo.around(path)
+    if found.fstype == mountinfo.FSTYPE:
         raise MountError(
             f"The {what} {path} lies on a fusecache mount, {found.path}, and so on the origin of "
             "that: choose a place on the SSD."
@@ -106,8 +109,8 @@ def _inside(path: Path, directory: Path) -> bool:
 
 def _locations(path: Path) -> tuple[tuple[str, Path], tuple[str, Path]]:
     """Where the path is, and where the directory is that a mount on it covers."""
-    device, parent = mounts.location(path.parent)
-    return mounts.location(path), (device, parent / path.name)
+    device, parent = mountinfo.location(path.parent)
+    return mountinfo.location(path), (device, parent / path.name)
 
 
 def _check_cache(plan: MountConfig) -> None:
@@ -139,7 +142,7 @@ def _check_options(options: tuple[str, ...]) -> None:
 
 
 def _check_mountpoint(path: Path) -> None:
-    if mounts.mount_at(path) is not None:
+    if mountinfo.mount_at(path) is not None:
         _free_mountpoint(path)
     if not path.exists():
         raise MountError(f"The mount point {path} does not exist: mkdir -p {path}")
@@ -160,8 +163,36 @@ def _free_mountpoint(path: Path) -> None:
             )
     if silent is not None:
         raise MountError(
-            f"{path} is busy: process {silent} still has this mount but does not answer. "
-            f"If it stays so, end it with kill -9 {silent}, then mount again."
+            f"{path} is busy: its daemon, process {silent.pid}, "
+            f"{client.does_not_answer(silent.pid)}. If it stays so, end it with kill -9 "
+            f"{silent.pid}, then mount again."
         )
-    mounts.clear_dead_mount(path)
+    _clear_dead_mount(path)
     click.echo(f"fusecache: detached the dead mount at {path}", err=True)
+
+
+def _clear_dead_mount(path: Path) -> None:
+    mounted = mountinfo.mount_at(path)
+    if mounted is None:
+        return
+    if mounted.fstype not in (mountinfo.FSTYPE, "fuse"):
+        raise MountError(
+            f"{path} is busy: a {mounted.fstype} filesystem is mounted there. "
+            "Unmount it or choose another mount point."
+        )
+    found = standing.judge(mounted)
+    if found.state is State.WORKS:
+        raise MountError(
+            f"{path} is busy: a FUSE filesystem is mounted there and works. "
+            f"Unmount it with umount {path}, or choose another mount point."
+        )
+    if found.state is State.HANGS:
+        raise MountError(
+            f"{found.plight}. If it stays so, end it with kill -9 {found.pid}, then mount again."
+        )
+    if found.state is State.UNKNOWN:
+        raise MountError(
+            f"{found.plight}. Choose another mount point, or if surely nobody uses that mount: "
+            f"umount -l {path}"
+        )
+    standing.clear(found)

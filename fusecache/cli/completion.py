@@ -15,7 +15,7 @@ from fusecache.cli.paths import mount_path
 from fusecache.control import client
 from fusecache.control.client import Daemon
 from fusecache.errors import FusecacheError
-from fusecache.fuse import mounts
+from fusecache.store import mountinfo
 
 SHELLS = ("bash", "zsh", "fish")
 _ANSWER = 0.5
@@ -49,7 +49,7 @@ def running_mounts(context: click.Context, param: click.Parameter, begun: str) -
 
 def all_mounts(context: click.Context, param: click.Parameter, begun: str) -> _Words:
     """The same, and dead ones."""
-    dead = {str(path) for path in mounts.points_of(f"fuse.{mounts.SUBTYPE}")}
+    dead = {str(entry.path) for entry in mountinfo.ours()}
     return _words(sorted(dead | {str(daemon.mountpoint) for daemon in _daemons()}), begun)
 
 
@@ -57,7 +57,10 @@ def images(context: click.Context, param: click.Parameter, begun: str) -> _Words
     """Images that are known to a daemon, as its mount names them from here: below the mount point
     if that was begun to be written, else relative. Of those that were named before, none."""
     chosen: Path | None = context.params.get("mountpoint")
-    place = None if chosen is None else mount_path(chosen)
+    try:
+        place = None if chosen is None else mount_path(chosen)
+    except FusecacheError:
+        return []
     taken = set(context.params.get("images") or ())
     names: list[str] = []
     for daemon in _daemons():

@@ -69,11 +69,14 @@ def _one(mountpoint: Path | None, pid: int | None) -> Daemon:
     """The one daemon that is meant."""
     if mountpoint is not None and pid is not None:
         raise UsageError("Say which mount by its mount point or by --pid, not both.")
-    running = client.choose(None if mountpoint is None else mount_path(mountpoint))
+    running, silent = client.choose(None if mountpoint is None else mount_path(mountpoint))
     if pid is not None:
         running = [daemon for daemon in running if daemon.pid == pid]
         if not running:
+            client.refuse([daemon for daemon in silent if daemon.pid == pid])
             raise ControlError(f"No fusecache daemon has the pid {pid}.")
+    else:
+        client.refuse(silent)
     if len(running) > 1:
         places = ", ".join(str(daemon.mountpoint) for daemon in running)
         raise ControlError(f"There are several mounts ({places}): name the one that is meant.")

@@ -17,12 +17,11 @@ from typing import Any
 
 import click
 
-from fusecache.cli import completion
+from fusecache.cli import completion, standing
+from fusecache.cli.standing import State
 from fusecache.control import client
 from fusecache.control.protocol import state_directory
-from fusecache.errors import MountError
-from fusecache.fuse import mounts
-from fusecache.store import probe
+from fusecache.store import mountinfo, probe
 
 _KERNEL = (6, 1)
 """The oldest that fusecache is tested on."""
@@ -184,7 +183,7 @@ def origin(machine: Machine) -> Iterator[Finding]:
     if path is None:
         return
     mounted, options = machine.mounted(path)
-    if mounted == f"fuse.{mounts.SUBTYPE}":
+    if mounted == mountinfo.FSTYPE:
         yield Finding(WRONG, f"The origin {path} is a fusecache mount itself.")
     if mounted.startswith("nfs"):
         yield from _nfs(path, options)
@@ -339,24 +338,47 @@ CHECKS = (fuse, limits, clock, origin, cache, room, guests)
 
 
 def dead_mounts(*, fix: bool) -> Iterator[Finding]:
-    """Fusecache mounts whose daemon is gone; with ``fix`` they are detached."""
-    running = {daemon.mountpoint for daemon in client.daemons()}
-    for path in mounts.points_of(f"fuse.{mounts.SUBTYPE}"):
-        if path in running:
+    """Fusecache mounts that are not served; with ``fix`` those are detached whose daemon is gone.
+
+    One whose daemon lives, or of which nobody can tell, is left alone: it has guests' disks.
+    """
+    running, silent = client.survey()
+    answering = {daemon.mountpoint for daemon in running}
+    hung = {daemon.mountpoint: daemon for daemon in silent}
+    theirs = client.others_mounts()
+    for mounted in mountinfo.ours():
+        path = mounted.path
+        if path in answering or path in theirs:
             continue
-        if not fix:
-            if not mounts.answers(path):
-                yield Finding(
-                    WRONG,
-                    f"{path} is a mount whose daemon is gone: fusecache doctor --fix detaches it, "
-                    "and so does the next mount there.",
-                )
+        if path in hung:
+            yield _hung(path, hung[path].pid)
             continue
-        try:
-            mounts.clear_dead_mount(path)
-        except MountError:
-            continue  # it is alive
-        click.echo(f"fixed: the dead mount at {path} is detached")
+        found = standing.judge(mounted)
+        if found.state is State.HANGS and found.pid is not None:
+            yield _hung(path, found.pid)
+        elif found.state is State.UNKNOWN:
+            yield Finding(
+                WRONG,
+                f"{found.plight}: it is left alone. If surely nobody uses it: umount -l {path}",
+            )
+        elif found.state is State.DEAD and not fix:
+            yield Finding(
+                WRONG,
+                f"{path} is a mount whose daemon is gone: fusecache doctor --fix detaches it, "
+                "and so does the next mount there.",
+            )
+        elif found.state is State.DEAD:
+            standing.clear(found)
+            click.echo(f"fixed: the dead mount at {path} is detached")
+
+
+def _hung(path: Path, pid: int) -> Finding:
+    return Finding(
+        WRONG,
+        f"{path} hangs: process {pid} serves it and {client.does_not_answer(pid)}. It is left "
+        "alone, since guests may have their disks there; if it stays so, end it with kill -9 "
+        f"{pid} and mount again.",
+    )
 
 
 def _resolved(path: Path | None) -> Path | None:

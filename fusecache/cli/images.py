@@ -203,12 +203,13 @@ def _for_images(
     request: dict[str, Any], images: tuple[str, ...], mountpoint: Path | None
 ) -> list[dict[str, Any]]:
     """Sends a request to the daemons that have the images, with progress on a terminal."""
-    running = client.choose(None if mountpoint is None else mount_path(mountpoint))
+    running, silent = client.choose(None if mountpoint is None else mount_path(mountpoint))
     work: dict[Daemon, list[str]] = {}
     for name in images:
-        daemon, path = client.locate(name, running)
+        daemon, path = client.locate(name, running, silent)
         work.setdefault(daemon, []).append(path)
     if not images:
+        client.refuse(silent)
         if len(running) > 1:
             places = ", ".join(str(daemon.mountpoint) for daemon in running)
             raise ControlError(f"There are several mounts ({places}): choose one with -m.")

@@ -87,7 +87,7 @@ def _evict(guest: str, path: str) -> None:
     """One image, and one line in the log."""
     about = logs.fields("guest-stopped", guest=guest, image=readable(path)[0])
     try:
-        daemon, image = client.locate(path, client.choose(None))
+        daemon, image = client.locate(path, *client.choose(None))
     except ControlError as exc:
         log.warning("the guest has stopped; its disk is not evicted: %s", exc, extra=about)
         return

@@ -1,16 +1,35 @@
-"""Paths as they are given on the command line, made absolute without touching a mount."""
+"""Paths as they are given on the command line, made absolute without touching a mount that does not
+answer."""
 
 import os
 from pathlib import Path
 
+from fusecache.errors import MountError
 from fusecache.fuse import mounts
+from fusecache.fuse.mounts import Answer
+from fusecache.store import mountinfo
 
 _MOST_LINKS = 40
 
 
 def absolute(path: Path) -> Path:
-    """The path without symbolic links or dots, whether it exists or not."""
-    return Path(os.path.realpath(path))
+    """The path without symbolic links or dots, whether it exists or not.
+
+    Raises:
+        MountError: it lies on a fusecache mount that does not answer, and would hang who looks.
+    """
+    whole = str(path) if path.is_absolute() else os.path.join(os.getcwd(), path)
+    answering: set[str] = set()
+    while True:
+        place, left = mountinfo.follow(whole, answering)
+        if left is None:
+            return Path(place)
+        if mounts.ask(Path(place)) is not Answer.WORKS:
+            raise MountError(
+                f"{path} lies on the fusecache mount {place}, which does not answer: fusecache "
+                "doctor says why."
+            )
+        answering.add(place)
 
 
 def mount_path(path: Path) -> Path:
@@ -18,8 +37,8 @@ def mount_path(path: Path) -> Path:
     plain = os.path.abspath(path)
     for _ in range(_MOST_LINKS):
         parent, name = os.path.split(plain)
-        resolved = Path(os.path.realpath(parent), name)
-        if mounts.mount_at(resolved) is not None or not resolved.is_symlink():
+        resolved = absolute(Path(parent)) / name
+        if mountinfo.mount_at(resolved) is not None or not resolved.is_symlink():
             return resolved
         plain = os.path.join(resolved.parent, os.readlink(resolved))
         plain = os.path.normpath(plain)

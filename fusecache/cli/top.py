@@ -49,7 +49,7 @@ def top(
 ) -> None:  # fmt: skip
     """Watch what is served from where. q ends it, s sorts by something else, r turns the order."""
     watch = Watch(None if mountpoint is None else mount_path(mountpoint))
-    client.choose(watch.mountpoint)  # refuses at once if there is none
+    client.choose(watch.mountpoint)  # refuses at once if there is none that answers
     view = View(sort)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if once or count is not None or not live:
@@ -70,7 +70,11 @@ class Watch:
         """All daemons now; takes as long as the slowest needs to answer."""
         seen = Look()
         silent = dict(self._known)
-        for daemon in client.daemons():
+        running, hung = client.survey()
+        for other in hung:
+            if self.mountpoint in (None, other.mountpoint):
+                silent.setdefault(other.mountpoint, f"{other.plight}.")
+        for daemon in running:
             if self.mountpoint not in (None, daemon.mountpoint):
                 continue
             request = {"verb": "status", "most": _MOST_IMAGES, "history": True}

@@ -1,6 +1,7 @@
 """``umount``: flushes while the mount still serves, then unmounts and waits for the end."""
 
 import os
+import pwd
 import select
 import time
 from functools import partial
@@ -9,13 +10,15 @@ from typing import Any
 
 import click
 
-from fusecache.cli import completion
+from fusecache.cli import completion, standing
 from fusecache.cli.paths import mount_path
 from fusecache.cli.progress import Progress, interruptible, kept_text
-from fusecache.control import client
+from fusecache.cli.standing import State
+from fusecache.control import client, protocol
 from fusecache.control.client import Daemon
 from fusecache.errors import ControlError, MountError
-from fusecache.fuse import mounts
+from fusecache.store import mountinfo
+from fusecache.store.mountinfo import MountPoint
 
 _NOTICES = 3.0
 """Seconds in which a daemon sees that its client has gone."""
@@ -41,16 +44,59 @@ def umount(mountpoint: Path, keep_dirty: bool, force: bool) -> None:
         # One that is mounted comes before one that only flushes on.
         _end(min(here, key=lambda daemon: not daemon.mounted), keep_dirty, force)
         return
-    if mounts.mount_at(path) is None:
+    mounted = mountinfo.mount_at(path)
+    if mounted is None:
         raise MountError(f"Nothing is mounted at {path}.")
     if silent is not None:
         raise MountError(
-            f"{path} is served by process {silent}, which does not answer. If it stays so, end it "
-            f"with kill -9 {silent}, "
-            f"then: fusecache umount {path}"
+            f"{path} is served by process {silent.pid}, which "
+            f"{client.does_not_answer(silent.pid)}. {_end_it(silent.pid, path)}"
         )
-    mounts.clear_dead_mount(path)
+    _clear_dead_mount(mounted)
     click.echo(f"fusecache: the daemon of {path} was dead; the mount is detached", err=True)
+
+
+def _end_it(pid: int | None, path: Path) -> str:
+    """What to do about a daemon that does not answer."""
+    return f"If it stays so, end it with kill -9 {pid}, then: fusecache umount {path}"
+
+
+def _clear_dead_mount(mounted: MountPoint) -> None:
+    """Detaches what is mounted if it is a fusecache's and dead.
+
+    Raises:
+        MountError: it is not, and how it can be unmounted.
+    """
+    path = mounted.path
+    if mounted.fstype not in (mountinfo.FSTYPE, "fuse"):
+        raise MountError(
+            f"{path} is busy: a {mounted.fstype} filesystem is mounted there, no fusecache. "
+            f"To unmount it: umount {path}"
+        )
+    if path in client.others_mounts():
+        raise MountError(
+            f"The mount at {path} is {_name_of(mounted.user)}'s: only root or that user may "
+            f"unmount it, with fusecache umount {path}"
+        )
+    found = standing.judge(mounted)
+    if found.state is State.WORKS:
+        raise MountError(
+            f"{path} works, but its daemon does not listen in {protocol.runtime_directory()}: set "
+            "FUSECACHE_RUNTIME_DIR as it was set at the mount, or use umount "
+            f"{path}, after which the daemon flushes and ends by itself."
+        )
+    if found.state is State.HANGS:
+        raise MountError(f"{found.plight}. {_end_it(found.pid, path)}")
+    if found.state is State.UNKNOWN:
+        raise MountError(f"{found.plight}. If surely nobody uses it: umount -l {path}")
+    standing.clear(found)
+
+
+def _name_of(user: int | None) -> str:
+    try:
+        return f"user {pwd.getpwuid(-1 if user is None else user).pw_name}"
+    except KeyError:
+        return f"user {user}"
 
 
 def _end(daemon: Daemon, keep_dirty: bool, force: bool) -> None:
@@ -67,7 +113,7 @@ def _end(daemon: Daemon, keep_dirty: bool, force: bool) -> None:
         try:
             client.ask(daemon.socket_path, request, progress=progress)
         except ControlError:
-            if mounts.mount_at(daemon.mountpoint) is not None:
+            if mountinfo.mount_at(daemon.mountpoint) is not None:
                 raise  # else it was too busy ending to answer
         _wait_for_end(daemon, line)
     if kept is not None:
@@ -90,7 +136,7 @@ def _how_it_is(daemon: Daemon) -> str:
         if state == "flushing":
             return f"{path} is unmounted; its daemon goes on to bring the rest to the origin."
         time.sleep(0.05)
-    if mounts.mount_at(path) is None:
+    if mountinfo.mount_at(path) is None:
         return f"{path} is unmounted."
     return f"whether {path} stays mounted says: fusecache status"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from fusecache.cli import completion, manual
+from fusecache.cli.paths import absolute
 from fusecache.errors import MountError, UsageError
 
 _FILES = (
@@ -50,7 +51,7 @@ def install_units(root: Path, libvirt_hook: bool) -> None:
     files = [(_source("systemd", "systemd", _FILES), *file) for file in _FILES]
     if libvirt_hook:
         files += [(_source("docs/libvirt", "libvirt", _HOOK), *file) for file in _HOOK]
-    here = root.resolve() == Path("/")
+    here = absolute(root) == Path("/")
     program = _program() if here else _BY_PATH
     try:
         for name, mode in _DIRECTORIES:

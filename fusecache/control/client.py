@@ -11,6 +11,7 @@ from typing import Any
 
 from fusecache.control import image_names, protocol
 from fusecache.errors import ControlError
+from fusecache.store import mountinfo
 
 _CONNECT_TIMEOUT = 3.0
 _PATIENCE = 10.0
@@ -34,6 +35,28 @@ class Daemon:
     def mounted(self) -> bool:
         """Whether it still serves; else it brings the last data to the origin."""
         return self.state != "flushing"
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """A daemon that lives and does not answer."""
+
+    pid: int
+    mountpoint: Path
+
+    @property
+    def plight(self) -> str:
+        """What is wrong with it; a clause without its full stop."""
+        return f"The daemon of {self.mountpoint} (process {self.pid}) {does_not_answer(self.pid)}"
+
+
+def does_not_answer(pid: int) -> str:
+    """The end of a sentence about a process."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+        if "\nState:\tT" in status or "\nState:\tt" in status:
+            return f"does not answer: it is stopped, and kill -CONT {pid} lets it go on"
+    return "does not answer: it hangs, or this host is very busy"
 
 
 def ask(
@@ -74,7 +97,13 @@ def ask(
 
 def daemons(timeout: float = _CONNECT_TIMEOUT) -> list[Daemon]:
     """Every daemon that answers in time; sockets of dead ones are removed."""
-    found = []
+    return survey(timeout)[0]
+
+
+def survey(timeout: float = _CONNECT_TIMEOUT) -> tuple[list[Daemon], list[Silent]]:
+    """Every daemon that answers in time, and those that live and do not; sockets of dead ones are
+    removed."""
+    found, silent = [], []
     for directory in protocol.runtime_directories():
         for path in sorted(directory.glob("*.sock")):
             if not _alive(path):
@@ -82,20 +111,56 @@ def daemons(timeout: float = _CONNECT_TIMEOUT) -> list[Daemon]:
                     path.unlink()
                     path.with_suffix(".mount").unlink()
                 continue
-            with contextlib.suppress(ControlError):
+            try:
                 who = ask(path, {"verb": "who"}, timeout=timeout)
-                found.append(
-                    Daemon(
-                        path,
-                        int(who["pid"]),
-                        Path(who["mountpoint"]),
-                        Path(who["origin"]),
-                        Path(who["cache"]),
-                        str(who["state"]),
-                        int(who.get("dirty_bytes", 0)),
-                    )
+            except ControlError:
+                with contextlib.suppress(OSError):
+                    note = _note(directory, int(path.stem))
+                    # One that has just ended has taken both with it.
+                    if note is not None and path.exists() and _alive(path):
+                        silent.append(Silent(int(path.stem), note))
+                continue
+            found.append(
+                Daemon(
+                    path,
+                    int(who["pid"]),
+                    Path(who["mountpoint"]),
+                    Path(who["origin"]),
+                    Path(who["cache"]),
+                    str(who["state"]),
+                    int(who.get("dirty_bytes", 0)),
                 )
-    return found
+            )
+    return found, silent
+
+
+def patient_survey() -> tuple[list[Daemon], list[Silent]]:
+    """As ``survey``, with more time if it is needed: on a busy host a daemon may just be slow."""
+    running, silent = survey()
+    return survey(_PATIENCE) if silent else (running, silent)
+
+
+def noted_mount(pid: int) -> Path | None:
+    """The mount point that a daemon has noted beside its socket, wherever that is."""
+    directories = protocol.runtime_directories()
+    with contextlib.suppress(OSError):
+        lines = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+        environment = {key: value for key, _, value in (line.partition("=") for line in lines)}
+        user = os.stat(f"/proc/{pid}").st_uid
+        directories.append(protocol.runtime_directory_of(environment, user))
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            if (note := _note(directory, pid)) is not None:
+                return note
+    return None
+
+
+def _note(directory: Path, pid: int) -> Path | None:
+    """What a daemon has written there about its mount; None if it has not."""
+    try:
+        return Path(os.fsdecode((directory / f"{pid}.mount").read_bytes()))
+    except FileNotFoundError:
+        return None
 
 
 def _alive(path: Path) -> bool:
@@ -125,64 +190,98 @@ def _listens(path: Path) -> bool:
     return True
 
 
-def silent_holder(mountpoint: Path, answered: list[Daemon]) -> int | None:
-    """The pid of a living daemon that has this mount but is not among those that answered."""
-    known = {daemon.socket_path for daemon in answered}
-    for directory in protocol.runtime_directories():
-        for path in directory.glob("*.sock"):
-            if path in known:
-                continue
-            with contextlib.suppress(OSError):
-                note = path.with_suffix(".mount").read_bytes()
-                if note == os.fsencode(mountpoint) and _alive(path):
-                    return int(path.stem)
-    return None
+def around(mountpoint: Path) -> tuple[list[Daemon], Silent | None]:
+    """Every daemon that answers, and the living one that has this mount and does not, with more
+    time than the others get."""
+    running, silent = survey()
+    if any(daemon.mountpoint == mountpoint for daemon in silent):
+        running, silent = survey(_PATIENCE)
+    return running, next((daemon for daemon in silent if daemon.mountpoint == mountpoint), None)
 
 
-def around(mountpoint: Path) -> tuple[list[Daemon], int | None]:
-    """Every daemon that answers, and the pid of a living one that has this mount and does not, with
-    more time than the others get."""
-    running = daemons()
-    if silent_holder(mountpoint, running) is not None:
-        running = daemons(_PATIENCE)
-    return running, silent_holder(mountpoint, running)
-
-
-def choose(mountpoint: Path | None) -> list[Daemon]:
-    """The daemons a command is meant for: the one of ``mountpoint``, or all.
+def choose(mountpoint: Path | None) -> tuple[list[Daemon], list[Silent]]:
+    """The daemons a command is meant for, the one of ``mountpoint``, or all; and those that may be
+    meant and do not answer.
 
     One that still flushes counts only while no other is meant.
 
     Raises:
-        ControlError: there is none.
+        ControlError: there is none that answers.
     """
     if mountpoint is None:
-        running = daemons()
+        running, silent = patient_survey()
     else:
-        running, silent = around(mountpoint)
+        running, hung = around(mountpoint)
         running = [daemon for daemon in running if daemon.mountpoint == mountpoint]
-        if not running and silent is not None:
-            raise ControlError(
-                f"The fusecache at {mountpoint}, process {silent}, does not answer: it hangs, or "
-                "this host is very busy. Nothing was done; try again."
-            )
-        if not running:
-            raise ControlError(
-                f"No fusecache is mounted at {mountpoint}. Mounted ones: fusecache status"
-            )
+        silent = [] if running or hung is None else [hung]
     if not running:
-        raise ControlError("No fusecache daemon is running. Start one with: fusecache mount")
-    return [daemon for daemon in running if daemon.mounted] or running
+        refuse(silent)
+        raise ControlError(_none_at(mountpoint) if mountpoint is not None else none_running())
+    return [daemon for daemon in running if daemon.mounted] or running, silent
 
 
-def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:
+def refuse(silent: list[Silent], *, name: str | None = None, path: str | None = None) -> None:
+    """Raises ControlError about a daemon that does not answer, if there is one.
+
+    Args:
+        name: an image that it may have, as it was given.
+        path: where that is, if it is one path: a daemon that has it comes first.
+    """
+    if not silent:
+        return
+    here = [daemon for daemon in silent if path and Path(path).is_relative_to(daemon.mountpoint)]
+    daemon = (here or silent)[0]
+    sentence = f"{daemon.plight}. Nothing was done; try again."
+    if name is not None and not here:
+        sentence += f" If '{name}' is an image of another mount, say which with -m."
+    raise ControlError(sentence)
+
+
+def none_running() -> str:
+    """A sentence for who finds no daemon."""
+    if others := others_mounts():
+        places = ", ".join(map(str, others))
+        return (
+            f"No fusecache daemon of this user is running. There are mounts of other users "
+            f"({places}): run this as root to reach them."
+        )
+    return "No fusecache daemon is running. Start one with: fusecache mount"
+
+
+def others_mounts() -> list[Path]:
+    """Mounts of users whose daemons do not talk to this one."""
+    me = os.geteuid()
+    return [] if me == 0 else [entry.path for entry in mountinfo.ours() if entry.user != me]
+
+
+def _none_at(mountpoint: Path) -> str:
+    if mountpoint in others_mounts():
+        return f"The mount at {mountpoint} is of another user: run this as root."
+    mounted = mountinfo.mount_at(mountpoint)
+    if mounted is not None and mounted.fstype == mountinfo.FSTYPE:
+        return (
+            f"The mount at {mountpoint} has no daemon that can be asked: fusecache doctor says "
+            "why. If it is gone, the same fusecache mount command as before brings the mount back."
+        )
+    return f"No fusecache is mounted at {mountpoint}. Mounted ones: fusecache status"
+
+
+def locate(
+    name: str, running: list[Daemon], silent: list[Silent] | None = None
+) -> tuple[Daemon, str]:
     """The daemon an IMAGE argument means and the image's path relative to its origin.
+
+    Args:
+        silent: daemons that do not answer, so that their origins are not known.
 
     Raises:
         UsageError: the name is empty.
-        ControlError: no mount has it, or several do.
+        ControlError: no mount has it, or several do, or one that does not answer may.
     """
-    found = image_names.readings(name, running, _noted_mounts())
+    stops = {str(entry.path) for entry in mountinfo.ours()}  # one of them may hang
+    found = image_names.readings(name, running, stops)
+    if silent and not _surely_below(found.place, running):
+        refuse(silent, name=name, path=found.place)
     if not found.path and not found.root:
         places = ", ".join(str(daemon.mountpoint) for daemon in running)
         raise ControlError(
@@ -197,14 +296,9 @@ def locate(name: str, running: list[Daemon]) -> tuple[Daemon, str]:
     return _among(name, found.root if by_root.images and not by_path.images else found.path)
 
 
-def _noted_mounts() -> set[str]:
-    """Where daemons serve, also such that do not answer."""
-    found = set()
-    for directory in protocol.runtime_directories():
-        for path in directory.glob("*.mount"):
-            with contextlib.suppress(OSError):
-                found.add(os.fsdecode(path.read_bytes()))
-    return found
+def _surely_below(path: str, running: list[Daemon]) -> bool:
+    """Whether it lies below the mount point, which nobody else can have, of a daemon."""
+    return any(Path(path).is_relative_to(daemon.mountpoint) for daemon in running)
 
 
 def _among(name: str, candidates: list[tuple[Daemon, str]]) -> tuple[Daemon, str]:

@@ -40,6 +40,8 @@ P = TypeVar("P", bound=Place)
 class Readings(Generic[P]):
     """Which places a name may mean, each with the image's path relative to its origin."""
 
+    place: str
+    """The path, absolute, with links followed as far as that touches no mount."""
     path: list[tuple[P, str]]
     """As a path, absolute or from the current directory: below a mount, else below an origin."""
     root: list[tuple[P, str]]
@@ -64,10 +66,13 @@ def readings(name: str, places: Sequence[P], stops: Collection[str]) -> Readings
         here = "/"  # it was removed
     path = os.path.normpath(os.path.join(here, name))
     roots = {str(root) for place in places for root in (place.mountpoint, place.origin)}
-    found = _below(path, places) or _below(followed(path, roots | {*stops}), places)
+    found = _below(path, places)
+    if not found:
+        path = followed(path, roots | {*stops})
+        found = _below(path, places)
     if os.path.isabs(name) or _below(here, places):
-        return Readings(found, [])
-    return Readings(found, [(place, os.path.normpath(name)) for place in places])
+        return Readings(path, found, [])
+    return Readings(path, found, [(place, os.path.normpath(name)) for place in places])
 
 
 def ambiguous(name: str, images: Iterable[tuple[Place, str]]) -> ControlError:

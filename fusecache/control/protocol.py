@@ -8,6 +8,7 @@ surrogates (``os.fsdecode``), and are percent-escaped only where people see them
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
@@ -41,11 +42,16 @@ def decode(line: bytes) -> dict[str, Any]:
 
 def runtime_directory() -> Path:
     """Where this user's daemons listen."""
-    if chosen := os.environ.get("FUSECACHE_RUNTIME_DIR"):
+    return runtime_directory_of(os.environ, os.geteuid())
+
+
+def runtime_directory_of(environment: Mapping[str, str], user: int) -> Path:
+    """Where a daemon listens that was started by a user in an environment."""
+    if chosen := environment.get("FUSECACHE_RUNTIME_DIR"):
         return Path(chosen)
-    if os.geteuid() == 0:
+    if user == 0:
         return Path("/run/fusecache")
-    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")) / "fusecache"
+    return Path(environment.get("XDG_RUNTIME_DIR", f"/run/user/{user}")) / "fusecache"
 
 
 def make_runtime_directory() -> Path:

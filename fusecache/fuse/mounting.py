@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fusecache.errors import MountError
-from fusecache.fuse.mounts import SUBTYPE
 from fusecache.store import syscalls
+from fusecache.store.mountinfo import SUBTYPE
 
 _FLAGS = {
     "ro": (syscalls.MS_RDONLY, True),

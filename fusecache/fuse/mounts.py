@@ -1,74 +1,21 @@
-"""Mount points as the kernel sees them: found in mountinfo, unmounted, cleared of the dead.
+"""Mounts of FUSE: asked whether they answer, ended, and taken out of the tree.
 
 Nothing here touches a mounted tree from this process: it may be wedged.
 """
 
 import contextlib
+import enum
 import errno
-import logging
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from fusecache.errors import MountError
-from fusecache.store import probe, syscalls
-
-log = logging.getLogger(__name__)
+from fusecache.store import mountinfo, probe, syscalls
+from fusecache.store.mountinfo import MountPoint
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")
-SUBTYPE = "fusecache"
-
-
-@dataclass(frozen=True, slots=True)
-class MountPoint:
-    """One line of mountinfo."""
-
-    path: Path
-    device: str
-    """major:minor; the minor is the FUSE connection's number"""
-    fstype: str
-
-
-def _mountinfo() -> Iterator[list[bytes]]:
-    """The fields of every line, see proc(5); names have octal escapes."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        yield line.split(b" ")
-
-
-def _name(field: bytes) -> Path:
-    return Path(os.fsdecode(field.decode("unicode_escape").encode("latin-1")))
-
-
-def mount_at(path: Path) -> MountPoint | None:
-    """The topmost mount exactly at ``path``, by mountinfo."""
-    found = None
-    for fields in _mountinfo():
-        if _name(fields[4]) == path:
-            fstype = fields[fields.index(b"-") + 1].decode()
-            found = MountPoint(path, fields[2].decode(), fstype)
-    return found
-
-
-def around(path: Path) -> MountPoint:
-    """The mount that an absolute path without links lies on, by mountinfo; nothing is touched."""
-    found = MountPoint(Path("/"), "", "")
-    for fields in _mountinfo():
-        top = _name(fields[4])
-        if len(top.parts) >= len(found.path.parts) and (top == path or top in path.parents):
-            found = MountPoint(top, fields[2].decode(), fields[fields.index(b"-") + 1].decode())
-    return found
-
-
-def points_of(fstype: str) -> list[Path]:
-    """Where filesystems of a type are mounted, by mountinfo."""
-    return [
-        _name(fields[4])
-        for fields in _mountinfo()
-        if fields[fields.index(b"-") + 1] == fstype.encode()
-    ]
 
 
 def points_of_fstab() -> list[Path]:
@@ -80,22 +27,10 @@ def points_of_fstab() -> list[Path]:
             if len(fields) < 4 or fields[0].startswith(b"#"):
                 continue
             with contextlib.suppress(ValueError):  # an escape that is none
-                point = _name(fields[1])
+                point = mountinfo.name(fields[1])
                 if len(point.parts) > 1 and b"noauto" not in fields[3].split(b","):
                     points.append(point)
     return points
-
-
-def location(path: Path) -> tuple[str, Path]:
-    """The filesystem (major:minor) of an absolute path without links, and where in it the path
-    is: the same for two paths that bind mounts make one. By mountinfo alone."""
-    found, length = ("", path), -1
-    for fields in _mountinfo():
-        top = _name(fields[4])
-        if len(top.parts) >= length and (top == path or top in path.parents):
-            found = (fields[2].decode(), _name(fields[3]) / path.relative_to(top))
-            length = len(top.parts)
-    return found
 
 
 def check_device() -> None:
@@ -117,40 +52,38 @@ def check_device() -> None:
         ) from exc
 
 
-def clear_dead_mount(path: Path) -> None:
-    """Detaches a fusecache mount whose daemon is gone and that no known daemon answers for.
+class Answer(enum.Enum):
+    """What a mount says when it is asked."""
 
-    A connection that is wedged (its daemon killed, but held by the kernel) is aborted first, so
-    that whoever waits for it is released.
+    WORKS = enum.auto()
+    DISCONNECTED = enum.auto()
+    """The kernel has ended the connection, or the mount's origin is such a mount."""
+    SILENT = enum.auto()
+    """Somebody has the connection and does not answer."""
+    UNKNOWN = enum.auto()
+    """The mount itself could not be asked: it is hidden, or not ours to ask."""
 
-    Raises:
-        MountError: something else is mounted there, it is alive, or it cannot be detached.
-    """
-    mounted = mount_at(path)
-    if mounted is None:
-        return
-    if mounted.fstype not in (f"fuse.{SUBTYPE}", "fuse"):
-        raise MountError(
-            f"{path} is busy: a {mounted.fstype} filesystem is mounted there. "
-            "Unmount it or choose another mount point."
-        )
-    if answers(path):
-        raise MountError(
-            f"{path} is busy: a FUSE filesystem is mounted there and works. "
-            f"Unmount it with umount {path}, or choose another mount point."
-        )
+
+def ask(path: Path) -> Answer:
+    """Stats the mount in a process of its own, which may be left behind."""
+    try:
+        said = probe.ask("alive", str(path))
+    except probe.NoAnswer:
+        return Answer.SILENT
+    number = said.get("errno")
+    if "error" in said and number is None:
+        return Answer.UNKNOWN  # the question could not be asked
+    if number in (errno.ENOTCONN, errno.ECONNABORTED):
+        return Answer.DISCONNECTED
+    if number in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR):
+        return Answer.UNKNOWN
+    return Answer.WORKS  # an error, too, is an answer: of the origin
+
+
+def abort(mounted: MountPoint) -> None:
+    """Ends a connection, as far as we may, so that whoever waits for an answer is released."""
     with contextlib.suppress(OSError):
         (CONNECTIONS / mounted.device.split(":")[1] / "abort").write_text("1")
-    unmount(path, detach=True)
-    log.info("detached the dead mount at %s", path)
-
-
-def answers(path: Path) -> bool:
-    """Whether a stat of the mount succeeds soon; asked by a process that may be left behind."""
-    try:
-        return "error" not in probe.ask("alive", str(path))
-    except probe.NoAnswer:
-        return False
 
 
 def unmount(path: Path, *, detach: bool) -> None:

@@ -13,10 +13,11 @@ from fusecache.engine.block_cache import BlockCache
 from fusecache.errors import MountError
 from fusecache.fuse import mounting, mounts
 from fusecache.fuse.laned import Laned
-from fusecache.fuse.mounts import CONNECTIONS, SUBTYPE, check_device, mount_at
+from fusecache.fuse.mounts import CONNECTIONS, check_device
 from fusecache.fuse.operations import Operations
 from fusecache.observe.logs import fields
 from fusecache.store import syscalls
+from fusecache.store.mountinfo import SUBTYPE, mount_at
 
 log = logging.getLogger(__name__)
 

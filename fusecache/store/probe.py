@@ -29,7 +29,8 @@ class NoAnswer(Exception):
 
 
 def ask(question: str, path: str, seconds: float = SECONDS) -> dict[str, Any]:
-    """The answer to one of ``QUESTIONS`` about a path; ``{"error": ...}`` if the call failed.
+    """The answer to one of ``QUESTIONS`` about a path; ``{"error": ..., "errno": ...}`` if the call
+    failed.
 
     Raises:
         NoAnswer: there was none in time.
@@ -140,7 +141,7 @@ def answer(question: str, path: str) -> dict[str, Any]:
     try:
         return QUESTIONS[question](path)
     except OSError as exc:
-        return {"error": exc.strerror}
+        return {"error": exc.strerror, "errno": exc.errno}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ NO_OTHERS = "for other in $(findmnt -rn -t fuse.fusecache -o TARGET); do umount 
 COMMAND = [sys.executable, "-m", "fusecache"]
 
 
+def others_but(mount: Path) -> str:
+    """As ``NO_OTHERS``, but for one mount."""
+    return NO_OTHERS.replace("TARGET)", f"TARGET | grep -vx {mount})")
+
+
 def refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> str:
     """Asserts one sentence on standard error with all ``words``, and the exit code."""
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)

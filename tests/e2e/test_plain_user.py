@@ -1,12 +1,13 @@
 """What a plain user can do, and what not."""
 
 import json
+import os
 
 import pytest
 
-from tests.e2e.helpers import processes_of
+from tests.e2e.helpers import processes_of, run
 from tests.e2e.users import USER, User
-from tests.support.daemon import BLOCK
+from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import check_stamps
 
 pytestmark = pytest.mark.mount
@@ -84,3 +85,28 @@ def test_without_a_runtime_directory_it_says_which_to_set(user: User) -> None:
     done = user.script("XDG_RUNTIME_DIR=/proc/none fc mount origin mnt --cache home/c --size 8M")
     assert done.returncode == 1
     assert "XDG_RUNTIME_DIR" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_is_of_another_user_is_said_to_be(user: User, mount: Mount) -> None:
+    """The private namespace of ``User`` has no other mounts but this one, which is root's."""
+    mount.start()
+    os.chmod(mount.base.parent, 0o755)
+    theirs = user.base / "theirs"
+    theirs.mkdir()
+    run("mount", "--bind", mount.mountpoint, theirs)
+    try:
+        done = user.script(
+            "fc status > home/status 2>&1 || echo failed: $? >> home/status",
+            "fc evict vm.img > home/evict 2>&1 || echo failed: $? >> home/evict",
+            f"fc umount {theirs} > home/umount 2>&1 || echo failed: $? >> home/umount",
+            keep=theirs,
+        )
+    finally:
+        run("umount", theirs)
+    assert done.returncode == 0, done.stderr
+    for verb in ("status", "evict", "umount"):
+        said, failed = (user.base / "home" / verb).read_text().splitlines()
+        assert failed == "failed: 1" and "root" in said, said
+        assert str(theirs) in said and "choose another" not in said, said
+        assert (verb == "umount") == ("mounts of other users" not in said), said
+    assert mount.status()["state"] == "serving"

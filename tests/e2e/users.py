@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fusecache
-from tests.e2e.helpers import NO_OTHERS
+from tests.e2e.helpers import NO_OTHERS, others_but
 from tests.support.daemon import BLOCK
 from tests.support.stamps import stamped
 
@@ -37,13 +37,17 @@ class User:
         shutil.chown(base / "origin" / "vm.img", USER, USER)
         os.chmod(base, 0o755)
 
-    def script(self, *commands: str) -> subprocess.CompletedProcess[str]:
-        """Shell commands in which ``fc`` is fusecache; ends at the first that fails."""
+    def script(self, *commands: str, keep: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """Shell commands in which ``fc`` is fusecache; ends at the first that fails.
+
+        Args:
+            keep: the one mount of a fusecache that is to be there, too.
+        """
         python = shlex.join([sys.executable, "-m", "fusecache"])
         theirs = "\n".join(["set -e", f'fc() {{ {python} "$@"; }}', *commands])
         ours = [
             "set -e",
-            NO_OTHERS,
+            NO_OTHERS if keep is None else others_but(keep),
             f"mount --bind {self.base}/fuse /dev/fuse",
             *_opened_up(self.base),
             f"exec setpriv --reuid={USER} --regid={USER} --clear-groups --inh-caps=-all "

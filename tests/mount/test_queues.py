@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fusecache.fuse import queues
-from fusecache.fuse.mounts import CONNECTIONS, mount_at
+from fusecache.fuse.mounts import CONNECTIONS
+from fusecache.store.mountinfo import mount_at
 from tests.support.daemon import BLOCK
 from tests.support.direct import opened, read_direct, write_direct
 from tests.support.injected import InjectedMount

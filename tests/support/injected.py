@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusecache.fuse.mounts import CONNECTIONS, mount_at
+from fusecache.fuse.mounts import CONNECTIONS
+from fusecache.store.mountinfo import mount_at
 from tests.support.daemon import Mount
 
 _VARIABLE = "FUSECACHE_FAULTS"

@@ -1,0 +1,82 @@
+"""How a mount stands: served, dead, or neither for certain. Only a dead one is ever cleared."""
+
+import enum
+import time
+from dataclasses import dataclass
+
+from fusecache.control import client
+from fusecache.fuse import mounts, processes
+from fusecache.fuse.mounts import Answer
+from fusecache.store.mountinfo import MountPoint
+
+_LOOKS = 5
+_PAUSE = 0.2
+"""Seconds between two looks at a daemon that is just mounting: it has ``/dev/fuse`` open before
+anybody can tell for which mount."""
+
+
+class State(enum.Enum):
+    """Of a mount that no daemon answered for at its control socket."""
+
+    WORKS = enum.auto()
+    HANGS = enum.auto()
+    """A living process has it and does not answer."""
+    DEAD = enum.auto()
+    UNKNOWN = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one mount stands."""
+
+    mounted: MountPoint
+    state: State
+    pid: int | None = None
+    """The process that has it, where it hangs."""
+
+    @property
+    def plight(self) -> str:
+        """What is wrong with it, where it hangs or nobody can tell; without a full stop."""
+        if self.pid is not None:
+            return (
+                f"{self.mounted.path} is served by process {self.pid}, which "
+                f"{client.does_not_answer(self.pid)}"
+            )
+        return (
+            f"{self.mounted.path} does not answer, and which process serves it cannot be told "
+            "from here (it may be of another user or in a container)"
+        )
+
+
+def judge(mounted: MountPoint) -> Standing:
+    """Asks the mount itself, and looks who has its connection open.
+
+    It is dead only if the kernel has ended the connection, or if a killed process has it that hangs
+    in the kernel, and no living process has it.
+    """
+    answer = mounts.ask(mounted.path)
+    if answer is Answer.WORKS:
+        return Standing(mounted, State.WORKS)
+    if answer is Answer.UNKNOWN:
+        return Standing(mounted, State.UNKNOWN)
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_PAUSE)
+        found = processes.holders(mounted.device, client.noted_mount)
+        if found.living:
+            return Standing(mounted, State.HANGS, found.living[0])
+        if not found.unsure and (found.killed or answer is Answer.DISCONNECTED):
+            return Standing(mounted, State.DEAD)
+    return Standing(mounted, State.UNKNOWN)
+
+
+def clear(dead: Standing) -> None:
+    """Detaches a dead mount. If its connection is wedged it is aborted first, so that whoever waits
+    for it is released.
+
+    Raises:
+        MountError: it cannot be detached.
+    """
+    assert dead.state is State.DEAD, dead
+    mounts.abort(dead.mounted)
+    mounts.unmount(dead.mounted.path, detach=True)

@@ -1,0 +1,121 @@
+"""Which processes have to do with a mount, as far as /proc shows them to this user.
+
+Links in /proc are read and never followed: what they point to may hang.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusecache.store import mountinfo
+
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Who has a FUSE connection open: while one has, the kernel does not end it."""
+
+    living: tuple[int, ...]
+    killed: tuple[int, ...]
+    """Killed, but held by the kernel in a call that cannot be interrupted."""
+    unsure: tuple[int, ...]
+    """Living fusecaches of which nobody can tell which connection they have."""
+
+
+def holders(device: str, noted: Callable[[int], Path | None]) -> Holders:
+    """Who has the connection of a mount.
+
+    Args:
+        device: the mount's, major:minor.
+        noted: the mount point that a daemon has noted. Older kernels (Debian's 6.1) do not say in
+            fdinfo which connection a descriptor belongs to; there the note has to.
+    """
+    found: dict[str, list[int]] = {"living": [], "killed": [], "unsure": []}
+    for pid in _processes():
+        connections = _connections(pid)
+        if connections is None:
+            continue
+        if not connections:
+            has = _noted_device(pid, noted)
+            # Other FUSE filesystems write no note, and are no daemon of a fusecache mount.
+            mine = has == device if has is not None else is_fusecache(pid)
+            kind = "living" if has is not None else "unsure"
+        else:
+            mine, kind = device.split(":")[1] in connections, "living"
+        if mine:
+            found["killed" if killed(pid) else kind].append(pid)
+    return Holders(*(tuple(found[kind]) for kind in ("living", "killed", "unsure")))
+
+
+def killed(pid: int) -> bool:
+    """Whether a process is dead, or killed and about to end."""
+    with contextlib.suppress(OSError):
+        fields = _fields(_PROC / str(pid) / "status")
+        pending = int(fields["ShdPnd"], 16) | int(fields["SigPnd"], 16)
+        return fields["State"][0] in "ZX" or bool(pending >> (signal.SIGKILL - 1) & 1)
+    return True
+
+
+def is_fusecache(pid: int | None) -> bool:
+    """Whether a process runs this program."""
+    try:
+        return b"fusecache" in (_PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _processes() -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for entry in sorted(_PROC.glob("[0-9]*"), key=lambda entry: int(entry.name)):
+            yield int(entry.name)
+
+
+def _connections(pid: int) -> set[str] | None:
+    """The numbers of the FUSE connections that a process has open; empty if it has one that the
+    kernel does not number, None if it has none."""
+    place = _PROC / str(pid)
+    numbers = _connections_in(place)
+    if numbers is None and killed(pid):
+        # Its first thread may have ended, while another one holds the files.
+        for thread in (place / "task").glob("*"):
+            numbers = _connections_in(thread) if numbers is None else numbers
+    return numbers
+
+
+def _connections_in(place: Path) -> set[str] | None:
+    numbers: set[str] | None = None
+    with contextlib.suppress(OSError):
+        for fd in (place / "fd").iterdir():
+            if _link(fd) == "/dev/fuse":
+                number = _fields(place / "fdinfo" / fd.name).get("fuse_connection")
+                numbers = (numbers or set()) | ({number} if number else set())
+    return numbers
+
+
+def _noted_device(pid: int, noted: Callable[[int], Path | None]) -> str | None:
+    """By the note of a daemon and its own view of what is mounted."""
+    point = noted(pid)
+    if point is None:
+        return None
+    try:
+        mounted = mountinfo.mount_at(point, pid)
+    except OSError:
+        return None
+    return None if mounted is None else mounted.device
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """``name: value`` in lines, as in /proc/PID/status."""
+    lines = path.read_text(errors="replace").splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
