@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 from fusecache.errors import MountError
+from fusecache.fuse import processes
 from fusecache.store import mountinfo, probe, syscalls
 from fusecache.store.mountinfo import MountPoint
 
@@ -98,10 +99,22 @@ def unmount(path: Path, *, detach: bool) -> None:
         except OSError as exc:
             if exc.errno == errno.EINVAL:
                 return  # not mounted any more
-            reason = "it is in use" if exc.errno == errno.EBUSY else str(exc.strerror)
-            raise MountError(f"{path} cannot be unmounted: {reason}.") from exc
+            if exc.errno == errno.EBUSY:
+                raise MountError(_busy(path)) from exc
+            raise MountError(f"{path} cannot be unmounted: {exc.strerror}.") from exc
         return
     command = ["fusermount3", "-u", *(["-z"] if detach else []), "--", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        if os.strerror(errno.EBUSY) in done.stderr:
+            raise MountError(_busy(path))
         raise MountError(f"{path} cannot be unmounted: {done.stderr.strip()}")
+
+
+def _busy(path: Path) -> str:
+    users = processes.users_of(path)
+    if not users:
+        return f"{path} cannot be unmounted: it is in use, by whom cannot be seen."
+    return (
+        f"{path} cannot be unmounted: it is in use by {', '.join(users)}. End that, or use --force."
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from fusecache.store import mountinfo
 
 _PROC = Path("/proc")
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,36 @@ def is_fusecache(pid: int | None) -> bool:
         return False
 
 
+def users_of(path: Path) -> list[str]:
+    """What keeps a mount from being unmounted: processes that stand in it or have something of it
+    open, and mounts below it; a few of them, for people."""
+    users = [
+        f"the mount at {entry.path}" for entry in mountinfo.entries() if path in entry.path.parents
+    ]
+    namespace = _link(_PROC / "self/ns/mnt")
+    for pid in _processes():
+        place = _PROC / str(pid)
+        # In another mount namespace the same path is another mount.
+        if _link(place / "ns/mnt") == namespace and (what := _use(place, path)) is not None:
+            users.append(f"pid {pid}{_command(place)} ({what})")
+    more = [f"{len(users) - _SHOWN} more"] if len(users) > _SHOWN else []
+    return users[:_SHOWN] + more
+
+
+def _use(place: Path, path: Path) -> str | None:
+    for name, what in (("cwd", "its directory"), ("root", "its root"), ("exe", "its program")):
+        if _below(place / name, path):
+            return what
+    with contextlib.suppress(OSError):
+        if any(_below(fd, path) for fd in (place / "fd").iterdir()):
+            return "an open file or directory"
+    return None
+
+
+def _below(link: Path, path: Path) -> bool:
+    return Path(_link(link)).is_relative_to(path)
+
+
 def _processes() -> Iterator[int]:
     with contextlib.suppress(OSError):
         for entry in sorted(_PROC.glob("[0-9]*"), key=lambda entry: int(entry.name)):
@@ -119,3 +150,9 @@ def _link(path: Path) -> str:
         return os.readlink(path)
     except OSError:
         return ""
+
+
+def _command(place: Path) -> str:
+    with contextlib.suppress(OSError):
+        return " " + (place / "comm").read_text(errors="replace").strip()
+    return ""

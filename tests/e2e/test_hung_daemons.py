@@ -17,7 +17,7 @@ from fusecache.cli.standing import State
 from fusecache.fuse import processes
 from fusecache.store import mountinfo
 from tests.e2e.conftest import MakeMount
-from tests.e2e.helpers import COMMAND, NO_OTHERS, environment, refused
+from tests.e2e.helpers import COMMAND, NO_OTHERS, environment, is_mounted, process, refused
 from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import check_stamps, stamped
 
@@ -209,6 +209,23 @@ def test_who_has_a_connection_is_told_without_the_kernels_help(
     assert standing.judge(mounted).state is State.WORKS
     mount.kill()
     assert standing.judge(mounted).state is State.DEAD
+
+
+def test_the_users_of_a_mount_are_named(mount: Mount) -> None:
+    (mount.origin / "sub").mkdir()
+    mount.start()
+    with process("sleep", "100", cwd=mount.mountpoint / "sub") as stands:
+        sentence = refused(mount.run("umount", mount.mountpoint), "in use")
+        assert f"pid {stands.pid} sleep (its directory)" in sentence and "--force" in sentence
+    with process("unshare", "-R", mount.mountpoint, "true"):
+        pass  # no such program there, and no harm
+    fd = os.open(mount.mountpoint / "sub", os.O_PATH)
+    try:
+        refused(mount.run("umount", mount.mountpoint), f"pid {os.getpid()}", "an open file")
+    finally:
+        os.close(fd)
+    assert is_mounted(mount.mountpoint)
+    mount.stop()
 
 
 def test_status_names_a_dead_mount_and_how_to_bring_it_back(mount: Mount) -> None:
