@@ -21,7 +21,8 @@ from fusecache.cli import completion, standing
 from fusecache.cli.standing import State
 from fusecache.control import client
 from fusecache.control.protocol import state_directory
-from fusecache.store import mountinfo, probe
+from fusecache.fuse import processes
+from fusecache.store import cache_device, mountinfo, probe
 
 _KERNEL = (6, 1)
 """The oldest that fusecache is tested on."""
@@ -287,6 +288,9 @@ def _cache(machine: Machine, path: Path) -> Iterator[Finding]:
             f"{there} may not be written to by user {machine.user}: "
             + ("ask for write permission to the device." if block else "choose another place."),
         )
+    claimed = block and machine.ask("claimed", path).get("claimed")
+    if claimed and not processes.is_fusecache(cache_device.holder_of(path)):
+        yield Finding(WRONG, cache_device.in_use(path))  # else a mount uses it, as it should be
     if not block and found["dev"] == _filesystem(machine, machine.origin):
         yield Finding(
             WRONG,

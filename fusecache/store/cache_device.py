@@ -22,6 +22,7 @@ from fusecache.errors import (
     NotACacheError,
     SuperblockError,
 )
+from fusecache.store import mountinfo
 from fusecache.store.superblock import (
     DATA_OFFSET,
     WITNESS_OFFSET,
@@ -168,9 +169,7 @@ def open_locked(path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if stat.S_ISBLK(mode) else 0))
     except OSError as exc:
         if exc.errno == errno.EBUSY:
-            raise CacheInUseError(
-                f"{path} is in use: mounted, part of an array, or open elsewhere{_holder(path)}."
-            ) from exc
+            raise CacheInUseError(in_use(path)) from exc
         if isinstance(exc, PermissionError):
             raise CacheDeviceError(
                 f"The cache {path} may not be opened by user {os.geteuid()}: ask for permission to "
@@ -183,6 +182,25 @@ def open_locked(path: Path) -> int:
         os.close(fd)
         raise CacheInUseError(f"{path} is in use by another fusecache{_holder(path)}.") from exc
     return fd
+
+
+def in_use(path: Path) -> str:
+    """A sentence about a block device that somebody has for itself: by whom, and what to do."""
+    if holder_of(path) is not None:
+        return f"{path} is in use: mounted, part of an array, or open elsewhere{_holder(path)}."
+    with contextlib.suppress(OSError):
+        number = path.stat().st_rdev
+        device = f"{os.major(number)}:{os.minor(number)}"
+        for entry in mountinfo.entries():
+            if entry.device == device:
+                return (
+                    f"{path} is in use: mounted at {entry.path}. Choose another device, or if "
+                    f"nothing on it is needed: umount {entry.path}"
+                )
+    return (
+        f"{path} is in use: mounted, part of an array, or open elsewhere. Choose another device, "
+        f"or free it: lsblk {path} and fuser -v {path} say what uses it."
+    )
 
 
 def _holder(path: Path) -> str:

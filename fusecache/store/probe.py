@@ -6,6 +6,7 @@ longer than ``seconds``. This file is that process's program, too: it imports no
 """
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -127,12 +128,22 @@ def _images(path: str) -> dict[str, Any]:
     return {"image": image, "unreadable": None}
 
 
+def _claimed(path: str) -> dict[str, Any]:
+    """Whether somebody has a block device for itself: a mount, an array, an exclusive open."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as exc:
+        return {"claimed": exc.errno == errno.EBUSY}
+    return {"claimed": False}
+
+
 QUESTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
     "alive": _alive,
     "resolve": _resolve,
     "space": _space,
     "file": _file,
     "images": _images,
+    "claimed": _claimed,
 }
 
 

@@ -129,6 +129,17 @@ def bind(source: Path, target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def mounted(device: Path, path: Path) -> Iterator[Path]:
+    """A device with a filesystem, mounted at ``path``."""
+    path.mkdir(parents=True, exist_ok=True)
+    run("mount", device, path)
+    try:
+        yield path
+    finally:
+        wait_for(lambda: umount(path) in (0, 22), f"{path} is not in use any more")
+
+
+@contextlib.contextmanager
 def ext4(image: Path, path: Path, size: int) -> Iterator[Path]:
     """An ext4 in a file on a loop device, mounted at ``path``."""
     image.touch()

@@ -15,7 +15,16 @@ import pytest
 from fusecache.cli import doctor
 from fusecache.cli.doctor import UNWISE, WRONG, Finding, Machine
 from fusecache.store import probe
-from tests.e2e.helpers import COMMAND, NO_OTHERS, environment, processes_of, wait_for
+from tests.e2e.helpers import (
+    COMMAND,
+    NO_OTHERS,
+    environment,
+    mounted,
+    processes_of,
+    refused,
+    run,
+    wait_for,
+)
 from tests.support.daemon import Mount
 from tests.support.injected import InjectedMount
 
@@ -162,6 +171,41 @@ def test_a_device_that_may_not_be_written_to_is_named(machine: Machine) -> None:
     machine.cache, machine.user = Path("/dev/sdb"), 1000
     machine.ask = lambda _, path: {"kind": "block", "dev": 5, "rdev": 2064, "may_write": False}
     judged(doctor.cache, machine, (WRONG, "/dev/sdb may not be written to by user 1000"))
+
+
+@pytest.mark.mount
+def test_a_device_that_is_mounted_or_open_elsewhere_is_named_and_ones_own_mount_is_not(
+    mount: Mount,
+) -> None:
+    backing = mount.base / "backing"
+    backing.touch()
+    os.truncate(backing, 32 << 20)
+    run("mkfs.ext4", "-q", backing)
+    device = Path(run("losetup", "--find", "--show", backing).strip())
+    try:
+        with mounted(device, mount.base / "other"):
+            said = mount.run("doctor", "--cache", device)
+            words = f"wrong: {device} is in use: mounted at {mount.base}/other. Choose another"
+            assert said.returncode == 1 and words in said.stdout, said.stdout
+            sentence = refused(
+                mount.run("mount", mount.origin, mount.mountpoint, "--cache", device), "in use"
+            )
+            assert f"umount {mount.base}/other" in sentence
+        fd = os.open(device, os.O_RDWR | os.O_EXCL)
+        try:
+            said = mount.run("doctor", "--cache", device)
+            assert "open elsewhere. Choose another device" in said.stdout
+            assert f"lsblk {device}" in said.stdout
+        finally:
+            os.close(fd)
+        mount.run("format", device, "--force")
+        done = mount.run("mount", mount.origin, mount.mountpoint, "--cache", device)
+        assert done.returncode == 0, done.stderr
+        assert "in use" not in mount.run("doctor", "--cache", device).stdout
+        mount.stop()
+    finally:
+        mount.cleanup()
+        run("losetup", "--detach", device)
 
 
 def test_a_full_filesystem_under_the_database(machine: Machine, tmp_path: Path) -> None:
