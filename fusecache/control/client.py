@@ -231,10 +231,10 @@ def refuse(silent: list[Silent], *, name: str | None = None, path: str | None = 
         return
     here = [daemon for daemon in silent if path and Path(path).is_relative_to(daemon.mountpoint)]
     daemon = (here or silent)[0]
-    sentence = f"{daemon.plight}. Nothing was done; try again."
+    other = ""
     if name is not None and not here:
-        sentence += f" If '{name}' is an image of another mount, say which with -m."
-    raise ControlError(sentence)
+        other = f", or if '{name}' is an image of another mount, say which with -m"
+    raise ControlError(f"{daemon.plight}. Nothing was done; try again{other}.")
 
 
 def none_running() -> str:
