@@ -11,8 +11,8 @@ from fusecache.store.mountinfo import MountPoint
 
 _LOOKS = 5
 _PAUSE = 0.2
-"""Seconds between two looks at a daemon that is just mounting: it has ``/dev/fuse`` open before
-anybody can tell for which mount."""
+"""Seconds between two looks. One that is just mounting has ``/dev/fuse`` open before anybody can
+tell for which mount; one that was killed may be about to end, and no sign of that is left."""
 
 
 class State(enum.Enum):
@@ -59,14 +59,22 @@ def judge(mounted: MountPoint) -> Standing:
         return Standing(mounted, State.WORKS)
     if answer is Answer.UNKNOWN:
         return Standing(mounted, State.UNKNOWN)
+    living: tuple[int, ...] = ()
     for look in range(_LOOKS):
         if look:
             time.sleep(_PAUSE)
         found = processes.holders(mounted.device, client.noted_mount)
-        if found.living:
-            return Standing(mounted, State.HANGS, found.living[0])
-        if not found.unsure and (found.killed or answer is Answer.DISCONNECTED):
+        living = found.living
+        if living or found.unsure:
+            continue
+        if answer is Answer.SILENT and not found.killed:  # who had it has ended since
+            answer = mounts.ask(mounted.path)
+        if answer is Answer.WORKS:
+            return Standing(mounted, State.WORKS)
+        if found.killed or answer is Answer.DISCONNECTED:
             return Standing(mounted, State.DEAD)
+    if living:
+        return Standing(mounted, State.HANGS, living[0])
     return Standing(mounted, State.UNKNOWN)
 
 

@@ -89,7 +89,9 @@ def test_what_was_replaced_on_the_origin_by_others_is_not_said_to_be_there(mount
     for verb in ("evict", "flush"):
         done = mount.run(verb, "vm1.img")
         assert done.returncode == 1 and "another file put in its place" in done.stderr, done
-    assert (mount.mountpoint / "vm1.img").read_bytes() == stamped(2, 0, BLOCK, 7)
+    path = mount.mountpoint / "vm1.img"
+    wait_for(lambda: path.stat().st_size == BLOCK, "the kernel to look the name up once more")
+    assert path.read_bytes() == stamped(2, 0, BLOCK, 7)
     done = mount.run("evict", "vm1.img", "--discard-dirty")
     assert done.returncode == 0, done.stderr
     assert mount.status()["cache"]["dirty_bytes"] == 0

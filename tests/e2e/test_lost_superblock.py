@@ -184,7 +184,7 @@ def test_hints_name_a_database_that_lies_elsewhere(mount: Mount) -> None:
     away = (mount.origin / "vm1.img").rename(mount.base / "vm1.img")
     said = refused(mount.run(*flush), "was not flushed", "256.0 KiB")
     assert _hint(said, "evict") == [
-        "evict", "vm1.img", *flush[1:], "--discard-dirty"
+        "evict", str(mount.origin / "vm1.img"), *flush[1:], "--discard-dirty"
     ]  # fmt: skip
     away.rename(mount.origin / "vm1.img")
     with open(place, "r+b") as database:
