@@ -24,7 +24,7 @@ from fusecache.errors import (
     SuperblockError,
     UsageError,
 )
-from fusecache.store import cache_device
+from fusecache.store import cache_device, processes
 from fusecache.store.block_map import BlockMap
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.candidates import Candidate, candidates
@@ -183,7 +183,7 @@ def open_locked(path: Path) -> int:
                 # One that flushes takes its time; one without a socket has just a moment left.
                 if daemon is not None:
                     waiting.tell(daemon)
-                elif not _is_fusecache(pid) or time.monotonic() > deadline:
+                elif not processes.is_fusecache(pid) or time.monotonic() > deadline:
                     raise
                 time.sleep(_POLL)
 
@@ -218,14 +218,6 @@ class _Waiting(Progress):
         elif not self._said:
             click.echo(text, err=True)
         self._said = True
-
-
-def _is_fusecache(pid: int | None) -> bool:
-    """Whether a process runs this program, as far as /proc tells."""
-    try:
-        return b"fusecache" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def _compare(

@@ -21,8 +21,7 @@ from fusecache.cli import completion, standing
 from fusecache.cli.standing import State
 from fusecache.control import client
 from fusecache.control.protocol import state_directory
-from fusecache.fuse import processes
-from fusecache.store import cache_device, mountinfo, probe
+from fusecache.store import cache_device, mountinfo, probe, processes
 
 _KERNEL = (6, 1)
 """The oldest that fusecache is tested on."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from fusecache.cli import completion
 from fusecache.cli.cache import default_database, one_of, open_locked, possible_databases
@@ -19,7 +18,7 @@ from fusecache.cli.paths import absolute
 from fusecache.cli.progress import Progress, interruptible
 from fusecache.config import format_size
 from fusecache.control.protocol import readable
-from fusecache.core.rows import Rows
+from fusecache.core.rows import Rows, pages_in
 from fusecache.engine.recovery import boot_id
 from fusecache.errors import CacheDeviceError, DatabaseError, NotACacheError, SuperblockError
 from fusecache.store import repair as mending
@@ -104,7 +103,7 @@ def check(context: click.Context, cache: Path, database: Path | None) -> None:
             example = f" ({finding.example})" if finding.example else ""
             click.echo(f"{finding.count} x {finding.what}{example}")
         rows = found.rows()
-        dirty = _pages(rows.dirty & rows.valid) * _page_size(found)
+        dirty = pages_in(rows.dirty & rows.valid) * _page_size(found)
         if dirty:
             click.echo(f"dirty, and only here: {format_size(dirty)}")
         if not found.findings:
@@ -122,10 +121,6 @@ def _named(found: Inspection) -> str:
     """The cache for a command line."""
     known = found.database != Path(os.devnull)
     return named(found.path, found.database if known else None)
-
-
-def _pages(masks: "np.ndarray[Any, np.dtype[np.uint16]]") -> int:
-    return int(np.unpackbits(masks.astype("<u2").view(np.uint8)).sum())
 
 
 def _page_size(found: Inspection) -> int:
@@ -196,9 +191,9 @@ def _images(found: Inspection, rows: Rows) -> Iterator[dict[str, Any]]:
             line |= {"size": row.size, "write_mode": row.write_mode or None}
         yield line | {
             "blocks": int(mine.slot.size),
-            "cached_bytes": _pages(mine.valid) * page,
-            "dirty_bytes": _pages(mine.dirty & mine.valid) * page,
-            "lost_bytes": _pages(mine.dirty & ~mine.valid) * page,
+            "cached_bytes": pages_in(mine.valid) * page,
+            "dirty_bytes": pages_in(mine.dirty & mine.valid) * page,
+            "lost_bytes": pages_in(mine.dirty & ~mine.valid) * page,
         }
 
 
@@ -266,7 +261,7 @@ def _tell(found: Inspection, made: Plan) -> None:
     for what in made.unnamed:
         click.echo(f"cannot be saved: {what}")
     if made.rows is not None and found.geometry is not None:
-        dirty = _pages(made.rows.dirty) * _page_size(found)
+        dirty = pages_in(made.rows.dirty) * _page_size(found)
         if dirty:
             click.echo(f"kept, and dirty: {format_size(dirty)}")
     for step in made.steps:

@@ -8,8 +8,7 @@ from fusecache.errors import MountError
 from fusecache.fuse import mounts
 from fusecache.fuse.mounts import Answer
 from fusecache.store import mountinfo
-
-_MOST_LINKS = 40
+from fusecache.store.links import MOST_LINKS
 
 
 def absolute(path: Path) -> Path:
@@ -35,7 +34,7 @@ def absolute(path: Path) -> Path:
 def mount_path(path: Path) -> Path:
     """As ``absolute``, for a mount point: nothing mounted there is touched, it may be wedged."""
     plain = os.path.abspath(path)
-    for _ in range(_MOST_LINKS):
+    for _ in range(MOST_LINKS):
         parent, name = os.path.split(plain)
         resolved = absolute(Path(parent)) / name
         if mountinfo.mount_at(resolved) is not None or not resolved.is_symlink():

@@ -5,8 +5,9 @@ import time
 from dataclasses import dataclass
 
 from fusecache.control import client
-from fusecache.fuse import mounts, processes
+from fusecache.fuse import mounts
 from fusecache.fuse.mounts import Answer
+from fusecache.store import processes
 from fusecache.store.mountinfo import MountPoint
 
 _LOOKS = 5

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from fusecache.control import image_names, protocol
 from fusecache.errors import ControlError
-from fusecache.store import mountinfo
+from fusecache.store import mountinfo, processes
 
 _CONNECT_TIMEOUT = 3.0
 _PATIENCE = 10.0
@@ -166,15 +165,11 @@ def _note(directory: Path, pid: int) -> Path | None:
 def _alive(path: Path) -> bool:
     """Whether the process of a socket lives; one that was killed but is held by the kernel, in
     a call that cannot be interrupted, does not."""
-    try:
-        status = Path(f"/proc/{int(path.stem)}/status").read_text()
-    except ValueError:
+    if not path.stem.isdecimal():
         return False
-    except OSError:
+    if not Path(f"/proc/{path.stem}").exists():
         return _listens(path)  # it is gone, or we are in another PID namespace
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    killed = int(fields["ShdPnd"], 16) >> (signal.SIGKILL - 1) & 1
-    return fields["State"][0] not in "ZX" and not killed
+    return not processes.killed(int(path.stem))
 
 
 def _listens(path: Path) -> bool:

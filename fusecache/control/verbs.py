@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ _MOST_SHOWN = 500
 """Images in the metrics, which are made again and again."""
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-Work = Callable[[Image, int | None], Awaitable[int]]
+Work = Callable[[Image], Awaitable[int]]
+PinnedWork = Callable[[Image, int | None], Awaitable[int]]
 
 
 @dataclass(slots=True)
@@ -178,14 +180,16 @@ class Verbs:
             return await self._cache.evict(image, path_fd, discard_dirty=discard)
 
         wanted = await self._wanted(request)
-        return await self._each("evict", wanted, send, evict, synced=not discard)
+        return await self._each("evict", wanted, send, partial(self._pinned, evict, not discard))
 
     async def _flush(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         async def flush(image: Image, path_fd: int | None) -> int:
             await self._cache.flush(image, path_fd)
             return 0
 
-        return await self._each("flush", await self._wanted(request), send, flush)
+        return await self._each(
+            "flush", await self._wanted(request), send, partial(self._pinned, flush, True)
+        )
 
     async def _set(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         wanted = str(request.get("write_mode"))
@@ -198,7 +202,7 @@ class Verbs:
                 await self._cache.flush(image, path_fd)  # it left write-back, but failed then
             return 0
 
-        return await self._each("set", images, send, choose)
+        return await self._each("set", images, send, partial(self._pinned, choose, True))
 
     async def _umount(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
         async def note(progress: dict[str, Any]) -> None:
@@ -228,9 +232,7 @@ class Verbs:
             return list(self._cache.images.all())
         wanted: list[Image | None] = []
         for path in map(str, names):
-            image, meant = await self._resolve(path)
-            if image is None and meant.identity is None:
-                raise self._unknown(path)
+            image, meant = await self._here(path)
             wanted += [image, *self._dirty_before(image, meant.path)]
         return wanted
 
@@ -245,22 +247,10 @@ class Verbs:
         ]
 
     async def _each(
-        self,
-        verb: str,
-        images: Iterable[Image | None],
-        send: Send,
-        work: Work,
-        *,
-        synced: bool = True,
+        self, verb: str, images: Iterable[Image | None], send: Send, work: Work
     ) -> dict[str, Any]:
         """Does ``work`` for every image, side by side: one that fails or stalls holds up no
-        other. Counts blocks, and tells which images failed.
-
-        An image that nobody has open may still have to be synced: ``work`` gets a descriptor.
-
-        Args:
-            synced: it must be, if the file is there.
-        """
+        other. Counts blocks, and tells which images failed."""
         todo = list(images)
         began = trio.current_time()
         left = {image.id: image for image in todo if image is not None}
@@ -270,7 +260,7 @@ class Verbs:
         async def one(image: Image) -> None:
             nonlocal blocks
             try:
-                done = await self._with_descriptor(image, work, synced=synced)
+                done = await work(image)
                 blocks += done
             except Exception as exc:
                 failed.append(self._failure(image, exc))
@@ -304,7 +294,12 @@ class Verbs:
         failed.sort(key=lambda entry: str(entry["image"]))
         return {"images": len(todo) - len(failed), "blocks": blocks, "failed": failed}
 
-    async def _with_descriptor(self, image: Image, work: Work, *, synced: bool) -> int:
+    async def _pinned(self, work: PinnedWork, synced: bool, image: Image) -> int:
+        """Gives ``work`` a descriptor of an image that nobody has open.
+
+        Args:
+            synced: the image must be, if the file is there.
+        """
         path_fd: int | None = None
         if not image.origin_open:
             try:
@@ -338,34 +333,30 @@ class Verbs:
     # -- names -------------------------------------------------------------------------------------
 
     async def _known(self, path: str) -> Image:
-        image = await self._known_or_none(path)
+        image, _ = await self._here(path)
         if image is None:
             raise ControlError(
                 f"Nothing of '{protocol.readable(path)[0]}' is cached: it was not opened yet."
             )
         return image
 
-    async def _known_or_none(self, path: str) -> Image | None:
-        """The image at a path relative to the origin; None if the file is there but unknown."""
+    async def _here(self, path: str) -> tuple[Image | None, Meant]:
+        """As ``_resolve``: the image is None if the file is there but unknown."""
         image, meant = await self._resolve(path)
         if image is None and meant.identity is None:
-            raise self._unknown(path)
-        return image
-
-    def _unknown(self, path: str) -> ControlError:
-        shown, _ = protocol.readable(path)
-        return ControlError(
-            f"There is no image '{shown}' below {self._mounted.origin}, and none of that name "
-            "is cached. See: fusecache status"
-        )
+            shown, _ = protocol.readable(path)
+            raise ControlError(
+                f"There is no image '{shown}' below {self._mounted.origin}, and none of that name "
+                "is cached. See: fusecache status"
+            )
+        return image, meant
 
     async def _made_known(self, path: str) -> Image:
         """The image at a path, also one that nobody has opened yet."""
-        image, meant = await self._resolve(path)
+        image, meant = await self._here(path)
         if meant.identity is not None:
             return self._cache.images.known(meant.identity, meant.path)
-        if image is None:
-            raise self._unknown(path)
+        assert image is not None
         return image
 
     async def _pin(self, image: Image) -> int | None:

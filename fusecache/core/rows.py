@@ -14,6 +14,11 @@ U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 
 
+def pages_in(masks: U16) -> int:
+    """How many pages the masks have, together."""
+    return int(np.unpackbits(masks.astype("<u2").view(np.uint8)).sum())
+
+
 class Rows(NamedTuple):
     """Block map rows as equally long columns. ``slot`` is NO_SLOT where the block is gone."""
 

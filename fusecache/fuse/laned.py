@@ -1,7 +1,8 @@
 """A session in front of which the lane answers hits.
 
-kernel - /dev/fuse - lane -+- a hit, an fsync of nothing but data: answered there
-                           +- other data and fsyncs, fallocate, lseek: ``Requests``
+kernel - /dev/fuse - lane -+- a hit, an fsync of nothing but data, a missing name: answered there
+                           +- other data, fsyncs and names, attributes, fallocate, lseek:
+                           |  ``Requests``
                            +- all else: a socket pair, of which pyfuse3 has the other end
 """
 

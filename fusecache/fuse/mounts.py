@@ -12,8 +12,7 @@ import subprocess
 from pathlib import Path
 
 from fusecache.errors import MountError
-from fusecache.fuse import processes
-from fusecache.store import mountinfo, probe, syscalls
+from fusecache.store import mountinfo, probe, processes, syscalls
 from fusecache.store.mountinfo import MountPoint
 
 CONNECTIONS = Path("/sys/fs/fuse/connections")

@@ -189,14 +189,11 @@ def in_use(path: Path) -> str:
     if holder_of(path) is not None:
         return f"{path} is in use: mounted, part of an array, or open elsewhere{_holder(path)}."
     with contextlib.suppress(OSError):
-        number = path.stat().st_rdev
-        device = f"{os.major(number)}:{os.minor(number)}"
-        for entry in mountinfo.entries():
-            if entry.device == device:
-                return (
-                    f"{path} is in use: mounted at {entry.path}. Choose another device, or if "
-                    f"nothing on it is needed: umount {entry.path}"
-                )
+        for entry in mountinfo.of_device(path.stat().st_rdev):
+            return (
+                f"{path} is in use: mounted at {entry.path}. Choose another device, or if nothing "
+                f"on it is needed: umount {entry.path}"
+            )
     return (
         f"{path} is in use: mounted, part of an array, or open elsewhere. Choose another device, "
         f"or free it: lsblk {path} and fuser -v {path} say what uses it."

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fusecache.core.rows import pages_in
 from fusecache.store.dirty_data import DirtyData
 from fusecache.store.inspection import Inspection, inspect
 from fusecache.store.superblock import DATA_OFFSET
@@ -90,10 +91,9 @@ def _dirty(seen: Inspection) -> DirtyData:
     rows, names = seen.rows(), seen.image_names()
     images: dict[bytes, int] = {}
     for number in np.unique(rows.image[rows.dirty != 0]).tolist():
-        masks = rows.dirty[rows.image == number]
-        pages = int(np.unpackbits(masks.astype("<u2").view(np.uint8)).sum())
         name = names.get(number, b"?")
-        images[name] = images.get(name, 0) + pages * seen.geometry.page_size
+        dirty = pages_in(rows.dirty[rows.image == number]) * seen.geometry.page_size
+        images[name] = images.get(name, 0) + dirty
     meta = seen.read.meta
     return DirtyData(meta.uuid, meta.origin, images)
 

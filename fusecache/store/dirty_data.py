@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fusecache.core.geometry import Geometry
-from fusecache.core.rows import Rows
+from fusecache.core.rows import Rows, pages_in
 from fusecache.errors import DatabaseError
 from fusecache.store import packing
 from fusecache.store.packing import PackedRegion
@@ -75,4 +75,4 @@ def _dirty_pages(connection: sqlite3.Connection, image: int) -> int:
         rows = packing.unpack_batches([blob])
         parts.append(rows.where(rows.image == image))
     latest = packing.last_of_each(Rows(*map(np.concatenate, zip(*parts, strict=True))))
-    return int(np.unpackbits(latest.dirty.astype("<u2").view(np.uint8)).sum())
+    return pages_in(latest.dirty)

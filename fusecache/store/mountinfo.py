@@ -68,6 +68,12 @@ def mount_at(path: Path, process: int | str = "self") -> MountPoint | None:
     return found
 
 
+def of_device(number: int) -> list[MountPoint]:
+    """Every mount of a filesystem, by its device number."""
+    wanted = f"{os.major(number)}:{os.minor(number)}"
+    return [entry for entry in entries() if entry.device == wanted]
+
+
 def around(path: Path) -> MountPoint:
     """The mount that an absolute path without links lies on."""
     found = MountPoint(Path("/"), "", "", Path("/"), None)

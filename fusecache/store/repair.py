@@ -17,7 +17,7 @@ import numpy as np
 
 from fusecache.config import DEFAULT_BLOCK_SIZE, MIN_BLOCK_SIZE, format_size, size_argument
 from fusecache.core.geometry import REGION_BLOCKS, Geometry
-from fusecache.core.rows import U64, Rows
+from fusecache.core.rows import U64, Rows, pages_in
 from fusecache.errors import CacheDeviceError, DatabaseError, NotACacheError
 from fusecache.store import cache_device
 from fusecache.store.block_map import BlockMap
@@ -125,7 +125,7 @@ def refuse_foreign(found: Inspection) -> None:
     """Raises NotACacheError if nothing there was ever a cache."""
     # Anything that once said that this is a cache; a mistyped name must not cost a filesystem.
     known = found.has_magic or (found.witness is not None and not found.witness.blank)
-    if known or found.superblock is not None or found.kinds.isdisjoint({"superblock"}):
+    if known or found.superblock is not None or "superblock" not in found.kinds:
         return
     if found.read is None or found.read.meta is None:
         force = "" if found.empty else " --force"
@@ -144,15 +144,15 @@ def _refuse_too_short(found: Inspection) -> None:
         return
     rows, gone = found.rows(), ""
     if geometry is not None and rows.dirty.any():
-        pages = int(np.unpackbits(rows.dirty.astype("<u2").view(np.uint8)).sum())
-        gone = f" with {format_size(pages * geometry.page_size)} that the origin does not have"
+        size = pages_in(rows.dirty) * geometry.page_size
+        gone = f" with {format_size(size)} that the origin does not have"
     database = found.database if found.database.is_file() else None
-    size = size_argument(found.needed or _least(DEFAULT_BLOCK_SIZE))
+    wanted = size_argument(found.needed or _least(DEFAULT_BLOCK_SIZE))
     raise CacheDeviceError(
         f"{found.path} was cut short: {format_size(found.device_size)} are left of it, too little "
         f"for any cache, and the rest is gone{gone}. If there is a copy of the whole, put it back; "
         f"else begin anew: fusecache format {named(found.path, database)} --force "
-        f"--discard-dirty --size {size}"
+        f"--discard-dirty --size {wanted}"
     )
 
 

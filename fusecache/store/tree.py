@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusecache.errors import LinkOutsideError, OriginError
-from fusecache.store import origin, syscalls
+from fusecache.store import mountinfo, origin, syscalls
 from fusecache.store.links import MOST_LINKS, followed
 
 _NETWORK_FILESYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "glusterfs", "afs", "lustre"}
@@ -145,11 +145,8 @@ class Tree:
 
     def _mounted_inside(self, device: int) -> bool:
         """Whether a filesystem with this device number is mounted below the origin now."""
-        root = os.readlink(f"/proc/self/fd/{self._root_fd}".encode())
-        return any(
-            name == root or name.startswith(root.rstrip(b"/") + b"/")
-            for name, _ in _mounts_of(device)
-        )
+        root = os.readlink(f"/proc/self/fd/{self._root_fd}")
+        return any(entry.path.is_relative_to(root) for entry in mountinfo.of_device(device))
 
     def resolve(self, path: bytes) -> Found:
         """The inode at a path relative to the origin, no symbolic link followed on the way."""
@@ -385,18 +382,6 @@ def _parts(path: bytes) -> list[bytes]:
     return [part for part in path.split(b"/") if part not in (b"", b".")]
 
 
-def _mounts_of(device: int) -> list[tuple[bytes, str]]:
-    """(mount point, type) of every mount of a device number, from mountinfo."""
-    wanted = f"{os.major(device)}:{os.minor(device)}".encode()
-    found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.split(b" ")
-        if fields[2] == wanted:
-            name = fields[4].decode("unicode_escape").encode("latin-1")
-            found.append((name, fields[fields.index(b"-") + 1].decode()))
-    return found
-
-
 def _filesystem_type(device: int) -> str:
     """The type of a mounted filesystem; empty if it is not in mountinfo."""
-    return next((kind for _, kind in _mounts_of(device)), "")
+    return next((entry.fstype for entry in mountinfo.of_device(device)), "")

@@ -14,8 +14,7 @@ import pytest
 
 from fusecache.cli import standing
 from fusecache.cli.standing import State
-from fusecache.fuse import processes
-from fusecache.store import mountinfo
+from fusecache.store import mountinfo, processes, syscalls
 from tests.e2e.conftest import MakeMount
 from tests.e2e.helpers import COMMAND, NO_OTHERS, environment, is_mounted, process, refused
 from tests.support.daemon import BLOCK, Mount
@@ -209,6 +208,23 @@ def test_who_has_a_connection_is_told_without_the_kernels_help(
     assert standing.judge(mounted).state is State.WORKS
     mount.kill()
     assert standing.judge(mounted).state is State.DEAD
+
+
+def test_a_daemon_without_its_mount_is_not_that_of_the_next(
+    make_mount: MakeMount,
+) -> None:
+    """The kernel gives the next mount the number of the connection that the first has open."""
+    first = make_mount("first").start()
+    before = mountinfo.mount_at(first.mountpoint)
+    with stopped(first):
+        syscalls.umount(os.fsencode(first.mountpoint), detach=True)
+        second = make_mount("second").start()
+        after = mountinfo.mount_at(second.mountpoint)
+        assert before is not None and after is not None
+        second.kill()
+        found = standing.judge(after)
+        assert (found.state, found.pid) == (State.DEAD, None), before.device == after.device
+        second.start()
 
 
 def test_the_users_of_a_mount_are_named(mount: Mount) -> None:

@@ -1,7 +1,7 @@
 """A cache that breaks: what was under way, what is rescued, and what the next start believes."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,11 @@ class Kernel:
         self._world = world
         self._owed = False
         self._sync = DeviceDouble.sync
-        monkeypatch.setattr(DeviceDouble, "sync", lambda device: self._tell(device))
+
+        def sync(device: DeviceDouble) -> None:
+            self._tell(device)
+
+        monkeypatch.setattr(DeviceDouble, "sync", sync)
         monkeypatch.setattr(DeviceDouble, "set_fence", lambda *args: self._set_fence(*args))
 
     def loses(self) -> None:
@@ -101,10 +105,11 @@ async def broken(cache: BlockCache, image: Image, world: World) -> None:
 # -- a writeback that is under way when the cache breaks -------------------------------------------
 
 
-async def test_it_does_not_undo_a_write_past_the_broken_cache(
-    back: World, autojump_clock: MockClock
-) -> None:
-    async with back.open() as cache:
+@asynccontextmanager
+async def broken_meanwhile(world: World) -> AsyncIterator[tuple[BlockCache, Image]]:
+    """The cache breaks while a writeback of the first page, version 2, is on its way; that ends 4
+    seconds later, within this context or at its end."""
+    async with world.open() as cache:
         image = await opened(cache)
         await write(cache, image, 0, PAGE, 2)
         await cache.fsync(image, metadata=False)
@@ -112,35 +117,33 @@ async def test_it_does_not_undo_a_write_past_the_broken_cache(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flush, cache, image)
             await trio.sleep(1)
-            await broken(cache, image, back)
-            await write(cache, image, 0, PAGE, 3)
-            assert set(on_origin(back, 0, PAGE)) == {3}
+            await broken(cache, image, world)
+            yield cache, image
+        await cache.close(image, write=True)
+        world.kill()
+
+
+async def test_it_does_not_undo_a_write_past_the_broken_cache(
+    back: World, autojump_clock: MockClock
+) -> None:
+    async with broken_meanwhile(back) as (cache, image):
+        await write(cache, image, 0, PAGE, 3)
+        assert set(on_origin(back, 0, PAGE)) == {3}
+        await trio.sleep(5)
         assert set(await versions(cache, image, 0, PAGE)) == {3}
         await trio.sleep(100)
         await cache.fsync(image, metadata=False)
         assert cache.state.emptied
         assert set(await versions(cache, image, 0, PAGE)) == {3}
         assert set(on_origin(back, 0, PAGE)) == {3}
-        await cache.close(image, write=True)
-        back.kill()
 
 
 async def test_a_read_is_not_older_than_it(back: World, autojump_clock: MockClock) -> None:
     """The origin's answer was on its way for longer than the writeback."""
-    async with back.open() as cache:
-        image = await opened(cache)
-        await write(cache, image, 0, PAGE, 2)
-        await cache.fsync(image, metadata=False)
-        slow_writeback(cache, 5.0)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(flush, cache, image)
-            await trio.sleep(1)
-            await broken(cache, image, back)
-            back.after = {"read": 10.0}
-            assert set(await versions(cache, image, 0, PAGE)) == {2}
-            back.after = {}
-        await cache.close(image, write=True)
-        back.kill()
+    async with broken_meanwhile(back) as (cache, image):
+        back.after = {"read": 10.0}
+        assert set(await versions(cache, image, 0, PAGE)) == {2}
+        back.after = {}
 
 
 # -- what is rescued -------------------------------------------------------------------------------
@@ -280,3 +283,31 @@ async def test_a_rescue_that_is_tried_again_does_not_bring_older_data(
             await cache.read(image, 0, PAGE)
         await cache.close(image, write=True)
         back.kill()
+
+
+async def test_a_sync_that_was_under_way_when_the_database_broke_is_told_of_all_losses(
+    back: World, autojump_clock: MockClock, kernel: Kernel
+) -> None:
+    """The kernel tells one sync: were there another one beside it, that would be a good one."""
+    async with back.open() as cache:
+        image = await opened(cache)
+        await cache.read(image, 0, 8 * BLOCK)
+        await cache.committer.barrier()
+        await write(cache, image, 0, PAGE, 2)
+        back.before = {"sync": 2.0}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fsync, cache, image)
+            await trio.sleep(1)  # it is about the first page
+            await write(cache, image, BLOCK, PAGE, 2)
+            kernel.loses()
+            await broken(cache, image, back)
+        back.before = {}
+        await trio.sleep(10)
+        assert cache.core.lost_ranges(image.id) == [(0, PAGE), (BLOCK, PAGE)]
+        await cache.close(image, write=True)
+        back.kill()
+
+
+async def fsync(cache: BlockCache, image: Image) -> None:
+    with suppress(FusecacheError):
+        await cache.fsync(image, metadata=False)

@@ -37,19 +37,27 @@ def holders(device: str, noted: Callable[[int], Path | None]) -> Holders:
     """
     found: dict[str, list[int]] = {"living": [], "killed": [], "unsure": []}
     for pid in _processes():
-        connections = _connections(pid)
-        if connections is None:
-            continue
-        if not connections:
-            has = _noted_device(pid, noted)
-            # Other FUSE filesystems write no note, and are no daemon of a fusecache mount.
-            mine = has == device if has is not None else is_fusecache(pid)
-            kind = "living" if has is not None else "unsure"
-        else:
-            mine, kind = device.split(":")[1] in connections, "living"
-        if mine:
+        numbers = _connections(pid)
+        if numbers is not None and (kind := _hold(pid, numbers, device, noted(pid))):
             found["killed" if killed(pid) else kind].append(pid)
     return Holders(*(tuple(found[kind]) for kind in ("living", "killed", "unsure")))
+
+
+def _hold(pid: int, numbers: set[str], device: str, point: Path | None) -> str | None:
+    """How a process with FUSE connections of these numbers, and which has noted this mount point,
+    has the one of ``device``, should it live; None if it has not."""
+    if numbers and device.split(":")[1] not in numbers:
+        return None
+    if point is not None:
+        # A note counts more than a number. One whose mount was taken out of the tree has its
+        # connection open until its last data is home, and the next mount may have its number.
+        with contextlib.suppress(OSError):
+            mounted = mountinfo.mount_at(point, pid)
+            return "living" if mounted is not None and mounted.device == device else None
+    if numbers:
+        return "living"
+    # Other FUSE filesystems write no note, and are no daemon of a fusecache mount.
+    return "unsure" if is_fusecache(pid) else None
 
 
 def killed(pid: int) -> bool:
@@ -125,18 +133,6 @@ def _connections_in(place: Path) -> set[str] | None:
                 number = _fields(place / "fdinfo" / fd.name).get("fuse_connection")
                 numbers = (numbers or set()) | ({number} if number else set())
     return numbers
-
-
-def _noted_device(pid: int, noted: Callable[[int], Path | None]) -> str | None:
-    """By the note of a daemon and its own view of what is mounted."""
-    point = noted(pid)
-    if point is None:
-        return None
-    try:
-        mounted = mountinfo.mount_at(point, pid)
-    except OSError:
-        return None
-    return None if mounted is None else mounted.device
 
 
 def _fields(path: Path) -> dict[str, str]:
