@@ -30,6 +30,10 @@ def _origin(mount: Mount) -> tuple[int, int]:
     return on_origin(mount, "vm1.img", 1), on_origin(mount, "vm2.img", 2)
 
 
+def _open_handles(mount: Mount) -> int:
+    return sum(image["open_handles"] for image in mount.status()["images"])
+
+
 # -- while mounted ---------------------------------------------------------------------------------
 
 
@@ -52,6 +56,8 @@ def test_evict_while_open_leaves_nothing_dirty_and_later_writes_go_through(mount
         write(mount, "vm1.img", 1, 3)
         assert on_origin(mount, "vm1.img", 1) == 3
         assert mount.status()["cache"]["dirty_bytes"] == 0
+    # The kernel tells of a close after close(2) has returned.
+    wait_for(lambda: _open_handles(mount) == 0, "the image to be closed")
     write(mount, "vm1.img", 1, 4)
     assert on_origin(mount, "vm1.img", 1) == 3
     mount.stop()
