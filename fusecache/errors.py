@@ -64,6 +64,10 @@ class LockedElsewhereError(OriginError):
     """Another host, or another mount of this one, holds the lock of an image (P8)."""
 
 
+class ChangedElsewhereError(OriginError):
+    """Others changed an image while an earlier life's dirty data of it waited here."""
+
+
 class LocksUnsupportedError(OriginError):
     """The origin has no locks."""
 

@@ -10,7 +10,7 @@ from fusecache.cli.cache import hinted
 from fusecache.cli.progress import Progress, left_text
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
-from fusecache.errors import FusecacheError, LostDataError
+from fusecache.errors import ChangedElsewhereError, FusecacheError, LostDataError
 from fusecache.observe.windows import seconds_left
 
 log = logging.getLogger("fusecache")
@@ -19,6 +19,9 @@ _LOOK = 0.2
 _LOG_INTERVAL = 10.0
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
+
+HOPELESS = (LostDataError, ChangedElsewhereError)
+"""Nothing of it is mended by waiting."""
 
 Failures = list[tuple[Image, FusecacheError]]
 
@@ -87,7 +90,7 @@ class Flushing:
         while True:
             self.failures = await self._cache.flush_all()
             left = unflushed(self._cache, self.failures)
-            hopeful = [exc for _, exc in left if not isinstance(exc, LostDataError)]
+            hopeful = [exc for _, exc in left if not isinstance(exc, HOPELESS)]
             if not hopeful or not self._persistent:
                 break
             log.warning("flushing: %s; trying again in %.0f s", hopeful[0], pause)

@@ -82,14 +82,26 @@ def evict(
 
 @click.command(epilog="Example: fusecache flush vm2.img")
 @click.argument("images", nargs=-1, metavar="[IMAGE...]", shell_complete=completion.images)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Also over what was changed elsewhere after the cache had stopped.",
+)
 @mount_option
 @_with_cache
 def flush(
-    images: tuple[str, ...], mountpoint: Path | None, cache: Path | None, db: Path | None
+    images: tuple[str, ...],
+    overwrite: bool,
+    mountpoint: Path | None,
+    cache: Path | None,
+    db: Path | None,
 ) -> None:
     """Bring everything written to the images, or to all, onto the origin's stable storage."""
+    if overwrite and not images:
+        raise UsageError("Name the images that --overwrite is meant for.")
+    request = {"verb": "flush", "overwrite": overwrite}
     with interruptible("what is not on the origin yet stays on the cache; nothing is lost."):
-        answers = _work({"verb": "flush"}, images, mountpoint, cache, db)
+        answers = _work(request, images, mountpoint, cache, db)
     count, failed = _outcome(answers)
     if count or not failed:
         click.echo(f"flushed {count_text(count)}")
@@ -131,12 +143,14 @@ def _outcome(answers: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
         for image in answer.get("failed", []):
             name = protocol.readable(image["image"])[0]
             whole = shlex.quote(os.path.join(answer["root"], name))
+            where = answer.get("where", "")
             failed.append(
                 {
                     **image,
                     "image": name,
                     "look": answer.get("look", f"fusecache status {whole}"),
-                    "give_up": f"fusecache evict {whole}{answer.get('where', '')} --discard-dirty",
+                    "give_up": f"fusecache evict {whole}{where} --discard-dirty",
+                    "overwrite": f"fusecache flush {whole}{where} --overwrite",
                 }
             )
     return sum(answer["images"] for answer in answers), failed
@@ -151,6 +165,11 @@ def _why(image: dict[str, Any], again: str) -> str:
         return (
             f"{reason}. Which bytes: {image['look']}. To give up all that the origin does not "
             f"have: {image['give_up']}"
+        )
+    if image.get("changed"):
+        return (
+            f"{reason} ({format_size(image['dirty_bytes'])}). To write that over the change: "
+            f"{image['overwrite']}. To keep the change, and give that up: {image['give_up']}"
         )
     if image["dirty_bytes"]:
         return (
@@ -190,7 +209,8 @@ def _work(
 
     database = None if db is None else absolute(db)
     if request["verb"] == "flush":
-        answer = offline.flush(absolute(cache), database, images)
+        overwrite = bool(request["overwrite"])
+        answer = offline.flush(absolute(cache), database, images, overwrite=overwrite)
     else:
         discard = bool(request["discard_dirty"])
         answer = offline.evict(absolute(cache), database, images, discard_dirty=discard)

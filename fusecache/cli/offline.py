@@ -40,7 +40,7 @@ def evict(
         images = _named(block_map, meta, names)
         cached = [block_map.cached(image.id) for image in images]
         if any(dirty for _, dirty in cached) and not discard_dirty:
-            return _write_back(device, block_map, meta, images, evict=True)
+            return _write_back(device, block_map, meta, images, evict=True, overwrite=False)
         with contextlib.suppress(*([OriginError] if discard_dirty else [])):
             _sync_origin(meta, images)
         ids = [image.id for image in images]
@@ -50,8 +50,13 @@ def evict(
         return {"images": len(images), "blocks": sum(blocks for blocks, _ in cached)}
 
 
-def flush(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[str, Any]:
+def flush(
+    cache: Path, database: Path | None, names: tuple[str, ...], *, overwrite: bool
+) -> dict[str, Any]:
     """Makes sure that all data of the named images, or of all, is on the origin, synced.
+
+    Args:
+        overwrite: also over what others changed since the cache was stopped.
 
     Raises:
         FusecacheError: it is not, or nobody can tell.
@@ -60,17 +65,23 @@ def flush(cache: Path, database: Path | None, names: tuple[str, ...]) -> dict[st
         meta = block_map.meta()
         images = _named(block_map, meta, names)
         if any(block_map.has_dirty(image.id) for image in images):
-            return _write_back(device, block_map, meta, images, evict=False)
+            return _write_back(device, block_map, meta, images, evict=False, overwrite=overwrite)
         _sync_origin(meta, images)
         return {"images": len(images), "blocks": 0}
 
 
 def _write_back(
-    device: CacheDevice, block_map: BlockMap, meta: Meta, images: list[ImageRow], *, evict: bool
+    device: CacheDevice,
+    block_map: BlockMap,
+    meta: Meta,
+    images: list[ImageRow],
+    *,
+    evict: bool,
+    overwrite: bool,
 ) -> dict[str, Any]:
     from fusecache.cli.writeback import write_back  # the engine takes its time to load
 
-    answer = write_back(device, block_map, meta, images, evict=evict)
+    answer = write_back(device, block_map, meta, images, evict=evict, overwrite=overwrite)
     return {**answer, "root": os.fsdecode(meta.origin)}
 
 

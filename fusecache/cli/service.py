@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from fusecache.cli import sd_notify
-from fusecache.cli.flushing import Failures, Flushing, kept_by, unflushed
+from fusecache.cli.flushing import HOPELESS, Failures, Flushing, kept_by, unflushed
 from fusecache.cli.progress import amount_text, kept_text
 from fusecache.cli.reloading import Reloading
 from fusecache.config import MountConfig, format_size
@@ -26,7 +26,7 @@ from fusecache.control.verbs import Mounted, Send
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.engine.trouble import TroubleWatch
-from fusecache.errors import FusecacheError, LostDataError, MountError
+from fusecache.errors import ChangedElsewhereError, FusecacheError, MountError
 from fusecache.fuse import mounts
 from fusecache.fuse.operations import Operations
 from fusecache.fuse.session import Session
@@ -345,12 +345,14 @@ class Service:
         reasons = [_reason(image, exc) for image, exc in failures[:_SHOWN]]
         if len(failures) > _SHOWN:
             reasons.append(f"and {len(failures) - _SHOWN} more images")
-        lost = all(isinstance(exc, LostDataError) for _, exc in failures)
+        hopeless = all(isinstance(exc, HOPELESS) for _, exc in failures)
         text = (
             f"{self._plan.mountpoint} stays mounted: not everything could be written back "
             f"({'; '.join(reasons)}). "
         )
-        again = "" if lost else "Try again when the origin works"
+        again = "" if hopeless else "Try again when the origin works"
+        if any(isinstance(exc, ChangedElsewhereError) for _, exc in failures):
+            text += "What to do about what was changed elsewhere: fusecache status. "
         if leave:
             return f"{text}{again + '; ' if again else ''}{leave}."
         return (

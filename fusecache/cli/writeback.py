@@ -16,7 +16,7 @@ from fusecache.cli.progress import Progress
 from fusecache.engine.block_cache import BlockCache, open_cache
 from fusecache.engine.image import Image
 from fusecache.engine.ports import Clock
-from fusecache.errors import FusecacheError, LostDataError, OriginError
+from fusecache.errors import ChangedElsewhereError, FusecacheError, LostDataError, OriginError
 from fusecache.store.block_map import BlockMap, ImageRow, Meta
 from fusecache.store.cache_device import CacheDevice
 from fusecache.store.tree import Tree
@@ -27,9 +27,18 @@ _GRACE = 5.0
 
 
 def write_back(
-    device: CacheDevice, block_map: BlockMap, meta: Meta, rows: list[ImageRow], *, evict: bool
+    device: CacheDevice,
+    block_map: BlockMap,
+    meta: Meta,
+    rows: list[ImageRow],
+    *,
+    evict: bool,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Flushes or evicts these images as a mount would, over the origin of the last mount.
+
+    Args:
+        overwrite: a flush also over what others changed meanwhile.
 
     Returns:
         What a daemon answers: how many images and blocks, and which images failed and why.
@@ -51,7 +60,7 @@ def write_back(
             "there: mount its storage, then try again.",
         ) from exc
     try:
-        work = _Work(device, block_map, meta, tree, rows, evict)
+        work = _Work(device, block_map, meta, tree, rows, evict, overwrite)
         try:
             return trio.run(work.run, strict_exception_groups=True)
         except BaseExceptionGroup as group:
@@ -74,6 +83,7 @@ class _Work:
         tree: Tree,
         rows: list[ImageRow],
         evict: bool,
+        overwrite: bool,
     ) -> None:
         self._open = partial(
             open_cache,
@@ -87,7 +97,7 @@ class _Work:
         )
         self._tree = tree
         self._identities = [row.identity for row in rows]
-        self._evict = evict
+        self._evict, self._overwrite = evict, overwrite
         self._left: dict[int, Image] = {}
         self._blocks = 0
         self._failed: list[dict[str, Any]] = []
@@ -123,6 +133,7 @@ class _Work:
                     "error": exc.strerror if isinstance(exc, OSError) else str(exc),
                     "dirty_bytes": cache.dirty_bytes_of(image),
                     "lost": isinstance(exc, LostDataError),
+                    "changed": isinstance(exc, ChangedElsewhereError),
                 }
             )
         del self._left[image.id]
@@ -139,7 +150,7 @@ class _Work:
                 blocks = await cache.evict(image, path_fd)
                 self._blocks += blocks
             else:
-                await cache.flush(image, path_fd)
+                await cache.flush(image, path_fd, overwrite=self._overwrite)
         finally:
             if path_fd is not None:
                 os.close(path_fd)

@@ -24,6 +24,7 @@ from fusecache.engine.snapshot import (
     mount_snapshot,
 )
 from fusecache.errors import (
+    ChangedElsewhereError,
     ControlError,
     FusecacheError,
     ImageOpenError,
@@ -183,8 +184,10 @@ class Verbs:
         return await self._each("evict", wanted, send, partial(self._pinned, evict, not discard))
 
     async def _flush(self, request: dict[str, Any], send: Send) -> dict[str, Any]:
+        overwrite = bool(request.get("overwrite"))
+
         async def flush(image: Image, path_fd: int | None) -> int:
-            await self._cache.flush(image, path_fd)
+            await self._cache.flush(image, path_fd, overwrite=overwrite)
             return 0
 
         return await self._each(
@@ -328,6 +331,7 @@ class Verbs:
             "dirty_bytes": self._cache.dirty_bytes_of(image),
             "lost": isinstance(exc, LostDataError),
             "open": isinstance(exc, ImageOpenError),
+            "changed": isinstance(exc, ChangedElsewhereError),
         }
 
     # -- names -------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ class BlockCache:
             invalidate,
         )
         self._flushes = flushes = Flushes(
-            core, state, images, committer, lasting, cleaner, discards, degraded, threads
+            core, state, images, committer, lasting, cleaner, discards, degraded, truth, threads
         )
         self._write_modes = WriteModes(images, committer, flushes.flush)
         self._follower = RuleFollower(
@@ -248,9 +248,11 @@ class BlockCache:
         """See ``Flushes.fsync``."""
         await self._flushes.fsync(image, metadata=metadata)
 
-    async def flush(self, image: Image, path_fd: int | None = None) -> None:
+    async def flush(
+        self, image: Image, path_fd: int | None = None, *, overwrite: bool = False
+    ) -> None:
         """See ``Flushes.flush``."""
-        await self._flushes.flush(image, path_fd)
+        await self._flushes.flush(image, path_fd, overwrite=overwrite)
 
     async def flush_all(self) -> list[tuple[Image, FusecacheError]]:
         """See ``Flushes.flush_all``."""
@@ -367,6 +369,7 @@ class BlockCache:
         if self.state.usable:
             try:
                 await self.housekeeping.save_order()
+                await self.committer.heartbeat()  # nothing on the origin is changed from here on
                 await self.committer.barrier()
                 await self.committer.run_database(self.block_map.detach)
             except FusecacheError as exc:

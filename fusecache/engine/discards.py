@@ -238,6 +238,7 @@ class Discards:
                 with trio.CancelScope(shield=True):
                     await self._dropping.drop(image, 0, dirty=True)
                     image.detached = image.adopted = True
+                    image.changed_elsewhere = False
                     image.unreadable.clear()
         finally:
             image.draining -= 1

@@ -15,6 +15,7 @@ from fusecache.engine.images import Images
 from fusecache.engine.lasting import Lasting
 from fusecache.engine.ports import Threads
 from fusecache.engine.state import CacheState
+from fusecache.engine.truth import Truth
 from fusecache.errors import FusecacheError, OriginError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Flushes:
         cleaner: Cleaner,
         discards: Discards,
         degraded: Degraded,
+        truth: Truth,
         threads: Threads,
     ) -> None:
         self._core = core
@@ -43,6 +45,7 @@ class Flushes:
         self._cleaner = cleaner
         self._discards = discards
         self._degraded = degraded
+        self._truth = truth
         self._threads = threads
         self._lane_failed = False
 
@@ -115,12 +118,19 @@ class Flushes:
             if self._degraded.counts(image):
                 await self._committer.sync_slots()
 
-    async def flush(self, image: Image, path_fd: int | None = None) -> None:
+    async def flush(
+        self, image: Image, path_fd: int | None = None, *, overwrite: bool = False
+    ) -> None:
         """Everything acknowledged for the image is on the origin, synced; rows are stable.
+
+        Args:
+            overwrite: also over what others changed, see ``Truth.refuse_changed_elsewhere``.
 
         Raises:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.
         """
+        if overwrite:
+            self._truth.overrule(image)
         if not self._state.usable:
             await self._stable_without_map(image)
             await self._discards.sync(image, path_fd)

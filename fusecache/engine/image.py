@@ -108,6 +108,8 @@ class Image:
     """Somebody wants it clean: no page becomes dirty that was not."""
     adopted: bool = True
     """Dirty data of an earlier life was fitted to the origin as it is now."""
+    changed_elsewhere: bool = False
+    """Others changed it while that data waited: the operator has to decide whose is kept."""
     own_pending: bool = False
     """The cleaner changed the origin and the record does not say so yet (P3)."""
     rescued: bool = False

@@ -19,7 +19,13 @@ from fusecache.engine.lasting import Lasting
 from fusecache.engine.ports import Clock, Pin, Threads
 from fusecache.engine.state import CacheState
 from fusecache.engine.truth import Truth
-from fusecache.errors import DatabaseError, LockedElsewhereError, LocksUnsupportedError, OriginError
+from fusecache.errors import (
+    ChangedElsewhereError,
+    DatabaseError,
+    LockedElsewhereError,
+    LocksUnsupportedError,
+    OriginError,
+)
 from fusecache.observe.logs import fields
 
 log = logging.getLogger(__name__)
@@ -95,12 +101,15 @@ class Ownership:
 
     async def release(self, image: Image) -> None:
         """Gives the lock up if nobody writes the image and nothing of it is dirty, nor settling: a
-        power cut would bring that back over what another host has written since.
+        power cut would bring that back over what another host has written since. So may others do
+        with an image that they have changed already.
 
         First the record says so, or a killed daemon's successor would take for its own what others
         changed then (P3). For a caller that holds ``image.opening``.
         """
-        if image.writers or self._core.dirty.holds(image.id):
+        if image.writers:
+            return
+        if self._core.dirty.holds(image.id) and not image.changed_elsewhere:
             return
         if image.row.writing:
             image.row.writing = 0
@@ -133,7 +142,7 @@ class Ownership:
         async with image.cleaning, image.lock.everything():
             await self._dropping.fit(image, seen.size)
             image.size = seen.size
-        image.adopted = True
+        image.adopted, image.changed_elsewhere = True, False
 
     async def adopted(self, image: Image) -> None:
         """The image's dirty data can be written back: the origin is open for writing, locked,
@@ -142,6 +151,7 @@ class Ownership:
 
         Raises:
             OriginError: not so, for now.
+            ChangedElsewhereError: not before the operator has decided.
         """
         if image.adopted and image.origin.writable:
             return
@@ -152,13 +162,20 @@ class Ownership:
                 return  # nobody would give up the lock again
             path_fd = await self._pinned(image)
             try:
+                # Before the lock: it must not keep others from what is theirs.
+                seen = await self._truth.open_side(image, path_fd, write=False)
+                self._truth.refuse_changed_elsewhere(image, seen)
                 await self.lock(image, path_fd)
                 seen = await self._truth.open_side(image, path_fd, write=False)
                 await self._truth.open_side(image, path_fd, write=True)
             finally:
                 os.close(path_fd)
-            if image.writers == 0 and not image.own_pending:
-                await self._truth.check(image, seen)
+            try:
+                if image.writers == 0 and not image.own_pending:
+                    await self._truth.check(image, seen)
+            except ChangedElsewhereError:
+                await self.release(image)
+                raise
             await self.adopt(image)
             await self.begin_writing(image)
 

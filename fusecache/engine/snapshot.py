@@ -281,6 +281,7 @@ def image_snapshot(
         "lost": [list(span) for span in cache.core.lost_ranges(image.id)] if lost else [],
         "unreadable": [list(span) for span in unreadable_ranges(cache.core, image)],
         "clean_error": image.clean_error,
+        "changed_elsewhere": image.changed_elsewhere,
         "read_hit_bytes": counters.read_hit_bytes,
         "read_miss_bytes": counters.read_miss_bytes,
         "write_bytes": counters.write_bytes,

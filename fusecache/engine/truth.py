@@ -4,6 +4,7 @@ The origin is compared with what was recorded of it. Changes by others make the 
 are recorded.
 """
 
+import errno
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,7 +19,7 @@ from fusecache.engine.image import Image
 from fusecache.engine.images import Images
 from fusecache.engine.lasting import Lasting
 from fusecache.engine.ports import Clock, Invalidate, Threads
-from fusecache.errors import OriginError
+from fusecache.errors import ChangedElsewhereError, OriginError
 from fusecache.observe.logs import fields
 from fusecache.store.origin import Attributes, attributes_of
 
@@ -64,6 +65,7 @@ class Truth:
         of what they belonged to: a stop in between must not leave old blocks with a new record.
         """
         row = image.row
+        self.refuse_changed_elsewhere(image, seen)
         if self._core.dirty.pages(image.id):
             # What is dirty is about to be fitted to what we see, which may be an earlier life's
             # truncate that is not synced.
@@ -94,6 +96,54 @@ class Truth:
             image.size = seen.size
         image.record(seen, now, age, own=ours)
         return False
+
+    def may_be_changed_elsewhere(self, image: Image) -> bool:
+        """Whether nobody has looked yet if others changed the image while an earlier life's dirty
+        data of it waited here."""
+        return image.row.ours_until_ns < 0 and self._core.dirty.pages(image.id) > 0
+
+    def refuse_changed_elsewhere(self, image: Image, seen: Attributes) -> None:
+        """What is dirty here is older than what others wrote since, and neither is an image with
+        the other in it: the operator says whose is kept. Data alone counts; owners, links and
+        extended attributes leave the time of modification as it is.
+
+        So it is if a host died with dirty data, and its guests were started elsewhere.
+
+        Raises:
+            ChangedElsewhereError: it is so.
+        """
+        lived_until_ns = -image.row.ours_until_ns
+        if (
+            not self.may_be_changed_elsewhere(image)
+            or seen.mtime_ns == image.row.mtime_ns
+            or min(seen.mtime_ns, seen.ctime_ns) <= lived_until_ns
+        ):
+            return
+        error = ChangedElsewhereError(
+            errno.EBUSY,
+            f"'{image.name}' was changed elsewhere after this cache had stopped, with data in it "
+            "that is not on the origin",
+        )
+        if not image.changed_elsewhere:
+            image.changed_elsewhere = True
+            log.error(
+                "%s. flush --overwrite writes that data over the change, evict --discard-dirty "
+                "gives it up; until then the image is neither served nor written back",
+                error,
+                extra=fields(
+                    "image-conflict",
+                    image=image.name,
+                    dirty_bytes=self._core.dirty_bytes(image.id),
+                ),
+            )
+        raise error
+
+    def overrule(self, image: Image) -> None:
+        """What is dirty here counts, whatever others changed."""
+        if image.row.ours_until_ns < 0:
+            image.row.ours_until_ns = 0
+            image.row_owed = True
+        image.changed_elsewhere = False
 
     async def _changed(self, image: Image, seen: Attributes) -> None:
         """The blocks go, by others' change or because nobody can tell."""

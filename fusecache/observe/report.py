@@ -307,7 +307,14 @@ def _troubles(image: dict[str, Any], cache: str) -> Iterator[str]:
     name = image["path"]
     if image["last_error"]:
         yield f"{name}: {image['errors']} origin errors, the last: {image['last_error']}"
-    if image["clean_error"]:
+    if image["changed_elsewhere"]:
+        yield (
+            f"{name} was changed elsewhere after this cache had stopped, with "
+            f"{size_text(image['dirty_bytes'])} of it that are not on the origin. Until you decide "
+            f"it is neither served nor written back. To write them over the change: fusecache "
+            f"flush {name} --overwrite. To keep the change: fusecache evict {name} --discard-dirty"
+        )
+    elif image["clean_error"]:
         yield (
             f"{name}: {size_text(image['dirty_bytes'])} could not be written back and are tried "
             f"again: {image['clean_error']}"

@@ -34,6 +34,9 @@ __all__ = ["WHOLE_IMAGE", "Batch", "BlockMap", "ImageRow", "Meta"]
 
 _AT_ONCE = 256
 _OWN_CHANGE_SLACK_NS = 2_000_000_000
+_CUT_SLACK_NS = 60_000_000_000
+"""After a power cut: the last sign of life may not have been stable. A checkpoint makes it so,
+every few seconds, unless the database's disk is slow just then."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -411,14 +414,17 @@ class BlockMap:
                 if meta.boot_id == boot_id:
                     self._recover_killed(meta.heartbeat_ns)
                 else:
-                    self._recover_cut()
+                    self._recover_cut(meta.heartbeat_ns)
             else:
                 tables.delete_pending()
-                self._mark_images(None)
+                self._mark_stopped(meta.heartbeat_ns + _OWN_CHANGE_SLACK_NS)
             self._drop_orphans()
             if only_dirty:
                 for image in self.images():
                     self._drop_clean(image.id, WHOLE_IMAGE)
+                    # What broke went on without the database, and its signs of life.
+                    image.ours_until_ns = 0
+                    tables.put_image(image)
             tables.now.clean, tables.now.pid = 0, pid
             tables.now.boot_id = boot_id
             tables.now.mountpoint, tables.now.origin = mountpoint, origin
@@ -431,15 +437,18 @@ class BlockMap:
                 if region != WHOLE_IMAGE:
                     self._drop_clean(image, region)
                 self._tables.put_intent(image, region, 0)
-        self._mark_images(heartbeat_ns + _OWN_CHANGE_SLACK_NS)
+        for row in self._tables.images():
+            if row.writing:
+                row.writing, row.ours_until_ns = 0, heartbeat_ns + _OWN_CHANGE_SLACK_NS
+                self._tables.put_image(row)
 
-    def _recover_cut(self) -> None:
+    def _recover_cut(self, heartbeat_ns: int) -> None:
         """Only what a barrier made stable counts, and no region that was ever written to (R4)."""
         self._tables.delete_pending()
         for image, region, _ in self._tables.intents():
             self._drop_clean(image, region)
             self._tables.delete_intent(image, region)
-        self._mark_images(None)
+        self._mark_stopped(heartbeat_ns + _CUT_SLACK_NS)
 
     def _drop_orphans(self) -> None:
         """A fill that ended while its image was forgotten leaves blocks of an image without a
@@ -452,19 +461,13 @@ class BlockMap:
                 raise ValueError(f"image {image} has dirty data and no row in its table image")
             self._tables.delete_regions(image, 0)
 
-    def _mark_images(self, ours_until_ns: int | None) -> None:
-        """Nobody has an image open for writing now; who had, may have changed it until then."""
+    def _mark_stopped(self, lived_until_ns: int) -> None:
+        """No change counts as ours for certain. Who had an image open for writing, or dirty, may
+        have changed it until then, and has not later."""
         for image in self._tables.images():
-            writing, image.writing = image.writing, 0
-            if ours_until_ns is None:
-                if not writing and not image.ours_until_ns:
-                    continue
-                image.ours_until_ns = 0
-            elif writing:
-                image.ours_until_ns = ours_until_ns
-            else:
-                continue
-            self._tables.put_image(image)
+            if image.writing or image.ours_until_ns > 0:
+                image.writing, image.ours_until_ns = 0, -lived_until_ns
+                self._tables.put_image(image)
 
     def _drop_clean(self, image: int, region: int) -> None:
         regions = [region] if region != WHOLE_IMAGE else self._tables.regions_of(image)

@@ -45,7 +45,9 @@ def m001_create(db: Database) -> None:
             "recorded_ns": int,  # when, by the origin's clock
             "trusted": int,  # 0: the change time was too young when recorded
             "writing": int,  # 1: open for writing here
-            "ours_until_ns": int,  # changes up to then were a killed daemon's own
+            # Above 0: changes up to then were a killed daemon's own. Below 0, of what was dirty at
+            # a power cut or a stop: up to its absolute value they may have been, later ones not.
+            "ours_until_ns": int,
         },
         pk="id",
         not_null={"identity", "path"},
