@@ -307,7 +307,7 @@ def _troubles(image: dict[str, Any], cache: str) -> Iterator[str]:
     name = image["path"]
     if image["last_error"]:
         yield f"{name}: {image['errors']} origin errors, the last: {image['last_error']}"
-    if image["changed_elsewhere"]:
+    if image.get("changed_elsewhere"):
         yield (
             f"{name} was changed elsewhere after this cache had stopped, with "
             f"{size_text(image['dirty_bytes'])} of it that are not on the origin. Until you decide "

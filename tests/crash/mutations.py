@@ -197,27 +197,27 @@ def recovery_from_a_kill_keeps_active_regions() -> Any:
 def recovery_from_a_cut_believes_what_was_pending() -> Any:
     original = BlockMap._recover_cut
 
-    def recover(self: BlockMap) -> None:
+    def recover(self: BlockMap, heartbeat_ns: int) -> None:
         self._merge(1 << 62)
-        original(self)
+        original(self, heartbeat_ns)
 
     return patch(BlockMap, "_recover_cut", recover)
 
 
 @mutation
 def recovery_takes_a_cut_for_a_kill() -> Any:
-    return patch(BlockMap, "_recover_cut", lambda self: self._recover_killed(0))
+    return patch(BlockMap, "_recover_cut", lambda self, _: self._recover_killed(0))
 
 
 @mutation
 def recovery_from_a_cut_drops_active_regions_only() -> Any:
     original = BlockMap._recover_cut
 
-    def recover(self: BlockMap) -> None:
+    def recover(self: BlockMap, heartbeat_ns: int) -> None:
         for image, region, active in self.intents():
             if not active:
                 self._tables.delete_intent(image, region)
-        original(self)
+        original(self, heartbeat_ns)
 
     return patch(BlockMap, "_recover_cut", recover)
 

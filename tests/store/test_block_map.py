@@ -498,7 +498,10 @@ def test_after_a_power_cut_only_merged_rows_count_and_no_region_with_a_row(
         attach(again, "boot 2")
         assert loaded(again) == viewed(again) == AFTER_CUT
         assert again.intents() == []
-        assert [(row.writing, row.ours_until_ns) for row in again.images()] == [(0, 0), (0, 0)]
+        assert [(row.writing, row.ours_until_ns) for row in again.images()] == [
+            (0, -65_000_000_000),
+            (0, 0),
+        ]
         assert sql(again, "SELECT * FROM pending") == []
     assert again.meta().boot_id == "boot 2"
 
