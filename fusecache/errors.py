@@ -100,8 +100,13 @@ class IllegalStep(FusecacheError):
     """A slot was asked to make a step that its state does not allow: always a bug."""
 
 
+OF_THE_KERNEL = (errno.ENOTCONN, errno.ECONNABORTED)
+"""What it answers for a mount whose connection it has ended. Nobody else does, or a mount that is
+served would be taken for a dead one, if its origin is a dead FUSE mount."""
+
+
 def errno_of(exc: BaseException) -> int:
     """The errno a guest gets for ``exc``; EIO for anything nobody foresaw."""
-    if isinstance(exc, OriginError | OSError) and exc.errno:
+    if isinstance(exc, OriginError | OSError) and exc.errno and exc.errno not in OF_THE_KERNEL:
         return int(exc.errno)
     return errno.EIO

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fusecache.control import client
 from fusecache.fuse import mounts
 from fusecache.fuse.mounts import Answer
-from fusecache.store import processes
+from fusecache.store import mountinfo, processes
 from fusecache.store.mountinfo import MountPoint
 
 _LOOKS = 5
@@ -40,8 +40,8 @@ class Standing:
         """What is wrong with it, where it hangs or nobody can tell; without a full stop."""
         if self.pid is not None:
             return (
-                f"{self.mounted.path} is served by process {self.pid}, which "
-                f"{client.does_not_answer(self.pid)}"
+                f"{self.mounted.path} is served by process {self.pid}"
+                f"{processes.shown(self.pid)}, which {client.does_not_answer(self.pid)}"
             )
         return (
             f"{self.mounted.path} does not answer, and which process serves it cannot be told "
@@ -50,16 +50,16 @@ class Standing:
 
 
 def judge(mounted: MountPoint) -> Standing:
-    """Asks the mount itself, and looks who has its connection open.
+    """Asks the mount itself and, if it is silent, looks who has its connection open.
 
     It is dead only if the kernel has ended the connection, or if a killed process has it that hangs
     in the kernel, and no living process has it.
     """
-    answer = mounts.ask(mounted.path)
-    if answer is Answer.WORKS:
-        return Standing(mounted, State.WORKS)
-    if answer is Answer.UNKNOWN:
-        return Standing(mounted, State.UNKNOWN)
+    told = {
+        Answer.WORKS: State.WORKS, Answer.UNKNOWN: State.UNKNOWN, Answer.DISCONNECTED: State.DEAD,
+    }  # fmt: skip
+    if (answer := mounts.ask(mounted.path)) in told:
+        return Standing(mounted, told[answer])
     living: tuple[int, ...] = ()
     for look in range(_LOOKS):
         if look:
@@ -68,12 +68,10 @@ def judge(mounted: MountPoint) -> Standing:
         living = found.living
         if living or found.unsure:
             continue
-        if answer is Answer.SILENT and not found.killed:  # who had it has ended since
-            answer = mounts.ask(mounted.path)
-        if answer is Answer.WORKS:
-            return Standing(mounted, State.WORKS)
-        if found.killed or answer is Answer.DISCONNECTED:
+        if found.killed:
             return Standing(mounted, State.DEAD)
+        if (answer := mounts.ask(mounted.path)) in told:  # who had it has ended since
+            return Standing(mounted, told[answer])
     if living:
         return Standing(mounted, State.HANGS, living[0])
     return Standing(mounted, State.UNKNOWN)
@@ -87,5 +85,7 @@ def clear(dead: Standing) -> None:
         MountError: it cannot be detached.
     """
     assert dead.state is State.DEAD, dead
+    if mountinfo.mount_at(dead.mounted.path) != dead.mounted:
+        return  # somebody else has; the connection's number may be another mount's by now
     mounts.abort(dead.mounted)
     mounts.unmount(dead.mounted.path, detach=True)

@@ -11,7 +11,7 @@ import stat
 import subprocess
 from pathlib import Path
 
-from fusecache.errors import MountError
+from fusecache.errors import OF_THE_KERNEL, MountError
 from fusecache.store import mountinfo, probe, processes, syscalls
 from fusecache.store.mountinfo import MountPoint
 
@@ -57,7 +57,7 @@ class Answer(enum.Enum):
 
     WORKS = enum.auto()
     DISCONNECTED = enum.auto()
-    """The kernel has ended the connection, or the mount's origin is such a mount."""
+    """The kernel has ended the connection."""
     SILENT = enum.auto()
     """Somebody has the connection and does not answer."""
     UNKNOWN = enum.auto()
@@ -73,7 +73,7 @@ def ask(path: Path) -> Answer:
     number = said.get("errno")
     if "error" in said and number is None:
         return Answer.UNKNOWN  # the question could not be asked
-    if number in (errno.ENOTCONN, errno.ECONNABORTED):
+    if number in OF_THE_KERNEL:
         return Answer.DISCONNECTED
     if number in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR):
         return Answer.UNKNOWN

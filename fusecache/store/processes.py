@@ -14,6 +14,7 @@ from fusecache.store import mountinfo
 
 _PROC = Path("/proc")
 _SHOWN = 5
+_LINE = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,16 @@ def is_fusecache(pid: int | None) -> bool:
         return b"fusecache" in (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
         return False
+
+
+def shown(pid: int) -> str:
+    """`` (its command line)`` for people, as much of it as a sentence can take; or nothing."""
+    try:
+        words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    line = " ".join(word.decode(errors="replace") for word in words if word)
+    return f" ({line[:_LINE]}{'...' * (len(line) > _LINE)})" if line else ""
 
 
 def users_of(path: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """A daemon that lives and does not answer: every verb says so, and none hangs or harms it."""
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -225,6 +226,24 @@ def test_a_daemon_without_its_mount_is_not_that_of_the_next(
         found = standing.judge(after)
         assert (found.state, found.pid) == (State.DEAD, None), before.device == after.device
         second.start()
+
+
+def test_one_whose_origin_is_a_dead_mount_lives(make_mount: MakeMount) -> None:
+    """The kernel's word for a dead mount is not passed on for the origin's."""
+    below, above = make_mount("below"), make_mount("above")
+    _image(below)
+    below.start()
+    above.origin = below.mountpoint
+    above.start()
+    (above.mountpoint / "vm.img").read_bytes()
+    below.kill()
+    with pytest.raises(OSError) as caught:
+        os.listdir(above.mountpoint)
+    assert caught.value.errno == errno.EIO
+    for mount, state in ((above, State.WORKS), (below, State.DEAD)):
+        mounted = mountinfo.mount_at(mount.mountpoint)
+        assert mounted is not None and standing.judge(mounted).state is state
+    above.kill()
 
 
 def test_the_users_of_a_mount_are_named(mount: Mount) -> None:
