@@ -120,15 +120,19 @@ class Cleaner:
         if not self._dirty.blocks:
             return []
         now = self._clock.monotonic()
-        # Dirty data of an earlier life is locked on the origin at once, however young (P8).
         due = set(self._dirty.due_images(self._age))
         return [
             image
             for image in self._images.all()
-            if (image.id in due or not image.adopted)
+            if (image.id in due or self._not_owned(image))
             and image.id not in self._busy
             and now >= image.clean_after
         ]
+
+    def _not_owned(self, image: Image) -> bool:
+        """Whether it has dirty data of an earlier life and nobody has taken the lock yet, which is
+        done at once, however young that data is (P8)."""
+        return not image.row.writing and self._dirty.pages(image.id) > 0
 
     async def _clean_by_clock(self, image: Image) -> None:
         """Batches until nothing of the image is due; pauses, longer each time, after an error."""

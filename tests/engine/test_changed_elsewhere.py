@@ -361,3 +361,24 @@ async def test_a_broken_cache_writes_on_without_a_sign_of_life(
         fail(back)
     await trio.sleep(_LATER)
     await served(back)
+
+
+async def test_dirty_data_is_ours_to_write_soon_though_somebody_reads_the_image_first(
+    back: World, autojump_clock: MockClock
+) -> None:
+    """The origin was away for a moment, and then libvirt looked at all disks. The lock, and the sign
+    that a change may be ours, must not wait until the data is old enough to be written back (P8)."""
+    tune(back, dirty_age=600.0)
+    await stopped_dirty(back, cut)
+    async with life(back, cut) as cache:
+        fail(back, "origin.stat")
+        await trio.sleep(0.2)
+        fail(back)
+        image = await opened(cache, write=False)
+        await cache.close(image, write=False)
+        await trio.sleep(60)
+        assert image.origin.locked and cache.dirty_bytes_of(image)
+    await trio.sleep(_LATER)
+    change(back)
+    async with life(back) as cache:
+        await refused(cache)
