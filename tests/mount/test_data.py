@@ -411,7 +411,14 @@ for version in range(2, rounds):
     data = read_direct(fd, place, 4096)
     assert set(check_stamps(data, 7, place)) == {last.get(place, 1)}, (place, last.get(place, 1))
     around = place // 65536 * 65536
-    check_stamps(read_direct(fd, around, 65536), 7, around)
+    for left in reversed(range(20)):
+        try:
+            check_stamps(read_direct(fd, around, 65536), 7, around)
+            break
+        except AssertionError as exc:
+            # The others write there: what is read at that very moment may be of both versions.
+            if "torn" not in str(exc) or not left:
+                raise
 print(" ".join(f"{place}:{version}" for place, version in last.items()))
 """
 
