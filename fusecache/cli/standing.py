@@ -59,6 +59,9 @@ def judge(mounted: MountPoint) -> Standing:
         Answer.WORKS: State.WORKS, Answer.UNKNOWN: State.UNKNOWN, Answer.DISCONNECTED: State.DEAD,
     }  # fmt: skip
     if (answer := mounts.ask(mounted.path)) in told:
+        # A dead mount above it, which the way to it leads through, gives the same answer.
+        if answer is Answer.DISCONNECTED and mounts.ask(mounted.path.parent) is answer:
+            return Standing(mounted, State.UNKNOWN)
         return Standing(mounted, told[answer])
     living: tuple[int, ...] = ()
     for look in range(_LOOKS):

@@ -237,11 +237,11 @@ class Committer:
     def _owing(self) -> bool:
         return self._core.owes or any(image.row_owed for image in self._images())
 
-    async def heartbeat(self) -> None:
+    async def heartbeat(self, *, stable: bool = False) -> None:
         """A sign of life: a change up to now, and shortly after, may be our own (P3)."""
         beat = Batch(heartbeat_ns=self._clock.origin_ns())
         at = self._clock.monotonic()
-        await self.commit(lambda: beat)
+        await self.commit(lambda: beat, stable=stable)
         self.last_heartbeat = at
 
     async def activate(self, image: Image, regions: list[int], *, active: bool) -> None:

@@ -129,8 +129,9 @@ class Flushes:
         Raises:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.
         """
-        if overwrite:
+        if overwrite and self._truth.may_be_changed_elsewhere(image):
             self._truth.overrule(image)
+            await self._committer.heartbeat(stable=True)  # nobody is asked again
         if not self._state.usable:
             await self._stable_without_map(image)
             await self._discards.sync(image, path_fd)

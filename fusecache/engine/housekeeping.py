@@ -59,6 +59,7 @@ class Housekeeping:
         self._last_order = now
         self._last_checkpoint = now
         self._busy: set[int] = set()
+        self._in_barrier = False
 
     async def run(self) -> None:
         """Runs until cancelled or the cache is unusable."""
@@ -90,7 +91,9 @@ class Housekeeping:
         changed = changed or any(image.stable < image.changes for image in images)
         if changed and now - self._last_barrier >= self._tuning.barrier_interval:
             self._last_barrier = now
-            await self._committer.barrier()
+            if not self._in_barrier:
+                self._in_barrier = True
+                nursery.start_soon(self._barrier)
         if now - self._last_checkpoint >= self._tuning.barrier_interval:
             # On its own clock: heartbeats and intents make the log grow without any barrier.
             self._last_checkpoint = now
@@ -99,6 +102,17 @@ class Housekeeping:
         if now - self._last_order >= self._tuning.order_interval:
             self._last_order = now
             nursery.start_soon(self._save_order_now)
+
+    async def _barrier(self) -> None:
+        """Beside the rest: there are signs of life while the cache device takes its time (P3)."""
+        try:
+            await self._committer.barrier()
+        except (DatabaseError, CacheDeviceError) as exc:
+            log.debug("no barrier by the clock: %s", exc)
+        except Exception as exc:
+            self._state.unexpected(exc, "keeping house")
+        finally:
+            self._in_barrier = False
 
     def _needs_a_look(self, image: Image) -> bool:
         return bool(image.intents or image.origin_open or image.origin.locked)

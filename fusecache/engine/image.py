@@ -335,7 +335,7 @@ class Image:
         row.size, row.mtime_ns, row.ctime_ns = seen.size, seen.mtime_ns, seen.ctime_ns
         row.recorded_ns = now_ns
         row.trusted = int(now_ns - seen.ctime_ns >= settle_age * 1e9)
-        row.ours_until_ns = 0
+        row.ours_until_ns = min(row.ours_until_ns, 0)  # below 0 until we write it ourselves
         self.settles = own and not row.trusted
         self.row_owed = True
 

@@ -59,8 +59,7 @@ class Opening:
         await self._let_settle(image)
         seen: Attributes | None = None
         if self._truth.may_be_changed_elsewhere(image):
-            before = await self._truth.open_side(image, path_fd, write=False)
-            self._truth.refuse_changed_elsewhere(image, before)
+            await self._truth.look_elsewhere(image, path_fd)
         if write and self._locks(image):
             await self._ownership.lock(image, path_fd)
         if image.writers == 0 or not image.origin.readable:

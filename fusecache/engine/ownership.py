@@ -90,12 +90,16 @@ class Ownership:
             log.debug("%s is not locked: %s", image.name, exc)
 
     async def begin_writing(self, image: Image) -> None:
-        """From here on a killed daemon's successor may take young changes for ours (P3)."""
+        """From here on a killed daemon's successor may take young changes for ours (P3), and what
+        an earlier life left dirty is ours to write: stably, or after a power cut what we write now
+        would be taken for others'."""
+        waited = self._truth.may_be_changed_elsewhere(image)
+        self._truth.overrule(image)
         if not image.row.writing and self._state.serves(image):
             image.row.writing = 1
             image.row_owed = True
             try:
-                await self._committer.heartbeat()
+                await self._committer.heartbeat(stable=waited)
             except DatabaseError:
                 log.debug("not recorded as open for writing: the cache is unusable")
 
@@ -162,20 +166,17 @@ class Ownership:
                 return  # nobody would give up the lock again
             path_fd = await self._pinned(image)
             try:
-                # Before the lock: it must not keep others from what is theirs.
-                seen = await self._truth.open_side(image, path_fd, write=False)
-                self._truth.refuse_changed_elsewhere(image, seen)
+                await self._truth.look_elsewhere(image, path_fd)
                 await self.lock(image, path_fd)
                 seen = await self._truth.open_side(image, path_fd, write=False)
                 await self._truth.open_side(image, path_fd, write=True)
-            finally:
-                os.close(path_fd)
-            try:
                 if image.writers == 0 and not image.own_pending:
                     await self._truth.check(image, seen)
             except ChangedElsewhereError:
                 await self.release(image)
                 raise
+            finally:
+                os.close(path_fd)
             await self.adopt(image)
             await self.begin_writing(image)
 

@@ -7,7 +7,7 @@ are recorded.
 import errno
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 
 import trio
@@ -22,6 +22,7 @@ from fusecache.engine.ports import Clock, Invalidate, Threads
 from fusecache.errors import ChangedElsewhereError, OriginError
 from fusecache.observe.logs import fields
 from fusecache.store.origin import Attributes, attributes_of
+from fusecache.store.records import CHANGED_ELSEWHERE
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Truth:
         if image.settles and image.matches(seen):
             image.record(seen, now, age, own=True)  # trusted, if it is old enough by now
         if image.matches(seen) and row.trusted:
-            if row.ours_until_ns:
+            if row.ours_until_ns > 0:
                 row.ours_until_ns = 0
                 image.row_owed = True
             image.size = seen.size
@@ -98,9 +99,24 @@ class Truth:
         return False
 
     def may_be_changed_elsewhere(self, image: Image) -> bool:
-        """Whether nobody has looked yet if others changed the image while an earlier life's dirty
-        data of it waited here."""
+        """Whether an earlier life's dirty data of it waits here, which we have not begun to write:
+        until then the lock may be another host's."""
         return image.row.ours_until_ns < 0 and self._core.dirty.pages(image.id) > 0
+
+    async def look_elsewhere(self, image: Image, path_fd: int) -> None:
+        """Refuses such an image before its lock is taken, which would keep others from it.
+
+        Raises:
+            ChangedElsewhereError: see ``refuse_changed_elsewhere``.
+            OriginError: the origin failed.
+        """
+        try:
+            seen = await self.open_side(image, path_fd, write=False)
+        except OriginError as exc:
+            if exc.errno != errno.EACCES:  # a file that may only be written
+                raise
+            seen = await self._threads.metadata(partial(attributes_of, path_fd))
+        self.refuse_changed_elsewhere(image, seen)
 
     def refuse_changed_elsewhere(self, image: Image, seen: Attributes) -> None:
         """What is dirty here is older than what others wrote since, and neither is an image with
@@ -126,6 +142,8 @@ class Truth:
         )
         if not image.changed_elsewhere:
             image.changed_elsewhere = True
+            image.row.ours_until_ns = CHANGED_ELSEWHERE
+            image.row_owed = True
             log.error(
                 "%s. flush --overwrite writes that data over the change, evict --discard-dirty "
                 "gives it up; until then the image is neither served nor written back",
@@ -139,7 +157,7 @@ class Truth:
         raise error
 
     def overrule(self, image: Image) -> None:
-        """What is dirty here counts, whatever others changed."""
+        """What is dirty here counts from now on, whatever others have changed."""
         if image.row.ours_until_ns < 0:
             image.row.ours_until_ns = 0
             image.row_owed = True
@@ -179,7 +197,9 @@ class Truth:
         assert image is not None
         async with image.opening:
             if _tells_of_others(image, seen):
-                await self.check(image, await self.open_side(image, path_fd, write=False))
+                there = await self.open_side(image, path_fd, write=False)
+                with suppress(ChangedElsewhereError):  # told at the next open
+                    await self.check(image, there)
 
     def notices(self, identity: bytes, seen: Attributes) -> bool:
         """Whether ``noticed`` has anything to do."""

@@ -417,13 +417,13 @@ class BlockMap:
                     self._recover_cut(meta.heartbeat_ns)
             else:
                 tables.delete_pending()
-                self._mark_stopped(meta.heartbeat_ns + _OWN_CHANGE_SLACK_NS)
+                same = meta.boot_id == boot_id
+                self._mark_stopped(meta.heartbeat_ns + _OWN_CHANGE_SLACK_NS, same_boot=same)
             self._drop_orphans()
             if only_dirty:
                 for image in self.images():
                     self._drop_clean(image.id, WHOLE_IMAGE)
-                    # What broke went on without the database, and its signs of life.
-                    image.ours_until_ns = 0
+                    image.lived_on()
                     tables.put_image(image)
             tables.now.clean, tables.now.pid = 0, pid
             tables.now.boot_id = boot_id
@@ -461,11 +461,12 @@ class BlockMap:
                 raise ValueError(f"image {image} has dirty data and no row in its table image")
             self._tables.delete_regions(image, 0)
 
-    def _mark_stopped(self, lived_until_ns: int) -> None:
+    def _mark_stopped(self, lived_until_ns: int, *, same_boot: bool = False) -> None:
         """No change counts as ours for certain. Who had an image open for writing, or dirty, may
-        have changed it until then, and has not later."""
+        have changed it until then, and has not later. But what was killed in this boot may: see
+        docs/architecture.md, section 9."""
         for image in self._tables.images():
-            if image.writing or image.ours_until_ns > 0:
+            if image.writing or (image.ours_until_ns > 0 and not same_boot):
                 image.writing, image.ours_until_ns = 0, -lived_until_ns
                 self._tables.put_image(image)
 
@@ -499,6 +500,8 @@ class BlockMap:
             self._merge(EVERYTHING)
             for image in self.images():
                 self._drop_clean(image.id, WHOLE_IMAGE)
+                image.lived_on()
+                self._tables.put_image(image)
 
     def wipe(self) -> None:
         """Forgets every block, stably."""

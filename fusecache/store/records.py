@@ -14,6 +14,10 @@ WHOLE_IMAGE = -1
 """As a region number: the row stands for every region of the image."""
 
 
+CHANGED_ELSEWHERE = -1
+"""As ``ours_until_ns``: others have changed it while it was dirty here, that is certain."""
+
+
 @dataclass(slots=True)
 class ImageRow:
     """What the database remembers of an image; see ``schema`` for the columns."""
@@ -37,6 +41,13 @@ class ImageRow:
     def values(self) -> tuple[Any, ...]:
         """In the order of ``IMAGE_COLUMNS``."""
         return _image_values(self)
+
+    def lived_on(self) -> None:
+        """A broken cache went on without the database: nobody can tell until when a change of this
+        image may have been its own. What was found to be others' it has left alone."""
+        self.writing = 0
+        if self.ours_until_ns != CHANGED_ELSEWHERE:
+            self.ours_until_ns = 0
 
 
 IMAGE_COLUMNS = tuple(ImageRow.__dataclass_fields__)

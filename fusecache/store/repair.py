@@ -250,6 +250,9 @@ def _keep(made: Plan, found: Inspection, read: Salvaged) -> None:
     kept = Rows(rows.image, rows.block, rows.slot, valid, sound)
     made.rows = kept.where(kept.valid != 0)
     made.images = read.images
+    if found.superblock is not None and found.superblock.fence is not Fence.NONE:
+        for image in made.images:  # the new superblock has no fence that would say so
+            image.lived_on()
     made.order = read.order
     if not keep_clean:
         made.steps.append("drop all clean data: the origin has it")

@@ -46,7 +46,8 @@ def m001_create(db: Database) -> None:
             "trusted": int,  # 0: the change time was too young when recorded
             "writing": int,  # 1: open for writing here
             # Above 0: changes up to then were a killed daemon's own. Below 0, of what was dirty at
-            # a power cut or a stop: up to its absolute value they may have been, later ones not.
+            # a power cut or a stop: up to its absolute value they may have been, later ones not;
+            # -1: there was a later one, and the operator has to decide.
             "ours_until_ns": int,
         },
         pk="id",

@@ -41,6 +41,10 @@ class _Filesystem:
         return self.kind not in _NETWORK_FILESYSTEMS and not self.kind.startswith("fuse")
 
 
+def _since_boot_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 class Tree:
     """The directory tree below the origin.
 
@@ -53,8 +57,9 @@ class Tree:
         self._root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._device = os.fstat(self._root_fd).st_dev
         self._filesystems: dict[int, _Filesystem] = {}
-        self.clock_offset_ns = 0
-        """The origin's clock minus this host's."""
+        self._server_ahead_ns: int | None = None
+        """A file server's clock minus the time since this host's boot, which nobody sets: this
+        host's clock may be, while we run. None: the files' times are by this host's clock."""
 
     def close(self) -> None:
         """Closes the root."""
@@ -67,10 +72,12 @@ class Tree:
 
     def now_ns(self) -> int:
         """The time by the origin's clock."""
-        return time.time_ns() + self.clock_offset_ns
+        if self._server_ahead_ns is None:
+            return time.time_ns()
+        return _since_boot_ns() + self._server_ahead_ns
 
     def measure_clock(self) -> None:
-        """Finds out how far a file server's clock is from ours, with a file that has no name.
+        """Finds out what a file server's clock says, with a file that has no name.
 
         Local filesystems use this host's clock. Where the server cannot make nameless files, one
         is made and removed at once; a read-only origin is taken to have our clock.
@@ -79,12 +86,12 @@ class Tree:
         if kind not in _NETWORK_FILESYSTEMS or self.read_only:
             return
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self.root) as file:
-            before = time.time_ns()
+            before = _since_boot_ns()
             file.write(b"\0")
             file.flush()
             os.fsync(file.fileno())
-            after = time.time_ns()
-            self.clock_offset_ns = os.fstat(file.fileno()).st_mtime_ns - (before + after) // 2
+            after = _since_boot_ns()
+            self._server_ahead_ns = os.fstat(file.fileno()).st_mtime_ns - (before + after) // 2
 
     def find_root(self) -> Found:
         """The origin directory itself."""

@@ -191,6 +191,8 @@ def test_a_fence_around_clean_data_is_found_and_ended(
     started, made = suffer(place_of(kind), _superblock(fence=Fence.CLEAN))
     assert started.refusal is None and started.clean == 0
     assert not made.losses
+    # What was behind the fence has lived on without the database, and repair takes the fence away.
+    assert made.images and not any(row.writing or row.ours_until_ns for row in made.images)
 
 
 def test_a_fence_around_everything_starts_empty(place_of: Callable[[str], Place]) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from fusecache.cli import standing
 from fusecache.cli.standing import State
+from fusecache.fuse import mounts
+from fusecache.fuse.mounts import Answer
 from fusecache.store import mountinfo, processes, syscalls
 from tests.e2e.conftest import MakeMount
 from tests.e2e.helpers import COMMAND, NO_OTHERS, environment, is_mounted, process, refused
@@ -244,6 +246,15 @@ def test_one_whose_origin_is_a_dead_mount_lives(make_mount: MakeMount) -> None:
         mounted = mountinfo.mount_at(mount.mountpoint)
         assert mounted is not None and standing.judge(mounted).state is state
     above.kill()
+
+
+def test_a_mount_below_a_dead_one_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says the same of both: nobody gets as far as the inner one."""
+    monkeypatch.setattr(mounts, "ask", lambda path: Answer.DISCONNECTED)
+    inner = mountinfo.MountPoint(tmp_path, "0:0", mountinfo.FSTYPE, Path("/"), 0)
+    assert standing.judge(inner).state is State.UNKNOWN
 
 
 def test_the_users_of_a_mount_are_named(mount: Mount) -> None:

@@ -1,13 +1,13 @@
 """Changes of names."""
 
 import errno
-import os
 
 import pytest
 from pyfuse3 import ROOT_INODE, FUSEError
 
 from fusecache.store.tree import Found, Tree
 from tests.fuse.conftest import NOBODY, Served
+from tests.support.descriptors import count_descriptors
 
 
 async def test_a_rename_that_fails_half_way_leaves_no_descriptor(
@@ -15,7 +15,7 @@ async def test_a_rename_that_fails_half_way_leaves_no_descriptor(
 ) -> None:
     for name in ("a.img", "b.img"):
         (served.origin / name).touch()
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_descriptors()
     find = Tree.find
 
     def failing(tree: Tree, parent: int, name: bytes) -> Found:
@@ -28,4 +28,4 @@ async def test_a_rename_that_fails_half_way_leaves_no_descriptor(
     with pytest.raises(FUSEError) as failed:
         await rename(ROOT_INODE, b"a.img", ROOT_INODE, b"b.img", 0, NOBODY)
     assert failed.value.errno == errno.EIO
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert count_descriptors() == before

@@ -12,6 +12,7 @@ import pytest
 from fusecache.errors import LockedElsewhereError, OriginError
 from fusecache.store import syscalls
 from fusecache.store.origin import Attributes, OriginImage, attributes_of, identity_of
+from tests.support.descriptors import count_descriptors
 from tests.support.stamps import stamped
 
 PUNCH = syscalls.FALLOC_PUNCH_HOLE | syscalls.FALLOC_KEEP_SIZE
@@ -45,10 +46,6 @@ def open_image(image: OriginImage, path: Path, *, write: bool = False) -> Attrib
 def identity(path: Path) -> bytes:
     with pinned(path) as fd:
         return identity_of(fd, 7)
-
-
-def count_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 # -- identity -------------------------------------------------------------------------------------

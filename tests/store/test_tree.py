@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from fusecache.errors import LinkOutsideError, OriginError
+from fusecache.store import tree
 from fusecache.store.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusecache.store.tree import Found, Tree
+from tests.support.descriptors import count_descriptors
 
 UID, GID = 12345, 23456
 
@@ -52,13 +55,13 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_descriptors()
     made = Place(tmp_path)
     try:
         yield made
     finally:
         made.close()
-    assert len(os.listdir("/proc/self/fd")) == before, "a descriptor leaks"
+    assert count_descriptors() == before, "a descriptor leaks"
 
 
 # -- nothing leads out ----------------------------------------------------------------------------
@@ -380,5 +383,18 @@ def test_identities_are_the_same_for_the_next_daemon(place: Place) -> None:
 
 def test_a_local_origin_has_this_hosts_clock_and_can_be_written(place: Place) -> None:
     place.tree.measure_clock()
-    assert place.tree.clock_offset_ns == 0
+    assert abs(place.tree.now_ns() - time.time_ns()) < 1e9
     assert not place.tree.read_only
+
+
+def test_a_file_servers_clock_is_known_although_ours_is_set(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This host was an hour ahead when it booted, and mounted before it asked for the time."""
+    monkeypatch.setattr(tree, "_filesystem_type", lambda device: "nfs4")
+    right, ahead = time.time_ns, [3600 * 10**9]
+    monkeypatch.setattr(tree.time, "time_ns", lambda: right() + ahead[0])
+    place.tree.measure_clock()
+    assert abs(place.tree.now_ns() - right()) < 1e9
+    ahead[0] = 0
+    assert abs(place.tree.now_ns() - right()) < 1e9
