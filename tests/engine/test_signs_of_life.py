@@ -66,14 +66,17 @@ async def test_what_the_cleaner_writes_in_the_next_life_is_our_own(
 
 
 @ALL_STOPS
+@pytest.mark.parametrize("chmod", [False, True], ids=["", "chmod"])
 async def test_a_reader_does_not_make_it_ours_for_later_lives(
-    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, stop: Stop
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, stop: Stop, chmod: bool
 ) -> None:
     """Its guest runs elsewhere and has not written yet when somebody looks at the image here."""
     tune(back, dirty_age=600.0)
     await stopped_dirty(back, cut)
     await trio.sleep(LATER)
     monkeypatch.setattr(OriginDouble, "lock", _locked_elsewhere)
+    if chmod:
+        back.files[1].ctime_ns = back.tick_ns()
     async with life(back, stop) as cache:
         await trio.sleep(5)
         image = await opened(cache, write=False)
@@ -280,6 +283,7 @@ async def test_dirty_data_is_ours_to_write_soon_though_somebody_reads_the_image_
         await cache.close(image, write=False)
         await trio.sleep(60)
         assert image.origin.locked and cache.dirty_bytes_of(image)
+        assert (image.row.writing, image.row.ours_until_ns) == (1, 0)
     await trio.sleep(LATER)
     change(back)
     async with life(back) as cache:
