@@ -418,7 +418,7 @@ class BlockMap:
             else:
                 tables.delete_pending()
                 same = meta.boot_id == boot_id
-                self._mark_stopped(meta.heartbeat_ns + _OWN_CHANGE_SLACK_NS, same_boot=same)
+                self._mark_stopped(meta.heartbeat_ns, _OWN_CHANGE_SLACK_NS, same_boot=same)
             self._drop_orphans()
             if only_dirty:
                 for image in self.images():
@@ -448,7 +448,7 @@ class BlockMap:
         for image, region, _ in self._tables.intents():
             self._drop_clean(image, region)
             self._tables.delete_intent(image, region)
-        self._mark_stopped(heartbeat_ns + _CUT_SLACK_NS)
+        self._mark_stopped(heartbeat_ns, _CUT_SLACK_NS)
 
     def _drop_orphans(self) -> None:
         """A fill that ended while its image was forgotten leaves blocks of an image without a
@@ -461,10 +461,11 @@ class BlockMap:
                 raise ValueError(f"image {image} has dirty data and no row in its table image")
             self._tables.delete_regions(image, 0)
 
-    def _mark_stopped(self, lived_until_ns: int, *, same_boot: bool = False) -> None:
+    def _mark_stopped(self, heartbeat_ns: int, slack_ns: int, *, same_boot: bool = False) -> None:
         """No change counts as ours for certain. Who had an image open for writing, or dirty, may
         have changed it until then, and has not later. But what was killed in this boot may: see
-        docs/architecture.md, section 9."""
+        docs/architecture.md, section 9. Repair may have lost the last sign of life."""
+        lived_until_ns = heartbeat_ns + slack_ns if heartbeat_ns else 0
         for image in self._tables.images():
             if image.writing or (image.ours_until_ns > 0 and not same_boot):
                 image.writing, image.ours_until_ns = 0, -lived_until_ns

@@ -506,6 +506,21 @@ def test_after_a_power_cut_only_merged_rows_count_and_no_region_with_a_row(
     assert again.meta().boot_id == "boot 2"
 
 
+@pytest.mark.parametrize("clean", [False, True])
+def test_without_a_sign_of_life_nobody_knows_whose_a_change_is(
+    block_map: BlockMap, reopen: Callable[[], BlockMap], clean: bool
+) -> None:
+    """Repair has lost the row that had it."""
+    attach(block_map)
+    batch = Batch(rows=rows(put(1, 0, 10)), images=[ImageRow(1, b"one", b"one.img", writing=1)])
+    block_map.merge(block_map.commit(batch, stable=True))
+    if clean:
+        block_map.detach()
+    again = reopen()
+    attach(again, "boot 2")
+    assert [(row.writing, row.ours_until_ns) for row in again.images()] == [(0, 0)]
+
+
 def test_a_power_cut_after_a_recovered_kill_still_drops_the_written_regions(
     block_map: BlockMap, reopen: Callable[[], BlockMap]
 ) -> None:
