@@ -124,7 +124,7 @@ class Flushes:
         """Everything acknowledged for the image is on the origin, synced; rows are stable.
 
         Args:
-            overwrite: also over what others changed, see ``Truth.refuse_changed_elsewhere``.
+            overwrite: also over what others changed, see ``Truth.look_elsewhere``.
 
         Raises:
             OriginError, LostDataError, DatabaseError, CacheDeviceError: not so.

@@ -58,8 +58,7 @@ class Opening:
     async def _open(self, image: Image, path_fd: int, *, write: bool) -> None:
         await self._let_settle(image)
         seen: Attributes | None = None
-        if self._truth.may_be_changed_elsewhere(image):
-            await self._truth.look_elsewhere(image, path_fd)
+        await self._truth.look_elsewhere(image, path_fd)
         if write and self._locks(image):
             await self._ownership.lock(image, path_fd)
         if image.writers == 0 or not image.origin.readable:

@@ -66,7 +66,6 @@ class Truth:
         of what they belonged to: a stop in between must not leave old blocks with a new record.
         """
         row = image.row
-        self.refuse_changed_elsewhere(image, seen)
         if self._core.dirty.pages(image.id):
             # What is dirty is about to be fitted to what we see, which may be an earlier life's
             # truncate that is not synced.
@@ -75,6 +74,7 @@ class Truth:
                     return True  # the cleaner is at it, and will record what it made of the file
                 await self._lasting.sync(image)
                 seen = await self._threads.harmless(image.limiter, image.origin.attributes)
+        self._refuse_changed_elsewhere(image, seen)
         now = self._clock.origin_ns()
         age = self._tuning.settle_age
         if image.settles and image.matches(seen):
@@ -104,21 +104,24 @@ class Truth:
         return image.row.ours_until_ns < 0 and self._core.dirty.pages(image.id) > 0
 
     async def look_elsewhere(self, image: Image, path_fd: int) -> None:
-        """Refuses such an image before its lock is taken, which would keep others from it.
+        """What is dirty here of an earlier life is refused before the image's lock is taken, which
+        would keep others from what is theirs; and again by ``check``, with the lock.
 
         Raises:
-            ChangedElsewhereError: see ``refuse_changed_elsewhere``.
+            ChangedElsewhereError: others changed the image since that life.
             OriginError: the origin failed.
         """
+        if not self.may_be_changed_elsewhere(image):
+            return
         try:
             seen = await self.open_side(image, path_fd, write=False)
         except OriginError as exc:
             if exc.errno != errno.EACCES:  # a file that may only be written
                 raise
             seen = await self._threads.metadata(partial(attributes_of, path_fd))
-        self.refuse_changed_elsewhere(image, seen)
+        self._refuse_changed_elsewhere(image, seen)
 
-    def refuse_changed_elsewhere(self, image: Image, seen: Attributes) -> None:
+    def _refuse_changed_elsewhere(self, image: Image, seen: Attributes) -> None:
         """What is dirty here is older than what others wrote since, and neither is an image with
         the other in it: the operator says whose is kept. Data alone counts; owners, links and
         extended attributes leave the time of modification as it is.

@@ -5,17 +5,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+import trio
 
 from fusecache.engine.block_cache import BlockCache
-from fusecache.errors import ChangedElsewhereError
+from fusecache.errors import ChangedElsewhereError, FusecacheError
 from tests.engine.conftest import BLOCK
-from tests.engine.handles import on_origin, opened, versions, write
+from tests.engine.handles import fail, on_origin, opened, tune, versions, write
 from tests.support.stamps import stamped
 from tests.support.world import PAGE, Cut, World
 
 LATER = 120.0
 """Seconds until somebody else has the guest; what may be our own is over by then."""
-
 
 Stop = Callable[[World], None] | None
 """How a life ends; None: cleanly."""
@@ -55,6 +55,25 @@ async def stopped_dirty(back: World, stop: Stop) -> None:
             await write(cache, image, BLOCK, BLOCK, 2, number)
             await cache.fsync(image, metadata=False)
             await cache.close(image, write=True)
+
+
+async def broken_and_written(back: World, *kinds: str) -> None:
+    """The cache breaks with a dirty block of image 1, and the guest writes on, to the origin; then
+    the power goes."""
+    tune(back, dirty_age=600.0)
+    async with life(back, cut) as cache:
+        image = await opened(cache)
+        await write(cache, image, BLOCK, BLOCK, 2)
+        await cache.fsync(image, metadata=False)
+        fail(back, *kinds, "origin.sync")
+        with pytest.raises(FusecacheError):
+            await cache.committer.heartbeat()
+            await cache.committer.barrier()
+        await trio.sleep(LATER)
+        await write(cache, image, 3 * BLOCK, BLOCK, 2)
+        back.files[1].make_stable()
+        fail(back)
+    await trio.sleep(LATER)
 
 
 def change(back: World) -> None:

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.image import Image
 from fusecache.engine.ownership import Ownership
-from fusecache.errors import ChangedElsewhereError, DatabaseError, OriginError
+from fusecache.errors import ChangedElsewhereError, OriginError
 from tests.engine.conftest import BLOCK, BLOCKS
 from tests.engine.elsewhere import (
     ALL_STOPS,
@@ -19,6 +19,7 @@ from tests.engine.elsewhere import (
     OTHERS,
     STOPS,
     Stop,
+    broken_and_written,
     change,
     cut,
     decide_for_ours,
@@ -28,7 +29,7 @@ from tests.engine.elsewhere import (
     served,
     stopped_dirty,
     theirs,
-)  # fmt: skip
+)
 from tests.engine.handles import fail, on_origin, opened, tune, versions, write
 from tests.support.world import PAGE, Cut, OriginDouble, OriginFile, World
 
@@ -271,17 +272,5 @@ async def test_a_broken_cache_writes_on_without_a_sign_of_life(
     back: World, autojump_clock: MockClock
 ) -> None:
     """What it wrote past the database then is its own, and what it kept is written back."""
-    tune(back, dirty_age=600.0)
-    async with life(back, cut) as cache:
-        image = await opened(cache)
-        await write(cache, image, BLOCK, BLOCK, 2)
-        await cache.fsync(image, metadata=False)
-        fail(back, "database", "origin.sync")
-        with pytest.raises(DatabaseError):
-            await cache.committer.heartbeat()
-        await trio.sleep(LATER)
-        await write(cache, image, 3 * BLOCK, BLOCK, 2)
-        back.files[1].make_stable()
-        fail(back)
-    await trio.sleep(LATER)
+    await broken_and_written(back, "database")
     await served(back)

@@ -11,7 +11,6 @@ from trio.testing import MockClock
 
 from fusecache.engine import truth
 from fusecache.errors import (
-    CacheDeviceError,
     ChangedElsewhereError,
     DatabaseError,
     LockedElsewhereError,
@@ -25,6 +24,7 @@ from tests.engine.elsewhere import (
     OTHERS,
     STOPS,
     Stop,
+    broken_and_written,
     change,
     cut,
     decide_for_ours,
@@ -33,7 +33,7 @@ from tests.engine.elsewhere import (
     served,
     stopped_dirty,
     theirs,
-)  # fmt: skip
+)
 from tests.engine.handles import fail, on_origin, opened, tune, write
 from tests.support.world import Cut, OriginDouble, World
 
@@ -114,6 +114,31 @@ async def test_a_reader_does_not_make_it_ours_in_the_same_life(
             await cache.close(image, write=False)
 
 
+async def test_it_is_seen_although_it_comes_while_a_reader_looks(
+    back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has the lock here, and the first attributes are older than what is recorded."""
+    tune(back, dirty_age=600.0)
+    await stopped_dirty(back, cut)
+    await trio.sleep(LATER)
+    monkeypatch.setattr(OriginDouble, "lock", _locked_elsewhere)
+    async with life(back) as cache, trio.open_nursery() as nursery:
+        await trio.sleep(1)
+
+        async def look() -> None:
+            with pytest.raises(ChangedElsewhereError):
+                await opened(cache, write=False)
+
+        back.before = {"~sync": 5.0}
+        nursery.start_soon(look)
+        await trio.sleep(1)
+        change(back)
+    back.before = {}
+    monkeypatch.setattr(OriginDouble, "lock", _LOCK)
+    async with life(back) as cache:
+        await refused(cache)
+
+
 async def test_no_lock_stays_from_before_it_was_changed(
     back: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,19 +182,7 @@ async def test_a_cache_that_was_emptied_of_clean_pages_says_nothing_of_the_rest(
     back: World, autojump_clock: MockClock
 ) -> None:
     """Where the device cannot be marked the map is wiped, and everything goes to the origin."""
-    tune(back, dirty_age=600.0)
-    async with life(back, cut) as cache:
-        image = await opened(cache)
-        await write(cache, image, BLOCK, BLOCK, 2)
-        await cache.fsync(image, metadata=False)
-        fail(back, "device.sync", "device.fence", "origin.sync")
-        with pytest.raises(CacheDeviceError):
-            await cache.committer.barrier()
-        await trio.sleep(LATER)
-        await write(cache, image, 3 * BLOCK, BLOCK, 2)
-        back.files[1].make_stable()
-        fail(back)
-    await trio.sleep(LATER)
+    await broken_and_written(back, "device.sync", "device.fence")
     async with life(back) as cache:
         image = await opened(cache)
         await cache.close(image, write=True)
