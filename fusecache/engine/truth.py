@@ -64,6 +64,10 @@ class Truth:
 
         Returns whether what is cached, by the kernel too, is true. Blocks go before the record
         of what they belonged to: a stop in between must not leave old blocks with a new record.
+
+        Raises:
+            ChangedElsewhereError: an earlier life's dirty data waits, and others changed it since.
+            OriginError: the origin failed.
         """
         row = image.row
         if self._core.dirty.pages(image.id):
