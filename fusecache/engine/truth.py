@@ -213,6 +213,12 @@ class Truth:
         image = self._images.find(identity)
         return image is not None and _tells_of_others(image, seen)
 
+    def lasts(self, identity: bytes) -> bool:
+        """Whether what ``notices`` says stays so as long as the attributes do, and nobody opens or
+        closes the image: no writeback of ours is about to be recorded."""
+        image = self._images.find(identity)
+        return image is None or not image.own_pending
+
     async def settle(self, image: Image) -> None:
         """Trusts a record of our own making once its change time is old enough (P3)."""
         row = image.row

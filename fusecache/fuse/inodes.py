@@ -106,8 +106,10 @@ class Inodes:
             del self._by_id[node.id]
             if self._by_identity.get(node.identity) is node:
                 del self._by_identity[node.identity]
-            if self._lane is not None and node.directory:
-                self._lane.close_directory(node.id)
+            if self._lane is not None:
+                self._lane.drop_attributes(node.id)
+                if node.directory:
+                    self._lane.close_directory(node.id)
             os.close(node.fd)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """A session in front of which the lane answers hits.
 
-kernel - /dev/fuse - lane -+- a hit, an fsync of nothing but data, a missing name: answered there
-                           +- other data, fsyncs and names, attributes, fallocate, lseek:
+kernel - /dev/fuse - lane -+- a hit, an fsync of nothing but data, a missing name, attributes that
+                           |  were told before: answered there
+                           +- other data, fsyncs, names and attributes, fallocate, lseek:
                            |  ``Requests``
                            +- all else: a socket pair, of which pyfuse3 has the other end
 """
@@ -74,7 +75,7 @@ class Laned:
             why = queues.why_not() or "io_uring is forbidden, or does not take FUSE's commands"
             log.info("requests will not come by io_uring: %s", why, extra=fields("no-queues"))
         self._requests = Requests(self.lane, operations, cache)
-        operations.lane = self.lane
+        operations.lane = operations.told.lane = self.lane
         operations.inodes.tell(self.lane)
         cache.lane_counters = self.lane.counters
 

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
@@ -61,13 +62,13 @@ class Operations(pyfuse3.Operations):
         self._try_write = cache.try_write
         self._metadata = cache.threads.metadata
         self._stat = SharedStat(self._fstat)
-        self._told = Told(cache)
+        self.told = Told(cache)
         self.inodes = Inodes(tree.find_root())
         self.handles: dict[int, Handle] = {}
         self._numbers = count(1)
         self._privileges = Privileges(cache, tree, self._stat)
         self._names = Names(cache, tree)
-        self._directories = Directories(cache, tree, self.inodes, self._told, self._numbers)
+        self._directories = Directories(cache, tree, self.inodes, self.told, self._numbers)
         self.serving = trio.Event()
         """Set when the kernel has said INIT."""
 
@@ -96,7 +97,7 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, found: Found) -> EntryAttributes:
         """Counts a look-up and takes over the descriptor."""
-        return self._told.entry(self.inodes.add(found), found.st)
+        return self.told.entry(self.inodes.add(found), found.st)
 
     @guarded
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -220,6 +221,14 @@ class Operations(pyfuse3.Operations):
         """See ``attributes``."""
         return await self.attributes(inode)
 
+    def _attributes_anew(self, node: Node) -> None:
+        """Who has it open is another one than before; what is told now the lane may tell again."""
+        self.told.anew(node)
+        with suppress(OSError):
+            entry = self.attributes_at_once(node.id)
+            if entry is not None:
+                self.told.again(node, entry)
+
     async def attributes(self, inode: int) -> EntryAttributes:
         """The origin's; what they tell of changes by others is looked into first."""
         entry = self.attributes_at_once(inode)
@@ -229,7 +238,7 @@ class Operations(pyfuse3.Operations):
         st = os.fstat(node.fd) if node.local else await self._stat(inode, node.fd)
         if node.regular:
             await self._cache.truth.noticed(node.identity, Attributes.of(st), node.fd)
-        return self._told.entry(node, st)
+        return self.told.entry(node, st)
 
     def attributes_at_once(self, inode: int) -> EntryAttributes | None:
         """``attributes`` from memory alone; None if that is not certain, or they tell of something
@@ -241,7 +250,7 @@ class Operations(pyfuse3.Operations):
         st = os.fstat(node.fd)
         if node.regular and self._cache.truth.notices(node.identity, Attributes.of(st)):
             return None
-        return self._told.entry(node, st)
+        return self.told.entry(node, st)
 
     @guarded
     async def setattr(
@@ -268,7 +277,7 @@ class Operations(pyfuse3.Operations):
         st = await self._metadata(os.fstat, node.fd)
         if fields.update_mtime:
             node.told_mtime_ns = st.st_mtime_ns
-        return self._told.entry(node, st)
+        return self.told.entry(node, st)
 
     async def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         mode = self._privileges.allowed(node, attr.st_mode)
@@ -284,7 +293,7 @@ class Operations(pyfuse3.Operations):
             await self._cache.truncate(image, size)
         finally:
             with trio.CancelScope(shield=True):
-                await self._cache.close(image, write=True)
+                await self._close(node, image, write=True)
 
     @guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -347,16 +356,24 @@ class Operations(pyfuse3.Operations):
         image = await self._cache.open(node.identity, path, node.fd, write=write)
         true = image.kernel_true  # as this open has found it: the next one may be told otherwise
         if write:
-            async with undone_on_failure(self._cache.close, image, write=True):
+            async with undone_on_failure(self._close, node, image, write=True):
                 await self._privileges.drop(node)  # only now: from here on nobody sets them
         return image, true
+
+    async def _close(self, node: Node, image: Image, *, write: bool) -> None:
+        try:
+            await self._cache.close(image, write=write)
+        finally:
+            self.told.anew(node)
 
     def _add_handle(self, handle: Handle) -> int:
         number = next(self._numbers)
         self.handles[number] = handle
         handle.node.buffered_writers += handle.buffered
-        if self.lane is not None and handle.image.gate is not None:
-            self.lane.open(number, handle.node.id, handle.image.gate.number)
+        if self.lane is not None:
+            if handle.image.gate is not None:
+                self.lane.open(number, handle.node.id, handle.image.gate.number)
+            self._attributes_anew(handle.node)
         return number
 
     @guarded
@@ -372,7 +389,7 @@ class Operations(pyfuse3.Operations):
         write = truncates or flags & os.O_ACCMODE != os.O_RDONLY
         image, true = await self._open_image(node, write=write)
         if truncates:
-            async with undone_on_failure(self._cache.close, image, write=True):
+            async with undone_on_failure(self._close, node, image, write=True):
                 await self._cache.truncate(image, 0)
         buffered = write and not flags & os.O_DIRECT
         number = self._add_handle(Handle(image, node, write, buffered, ctx.pid))
@@ -405,7 +422,7 @@ class Operations(pyfuse3.Operations):
                     with self._cache.truth.setting_attributes(node.identity):
                         await self._metadata(self._tree.chmod, node.fd, mode)
                     st = await self._metadata(os.fstat, node.fd)
-                    entry = self._told.entry(node, st)
+                    entry = self.told.entry(node, st)
         except BaseException:
             self.inodes.forget(node.id, 1)
             raise
@@ -462,7 +479,7 @@ class Operations(pyfuse3.Operations):
         handle.node.buffered_writers -= handle.buffered
         if self.lane is not None:
             self.lane.close(fh)
-        await self._cache.close(handle.image, write=handle.write)
+        await self._close(handle.node, handle.image, write=handle.write)
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -139,7 +139,8 @@ class Requests:
         try:
             if opcode == lanes.GETATTR:
                 entry = self._operations.attributes_at_once(node)
-                data = b"" if entry is None else packed_attributes(entry)
+                if entry is not None:
+                    data = self._operations.told.again(self._operations.inodes[node], entry)
             elif found:
                 entry = self._operations.look_up_at_once(node, found - 1)
                 data = b"" if entry is None else packed_entry(entry)

@@ -1,12 +1,16 @@
 """Told: what the kernel is told of nodes."""
 
 import os
+from typing import TYPE_CHECKING
 
 from pyfuse3 import EntryAttributes
 
 from fusecache.engine.block_cache import BlockCache
-from fusecache.fuse.attributes import entry_of
+from fusecache.fuse.attributes import entry_of, packed_attributes
 from fusecache.fuse.inodes import Node
+
+if TYPE_CHECKING:
+    from fusecache.lane._lane import Lane
 
 
 class Told:
@@ -21,7 +25,10 @@ class Told:
 
     def __init__(self, cache: BlockCache) -> None:
         self._images = cache.images
+        self._truth = cache.truth
         self._timeout = cache.tuning.attribute_timeout
+        self.lane: Lane | None = None
+        """What answers questions in front of us, if anything does."""
 
     def entry(self, node: Node, st: os.stat_result) -> EntryAttributes:
         """The attributes of a node, which are ``st`` on the origin."""
@@ -30,6 +37,20 @@ class Told:
         entry = entry_of(node.id, st, self._timeout)
         entry.st_mtime_ns = node.told_mtime_ns
         return entry
+
+    def again(self, node: Node, entry: EntryAttributes) -> bytes:
+        """The answer to a question for attributes, of what could be answered at once. The lane may
+        give it again, by itself, as long as the origin's are the same: all else that it depends on
+        is who has the image open, which calls ``anew``, and what a writeback is about to record."""
+        answer = packed_attributes(entry)
+        if self.lane is not None and self._truth.lasts(node.identity):
+            self.lane.keep_attributes(node.id, node.fd, answer)
+        return answer
+
+    def anew(self, node: Node) -> None:
+        """The next question is ours to answer."""
+        if self.lane is not None:
+            self.lane.drop_attributes(node.id)
 
     def _attached(self, node: Node) -> bool:
         """An evicted image may be written elsewhere."""

@@ -72,6 +72,15 @@ class Lane:
         """From now on names in this directory may be looked up by its descriptor."""
     def close_directory(self, node: int, /) -> None:
         """The kernel has forgotten it, and the descriptor may be closed."""
+    def keep_attributes(self, node: int, fd: int, answer: bytes, /) -> None:
+        """This ``struct fuse_attr_out`` was told of a node. It may be told again until
+        ``drop_attributes``, as long as ``fstat`` of the descriptor says the same.
+
+        Raises:
+            ValueError: it is of another length.
+        """
+    def drop_attributes(self, node: int, /) -> None:
+        """Questions for its attributes are Python's, as they are of a node nothing was told of."""
     def invalidate(self, node: int, /) -> None:
         """Makes the kernel forget pages and attributes. Blocks, without the GIL.
 

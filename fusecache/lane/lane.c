@@ -299,9 +299,10 @@ static int make_room(struct lane *lane)
     lane->questions = calloc(HANDLES, sizeof *lane->questions);
     lane->opened = calloc(lane->core.gate_count, sizeof *lane->opened);
     lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
+    lane->told = calloc(HANDLES, sizeof *lane->told);
     if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles ||
         !lane->nodes || !lane->directories || !lane->questions || !lane->opened ||
-        !lane->held_until)
+        !lane->held_until || !lane->told)
         return ENOMEM;
     for (unsigned i = 0; i < buffers; i++) {
         struct buffer *buffer = new_buffer(lane);
@@ -476,6 +477,7 @@ void lane_free(struct lane *lane)
     free(lane->questions);
     free(lane->opened);
     free(lane->held_until);
+    free(lane->told);
     cold_free(&lane->cold);
     syncs_free(&lane->syncs);
     queues_free(lane);

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "attributes.h"
 #include "cold.h"
 #include "core.h"
 #include "queues.h"
@@ -41,6 +42,7 @@ struct lane_counters {
     uint64_t syncs;     /* of the cache device, for these */
     uint64_t missing;   /* look-ups answered here: there is no such name */
     uint64_t found;     /* look-ups that Python finishes without asking the origin */
+    uint64_t told;      /* questions for attributes answered here */
 };
 
 struct lane {
@@ -101,6 +103,7 @@ struct lane {
     uint64_t *questions; /* by unique: nodes whose attributes are asked for */
     uint64_t *opened;     /* by gate: the node that was opened last */
     uint64_t *held_until; /* by gate: monotonic ns */
+    struct told *told;    /* by node; under the mutex */
 
     struct lane_counters counters;
     uint64_t read_ns[BUCKETS]; /* hits by how long they took, each bucket twice the last */

@@ -222,7 +222,7 @@ static PyObject *lane_py_reply(LaneObject *self, PyObject *args)
     Py_buffer data;
     if (!PyArg_ParseTuple(args, "Kiy*", &unique, &error, &data))
         return NULL;
-    serve_told(&self->lane, unique);
+    attributes_told(&self->lane, unique);
     if (data.len <= SMALL) {
         failed = lane_reply(&self->lane, unique, error, data.buf, (size_t)data.len);
     } else {
@@ -277,6 +277,34 @@ static PyObject *lane_py_close_directory(LaneObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "K", &node))
         return NULL;
     table_drop(self->lane.directories, node);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_keep_attributes(LaneObject *self, PyObject *args)
+{
+    unsigned long long node;
+    Py_buffer answer;
+    struct told told;
+    if (!PyArg_ParseTuple(args, "Kiy*", &node, &told.fd, &answer))
+        return NULL;
+    bool fits = answer.len == sizeof told.answer;
+    if (fits) {
+        told.node = node;
+        memcpy(&told.answer, answer.buf, sizeof told.answer);
+        attributes_keep(&self->lane, &told);
+    } else {
+        PyErr_SetString(PyExc_ValueError, "no answer to a question for attributes");
+    }
+    PyBuffer_Release(&answer);
+    return fits ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyObject *lane_py_drop_attributes(LaneObject *self, PyObject *args)
+{
+    unsigned long long node;
+    if (!PyArg_ParseTuple(args, "K", &node))
+        return NULL;
+    attributes_drop(&self->lane, node);
     Py_RETURN_NONE;
 }
 
@@ -351,11 +379,11 @@ static PyObject *lane_py_counters(LaneObject *self, PyObject *Py_UNUSED(ignored)
     const struct lane *lane = &self->lane;
     const struct lane_counters *counters = &lane->counters;
     return Py_BuildValue(
-        "{sKsKsKsKsKsKsKsKsKsNsKsNsKsNsN}", "forwarded", now(&counters->forwarded), "queued",
+        "{sKsKsKsKsKsKsKsKsKsKsNsKsNsKsNsN}", "forwarded", now(&counters->forwarded), "queued",
         now(&counters->queued), "repeated", now(&counters->repeated), "together",
         now(&counters->together), "apart", now(&counters->apart), "fsyncs", now(&counters->fsyncs),
         "syncs", now(&counters->syncs), "missing", now(&counters->missing), "found",
-        now(&counters->found), "read_ns",
+        now(&counters->found), "told", now(&counters->told), "read_ns",
         histogram(lane->read_ns), "read_ns_sum", now(&lane->read_ns_sum), "write_ns",
         histogram(lane->write_ns), "write_ns_sum", now(&lane->write_ns_sum), "ring",
         PyBool_FromLong(lane->ring), "queues",
@@ -384,6 +412,8 @@ static PyMethodDef lane_methods[] = {
     {"close", (PyCFunction)lane_py_close, METH_VARARGS, NULL},
     {"open_directory", (PyCFunction)lane_py_open_directory, METH_VARARGS, NULL},
     {"close_directory", (PyCFunction)lane_py_close_directory, METH_VARARGS, NULL},
+    {"keep_attributes", (PyCFunction)lane_py_keep_attributes, METH_VARARGS, NULL},
+    {"drop_attributes", (PyCFunction)lane_py_drop_attributes, METH_VARARGS, NULL},
     {"invalidate", (PyCFunction)lane_py_invalidate, METH_VARARGS, NULL},
     {"enter", (PyCFunction)lane_py_enter, METH_NOARGS, NULL},
     {"leave", (PyCFunction)lane_py_leave, METH_NOARGS, NULL},

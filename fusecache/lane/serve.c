@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "attributes.h"
 #include "entries.h"
 #include "names.h"
 
@@ -17,7 +18,6 @@
 #define IN_PLACE (128u << 10) /* see engine/slot_io.py */
 #define TOO_LONG 4000000u     /* ns; see engine/in_place.py */
 #define APART 500000000u
-#define OVERTAKING 200000u /* ns; see fuse/operations.py */
 #define OVER_IO_URING (1u << 9) /* of the second 32 flags, see queues.h */
 
 enum outcome { HIT, COLD, NO_HIT };
@@ -80,21 +80,6 @@ bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,
     return true;
 }
 
-/* After a question for attributes the next read waits a moment, for the reason that the docstring
- * of Operations.read gives. False: it has to, and this thread may not. */
-static bool let_overtake(struct lane *lane, uint32_t gate, bool may_wait)
-{
-    uint64_t until = __atomic_exchange_n(&lane->held_until[gate], 0, __ATOMIC_RELAXED);
-    uint64_t now = now_ns();
-    if (until > now && until - now <= OVERTAKING) {
-        struct timespec rest = {0, (long)(until - now)};
-        if (!may_wait)
-            return false;
-        nanosleep(&rest, NULL);
-    }
-    return true;
-}
-
 /* Returns the buffer to go on with, or NULL if Python has to answer. *reads becomes false if this
  * thread is no reader any more. */
 static struct buffer *try_read(struct lane *lane, const struct request *request,
@@ -103,8 +88,7 @@ static struct buffer *try_read(struct lane *lane, const struct request *request,
     uint32_t gate = table_get(lane->handles, request->handle);
     if (gate >= lane->core.gate_count)
         return NULL;
-    if (__atomic_load_n(&lane->held_until[gate], __ATOMIC_RELAXED) &&
-        !let_overtake(lane, gate, buffer->entry == NULL))
+    if (!attributes_overtake(lane, gate, buffer->entry == NULL))
         return NULL;
     uint64_t began = now_ns();
     if (!core_locate(&lane->core, &lane->core.gates[gate], request->offset,
@@ -228,19 +212,6 @@ static void forward_forgets(struct lane *lane, const char *message, const struct
         forward(lane, part, request_forgets(message, request, first, part));
 }
 
-static uint64_t *question_of(struct lane *lane, uint64_t unique)
-{
-    return &lane->questions[unique / 2 % HANDLES];
-}
-
-static void ask_attributes(struct lane *lane, const struct request *request)
-{
-    uint32_t gate = table_get(lane->nodes, request->node);
-    if (gate < lane->core.gate_count)
-        __atomic_store_n(question_of(lane, request->unique), request->unique << 16 | (gate + 1),
-                         __ATOMIC_RELAXED);
-}
-
 /* Returns the buffer to go on with. */
 static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
                                struct buffer *buffer, struct found *found, bool *reads)
@@ -257,7 +228,8 @@ static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
             return buffer;
         return lane_queue(lane, request, buffer);
     case REQUEST_GETATTR:
-        ask_attributes(lane, request);
+        if (attributes_tell(lane, request))
+            return buffer;
         return lane_queue(lane, request, buffer);
     case REQUEST_FSYNC:
         if (syncs_take(lane, request))
@@ -330,18 +302,6 @@ void serve(struct lane *lane, struct buffer *buffer)
 }
 
 /* -- answers ----------------------------------------------------------------------------------- */
-
-void serve_told(struct lane *lane, uint64_t unique)
-{
-    uint64_t *asked = question_of(lane, unique);
-    uint64_t question = __atomic_load_n(asked, __ATOMIC_RELAXED);
-    if (question && question >> 16 == (unique & 0xFFFFFFFFFFFF)) {
-        uint32_t gate = (uint32_t)(question & 0xFFFF) - 1;
-        if (gate < lane->core.gate_count)
-            __atomic_store_n(&lane->held_until[gate], now_ns() + OVERTAKING, __ATOMIC_RELAXED);
-        __atomic_store_n(asked, 0, __ATOMIC_RELAXED);
-    }
-}
 
 /* Completes pyfuse3's answer to INIT. Returns whether the kernel shall use its queues. */
 static bool widen(struct lane *lane, char *message, size_t size)

@@ -16,9 +16,6 @@ void serve_request(struct lane *lane, char *message, size_t size, struct buffer 
 /* Hands an answer of pyfuse3 to the kernel. */
 void serve_answer(struct lane *lane, char *message, size_t size);
 
-/* Python answers this request now: if it asks for attributes, see let_overtake. */
-void serve_told(struct lane *lane, uint64_t unique);
-
 /* Answers a read with what was read, if all of it is still what the image holds. False: it is not,
  * nothing is answered. */
 bool serve_hit(struct lane *lane, const struct request *request, uint32_t gate,

@@ -41,10 +41,17 @@ class Served:
 
     async def chmod(self, inode: int, mode: int) -> None:
         """As the kernel asks for it."""
+        await self._set(inode, "mode", mode)
+
+    async def truncate(self, inode: int, size: int) -> None:
+        """The same, of a file that is not open."""
+        await self._set(inode, "size", size)
+
+    async def _set(self, inode: int, name: str, value: int) -> None:
         asked = pyfuse3.EntryAttributes()
-        asked.st_mode = mode
+        setattr(asked, f"st_{name}", value)
         names = ("size", "atime", "mtime", "ctime", "mode", "uid", "gid")
-        fields: Any = SimpleNamespace(**{f"update_{name}": name == "mode" for name in names})
+        fields: Any = SimpleNamespace(**{f"update_{each}": each == name for each in names})
         await self.operations.setattr(inode, asked, fields, None, NOBODY)
 
 

@@ -390,6 +390,36 @@ MUTATIONS = {
         "",
         "test_names.py and nobody_has_told",
     ),
+    "attributes that have changed are told": Mutation(
+        "attributes.c",
+        "memcmp(&now, &told.answer.attr, sizeof now) == 0",
+        "now.ino == told.answer.attr.ino",
+        "test_attributes.py and what_changes",
+    ),
+    "another node's attributes are told": Mutation(
+        "attributes.c",
+        "told.node == request->node && ",
+        "",
+        "test_attributes.py and takes_back",
+    ),
+    "another node's attributes are taken back": Mutation(
+        "attributes.c",
+        "    if (told->node == node)\n",
+        "",
+        "test_attributes.py and that_node_alone",
+    ),
+    "attributes are not taken back": Mutation(
+        "attributes.c",
+        "        told->node = 0;\n",
+        "        (void)told;\n",
+        "test_attributes.py and takes_back",
+    ),
+    "no read waits after an answer": Mutation(
+        "attributes.c",
+        "            hold(lane, gate);\n",
+        "            (void)gate;\n",
+        "test_attributes.py and waits_a_moment",
+    ),
     "what nobody has taken stays open": Mutation(
         "lane.c",
         "        names_drop(&waiting->request);\n",

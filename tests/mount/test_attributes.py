@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -254,3 +255,28 @@ def test_a_change_of_attributes_behind_the_mount_is_seen_within_a_second(place: 
         time.sleep(1.2)
         st = os.fstat(fd)
         assert (st.st_size, stat.S_IMODE(st.st_mode)) == (7 * BLOCK, 0o600)
+
+
+@pytest.mark.skipif("config.getoption('--lane') == 'off'", reason="the lane answers")
+def test_attributes_that_stay_need_no_python(place: Place) -> None:
+    """The kernel asks once a second for every image in use."""
+    names = [f"image-{number}" for number in range(40)]
+    for name in names:
+        (place.origin / name).write_bytes(bytes(100))
+
+    def passed() -> int:
+        return int(place.mount.status()["lane"]["passed_to_engine"])
+
+    with ExitStack() as stack:
+        fds = [stack.enter_context(opened(place.cached / name, os.O_RDWR)) for name in names]
+        time.sleep(1.2)
+        before = passed()
+        for name, fd in zip(names, fds, strict=True):
+            assert _told(os.fstat(fd)) == _told((place.origin / name).stat())
+        assert passed() - before < len(names) / 2
+        for name in names:
+            (place.origin / name).chmod(0o640)
+        time.sleep(1.2)
+        for name, fd in zip(names, fds, strict=True):
+            assert _told(os.fstat(fd)) == _told((place.origin / name).stat())
+        assert passed() - before >= len(names)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.helpers import wait_for
 from tests.support.daemon import BLOCK, Mount, old
 from tests.support.direct import opened, read_direct
 from tests.support.place import Place
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.mount
 
 _BLOCKS = 4
 _SIZE = _BLOCKS * BLOCK
+_TOLD_FOR = 1.2
+"""Seconds after which the kernel asks for attributes again."""
 
 
 def _image(place: Place, name: str, number: int) -> bytes:
@@ -163,6 +166,26 @@ def test_a_reader_with_an_open_file_sees_a_change_behind_the_mount_at_the_next_o
             pass
         assert os.pread(fd, _SIZE, 0) == newer
         assert mapped[:] == newer
+
+
+def test_a_reader_is_told_of_a_change_beside_a_writer_who_wrote_nothing(place: Place) -> None:
+    """While the writer has it open nobody looks; what the kernel was told then must not be told
+    for ever."""
+    data = _image(place, "image", 1)
+    old(place.origin / "image")
+    with opened(place.cached / "image", os.O_RDONLY | os.O_DIRECT) as reader:
+        assert read_direct(reader, 0, _SIZE) == data
+        with opened(place.cached / "image", os.O_RDWR | os.O_DIRECT):
+            newer = _change(place.origin / "image", "same size", 1, 2)
+            time.sleep(_TOLD_FOR)
+            assert os.fstat(reader).st_mtime_ns == (place.origin / "image").stat().st_mtime_ns
+        time.sleep(_TOLD_FOR)
+
+        def seen() -> bool:
+            os.fstat(reader)
+            return read_direct(reader, 0, _SIZE) == newer
+
+        wait_for(seen, "the change to be seen", 10)
 
 
 # -- eviction ----------------------------------------------------------------------------------
