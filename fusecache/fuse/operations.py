@@ -221,14 +221,6 @@ class Operations(pyfuse3.Operations):
         """See ``attributes``."""
         return await self.attributes(inode)
 
-    def _attributes_anew(self, node: Node) -> None:
-        """Who has it open is another one than before; what is told now the lane may tell again."""
-        self.told.anew(node)
-        with suppress(OSError):
-            entry = self.attributes_at_once(node.id)
-            if entry is not None:
-                self.told.again(node, entry)
-
     async def attributes(self, inode: int) -> EntryAttributes:
         """The origin's; what they tell of changes by others is looked into first."""
         entry = self.attributes_at_once(inode)
@@ -245,12 +237,16 @@ class Operations(pyfuse3.Operations):
         that has to be looked into."""
         node = self.inodes[inode]
         node.asked = True
+        st = self._stat_at_once(node)
+        return None if st is None else self.told.entry(node, st)
+
+    def _stat_at_once(self, node: Node) -> os.stat_result | None:
         if not node.local:
             return None
         st = os.fstat(node.fd)
         if node.regular and self._cache.truth.notices(node.identity, Attributes.of(st)):
             return None
-        return self.told.entry(node, st)
+        return st
 
     @guarded
     async def setattr(
@@ -276,7 +272,7 @@ class Operations(pyfuse3.Operations):
             await self._privileges.drop(node)  # of an image that was opened meanwhile
         st = await self._metadata(os.fstat, node.fd)
         if fields.update_mtime:
-            node.told_mtime_ns = st.st_mtime_ns
+            self.told.time(node, st.st_mtime_ns)
         return self.told.entry(node, st)
 
     async def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
@@ -373,8 +369,15 @@ class Operations(pyfuse3.Operations):
         if self.lane is not None:
             if handle.image.gate is not None:
                 self.lane.open(number, handle.node.id, handle.image.gate.number)
-            self._attributes_anew(handle.node)
+            self._tell_of_open(handle.node)
         return number
+
+    def _tell_of_open(self, node: Node) -> None:
+        self.told.anew(node)
+        with suppress(OSError):
+            st = self._stat_at_once(node)
+            if st is not None:
+                self.told.in_advance(node, st)
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:

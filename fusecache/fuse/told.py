@@ -33,10 +33,16 @@ class Told:
     def entry(self, node: Node, st: os.stat_result) -> EntryAttributes:
         """The attributes of a node, which are ``st`` on the origin."""
         if not (node.buffered_writers and self._attached(node)):
-            node.told_mtime_ns = st.st_mtime_ns
+            self.time(node, st.st_mtime_ns)
         entry = entry_of(node.id, st, self._timeout)
         entry.st_mtime_ns = node.told_mtime_ns
         return entry
+
+    def time(self, node: Node, mtime_ns: int) -> None:
+        """The kernel is told of this time of modification."""
+        if node.told_mtime_ns != mtime_ns:
+            node.told_mtime_ns = mtime_ns
+            self.anew(node)
 
     def again(self, node: Node, entry: EntryAttributes) -> bytes:
         """The answer to a question for attributes, of what could be answered at once. The lane may
@@ -46,6 +52,12 @@ class Told:
         if self.lane is not None and self._truth.lasts(node.identity):
             self.lane.keep_attributes(node.id, node.fd, answer)
         return answer
+
+    def in_advance(self, node: Node, st: os.stat_result) -> None:
+        """The lane may tell these attributes before we were asked for them. But not a time that the
+        kernel has not heard of yet: it would be taken for the one it was told last."""
+        if st.st_mtime_ns == node.told_mtime_ns:
+            self.again(node, self.entry(node, st))
 
     def anew(self, node: Node) -> None:
         """The next question is ours to answer."""

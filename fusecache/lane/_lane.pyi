@@ -73,7 +73,7 @@ class Lane:
     def close_directory(self, node: int, /) -> None:
         """The kernel has forgotten it, and the descriptor may be closed."""
     def keep_attributes(self, node: int, fd: int, answer: bytes, /) -> None:
-        """This ``struct fuse_attr_out`` was told of a node. It may be told again until
+        """This ``struct fuse_attr_out`` was told of a node, or would be. It may be told until
         ``drop_attributes``, as long as ``fstat`` of the descriptor says the same.
 
         Raises:

@@ -96,7 +96,7 @@ bool attributes_tell(struct lane *lane, const struct request *request)
     told = lane->told[request->node % HANDLES];
     pthread_mutex_unlock(&lane->mutex);
     /* The descriptor stays while the kernel asks, as those of directories do; see names.c. */
-    if (told.node == request->node && request->node && fstat(told.fd, &st) == 0) {
+    if (told.node == request->node && fstat(told.fd, &st) == 0) {
         struct fuse_attr now = packed(request->node, &st);
         if (memcmp(&now, &told.answer.attr, sizeof now) == 0) {
             __atomic_fetch_add(&lane->counters.told, 1, __ATOMIC_RELAXED);

@@ -10,7 +10,7 @@
 
 struct lane;
 
-/* What Python has told of a node; in a table by number. */
+/* What Python has told of a node, or would tell; in a table by number. */
 struct told {
     uint64_t node; /* 0: nothing */
     int fd;        /* Python's */

@@ -1,102 +1,58 @@
-"""What the lane may tell again of a node, and until when."""
+"""The time of modification that the kernel is told, and with which it drops an image's pages."""
 
 import os
 
 import pytest
-import trio
+from pyfuse3 import ROOT_INODE
 
-from tests.fuse.conftest import BLOCK, Served
+from tests.fuse.conftest import BLOCK, NOBODY, Served
 
-
-class Lane:
-    """Remembers what it was told, as the compiled one does."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, bytes] = {}
-
-    def keep_attributes(self, node: int, fd: int, answer: bytes) -> None:
-        """See ``_lane.pyi``."""
-        assert os.fstat(fd)
-        self.kept[node] = answer
-
-    def drop_attributes(self, node: int) -> None:
-        """See ``_lane.pyi``."""
-        self.kept.pop(node, None)
+BEFORE, AFTER = 10**18, 10**18 + 5
 
 
 @pytest.fixture
-def lane(served: Served) -> Lane:
-    """In front of what is served, as far as it is told of attributes."""
-    made = Lane()
-    served.operations.told.lane = made  # type: ignore[assignment]
-    return made
-
-
-async def _asked(served: Served, inode: int) -> bytes:
-    """As the lane's requests do."""
-    entry = served.operations.attributes_at_once(inode)
-    assert entry is not None
-    return served.operations.told.again(served.operations.inodes[inode], entry)
-
-
-async def test_what_is_told_is_kept_until_somebody_opens_or_closes(
-    served: Served, lane: Lane
-) -> None:
+async def image(served: Served) -> int:
+    """The node of one that was last changed at ``BEFORE``, as the kernel knows."""
     (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
-    assert not lane.kept
-    assert await _asked(served, inode) == lane.kept[inode]
-    handle = await served.open(inode, os.O_RDONLY)
-    assert await _asked(served, inode) == lane.kept[inode]
+    os.utime(served.origin / "vm.img", ns=(BEFORE, BEFORE))
+    return await served.inode("vm.img")
+
+
+async def _told(served: Served, node: int) -> int:
+    """By an answer to a question for attributes, and to a look-up."""
+    entry = await served.operations.getattr(node, NOBODY)
+    again = await served.operations.lookup(ROOT_INODE, b"vm.img", NOBODY)
+    assert again.st_mtime_ns == entry.st_mtime_ns
+    return entry.st_mtime_ns
+
+
+def _change(served: Served) -> None:
+    os.utime(served.origin / "vm.img", ns=(AFTER, AFTER))
+
+
+async def test_it_stays_while_somebody_writes_through_the_kernels_pages(
+    served: Served, image: int
+) -> None:
+    handles = [await served.open(image), await served.open(image, os.O_WRONLY)]
+    _change(served)
+    for handle in handles:
+        assert await _told(served, image) == BEFORE
+        await served.operations.release(handle)
+    assert await _told(served, image) == AFTER
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR | os.O_DIRECT])
+async def test_it_is_the_origins_for_all_others(served: Served, image: int, flags: int) -> None:
+    handle = await served.open(image, flags)
+    _change(served)
+    assert await _told(served, image) == AFTER
     await served.operations.release(handle)
-    assert not lane.kept
 
 
-async def test_it_is_dropped_after_the_end_of_a_close(served: Served, lane: Lane) -> None:
-    """A close waits; what is told meanwhile is told of an image that is open still."""
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
-    handle = await served.open(inode)
-    image = served.operations.handles[handle].image
-    async with trio.open_nursery() as nursery, image.opening:
-        nursery.start_soon(served.operations.release, handle)
-        await trio.testing.wait_all_tasks_blocked()
-        await _asked(served, inode)
-        assert lane.kept
-    assert not lane.kept
-
-
-async def test_a_truncate_without_a_handle_is_an_open_and_a_close(
-    served: Served, lane: Lane
-) -> None:
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
-    await _asked(served, inode)
-    await served.truncate(inode, 100)
-    assert not lane.kept
-
-
-async def test_nothing_is_kept_before_a_writeback_is_recorded(served: Served, lane: Lane) -> None:
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
-    handle = await served.open(inode)
-    image = served.operations.handles[handle].image
-    await _asked(served, inode)
-    lane.kept.clear()
-    image.own_pending = True
-    await _asked(served, inode)
-    assert not lane.kept
-    image.own_pending = False
-    await _asked(served, inode)
-    assert lane.kept
-
-
-async def test_only_a_local_origin_answers_at_once(served: Served, lane: Lane) -> None:
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
-    await _asked(served, inode)
-    lane.kept.clear()
-    served.operations.inodes[inode].local = False
-    assert served.operations.attributes_at_once(inode) is None
-    await served.operations.attributes(inode)
-    assert not lane.kept
+async def test_it_is_the_origins_once_the_image_is_evicted(served: Served, image: int) -> None:
+    """Another host may write it."""
+    handle = await served.open(image)
+    await served.cache.evict(served.operations.handles[handle].image)
+    _change(served)
+    assert await _told(served, image) == AFTER
+    await served.operations.release(handle)

@@ -118,10 +118,6 @@ def test_it_is_told_of_that_node_alone(rig: Rig, image: Image, tmp_path: Path) -
     is_pythons(rig)
 
 
-def test_no_node_is_nobodys(rig: Rig) -> None:
-    is_pythons(rig, 0)
-
-
 def test_what_python_takes_back_is_its_own(rig: Rig, image: Image) -> None:
     image.tell()
     rig.lane.drop_attributes(NODE)
