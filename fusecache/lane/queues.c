@@ -44,6 +44,11 @@ void queues_set_asleep(struct queues *queues, bool sleeps)
     __atomic_store_n(&queues->sleeps, sleeps, __ATOMIC_RELAXED);
 }
 
+static bool lately(uint64_t asked_at, uint64_t now)
+{
+    return asked_at + LATELY > now;
+}
+
 /* -- a thread ---------------------------------------------------------------------------------- */
 
 void queues_read(struct entry *entry, const struct request *request, uint32_t gate,
@@ -113,6 +118,8 @@ static void run_errands(struct queues *queues)
         queues->last = &queues->first;
         queues_set_asleep(queues, !first); /* or is about to: what comes from now on wakes it */
         pthread_mutex_unlock(&queues->mutex);
+        if (first) /* what was so when requests came by themselves may be long ago */
+            queues->gives_back = lately(queues->asked_at, now_ns());
         for (struct entry *next, *entry = first; entry; entry = next) {
             next = entry->next;
             run_errand(queues, entry);
@@ -149,11 +156,6 @@ static void refused(struct entry *entry, int error)
         __atomic_fetch_sub(&all(queues->lane)->shares[entry->queue].entries, 1,
                            __ATOMIC_RELAXED);
     }
-}
-
-static bool lately(uint64_t asked_at, uint64_t now)
-{
-    return asked_at + LATELY > now;
 }
 
 /* Whether a thread sleeps, and nobody on its processor has asked for anything lately. */
