@@ -119,8 +119,8 @@ def test_guests_of_a_pool_boot_write_stop_and_are_evicted_by_choice(
 
         drivers = {
             "vm1": {"cache": "none"},
-            "vm2": {"cache": "writeback"},
-            "vm3": {"cache": "none", "io": "native"},
+            "vm2": {"cache": "writeback", "io": "threads"},
+            "vm3": {"cache": "none", "io": "threads"},
         }
         for name, driver in drivers.items():
             path = mount.mountpoint / f"{name}.img"
