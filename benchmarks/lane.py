@@ -5,7 +5,7 @@ over the kernel's queues (io_uring), where the kernel has them: only that mount 
 Three parts. Reads of what is cached, all in memory: 4 KiB at depth 1 and 32, 64 KiB, 1 MiB in order
 and 16 jobs over 16 images. 4 KiB random writes in write-back over pages that are dirty already. And
 what is no hit: random reads of blocks that are not cached, writes in write-through, looking up
-names, and asking for attributes, with the lane and without it.
+names, asking for attributes, and opening, with the lane and without it.
 
 All take turns, job by job and round by round, starting with another one each round; compared are
 medians. Processor time is that of the process that serves, from /proc, a read; fio's is not in it.
@@ -47,6 +47,7 @@ THROUGH = "4K random write, write-through, depth 8"
 MISSING = "a look-up of a missing name"
 THERE = "a look-up of a name that is there"
 ATTRIBUTES = "attributes of an open file"
+OPENING = "opening and closing an image"
 JOBS: dict[str, dict[str, object]] = {
     **read_jobs(2),
     WRITE: {"rw": "randwrite", "bs": "4k", "iodepth": 32},
@@ -171,7 +172,7 @@ def cached(
 
 def others(base: Path, plain: Path, rounds: int, seconds: float, size: int) -> Samples:
     """What is not simply a hit."""
-    jobs = (MISS, THROUGH, MISSING, THERE, ATTRIBUTES)
+    jobs = (MISS, THROUGH, MISSING, THERE, ATTRIBUTES, OPENING)
     found: Samples = {job: {way: [] for way in ways()} for job in jobs}
     with ExitStack() as stack:
         contenders: list[Ours] = []
@@ -199,6 +200,7 @@ def others(base: Path, plain: Path, rounds: int, seconds: float, size: int) -> S
                 found[MISSING][each.name].append(looked_up(each.directory, "missing"))
                 found[THERE][each.name].append(looked_up(each.directory, "there"))
                 found[ATTRIBUTES][each.name].append(asked(each.directory))
+                found[OPENING][each.name].append(reopened(each.directory))
         for each in contenders:
             harness.same_data(each.path(IMAGE), each.origin / IMAGE)
     return found
@@ -242,6 +244,17 @@ def asked(directory: Path) -> dict[str, float]:
         for file in files:
             os.fstat(file.fileno())
         return _each(time.perf_counter() - began, OPENED)
+
+
+def reopened(directory: Path) -> dict[str, float]:
+    """Opens for reading, one after another, each with its close. Their names are known."""
+    paths = [directory / f"there-{number}" for number in range(OPENED)]
+    for path in paths:
+        path.stat()
+    began = time.perf_counter()
+    for path in paths:
+        os.close(os.open(path, os.O_RDONLY))
+    return _each(time.perf_counter() - began, OPENED)
 
 
 def _each(seconds: float, count: int) -> dict[str, float]:
