@@ -75,8 +75,7 @@ class Laned:
             why = queues.why_not() or "io_uring is forbidden, or does not take FUSE's commands"
             log.info("requests will not come by io_uring: %s", why, extra=fields("no-queues"))
         self._requests = Requests(self.lane, operations, cache)
-        operations.lane = operations.told.lane = self.lane
-        operations.inodes.tell(self.lane)
+        operations.tell(self.lane)
         cache.lane_counters = self.lane.counters
 
     @property

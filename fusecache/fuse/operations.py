@@ -75,6 +75,11 @@ class Operations(pyfuse3.Operations):
     async def _fstat(self, fd: int) -> os.stat_result:
         return await self._metadata(os.fstat, fd)
 
+    def tell(self, lane: "Lane") -> None:
+        """The lane is in front of us, and hears of what is opened and told."""
+        self.lane = self.told.lane = lane
+        self.inodes.tell(lane)
+
     def init(self) -> None:
         """The kernel is there."""
         self.serving.set()
@@ -359,7 +364,7 @@ class Operations(pyfuse3.Operations):
     async def _close(self, node: Node, image: Image, *, write: bool) -> None:
         try:
             await self._cache.close(image, write=write)
-        finally:
+        finally:  # until then it was told of as an image that is open
             self.told.anew(node)
 
     def _add_handle(self, handle: Handle) -> int:

@@ -1,6 +1,7 @@
 """What the lane may tell again of a node, and until when."""
 
 import os
+from pathlib import Path
 
 import pytest
 import trio
@@ -26,19 +27,36 @@ class Lane:
         """See ``_lane.pyi``."""
         self.kept.pop(node, None)
 
+    def open_directory(self, node: int, fd: int) -> None:
+        """Nothing that counts here, as the next two."""
+
     def open(self, handle: int, node: int, gate: int) -> None:
-        """Nothing that counts here."""
+        """See ``open_directory``."""
 
     def close(self, handle: int) -> None:
-        """Nothing that counts here."""
+        """See ``open_directory``."""
 
 
 @pytest.fixture
 def lane(served: Served) -> Lane:
     """In front of what is served, as far as it is told of attributes."""
     made = Lane()
-    served.operations.lane = served.operations.told.lane = made  # type: ignore[assignment]
+    served.operations.tell(made)  # type: ignore[arg-type]  # a part of one
     return made
+
+
+@pytest.fixture
+def path(served: Served) -> Path:
+    """An image on the origin."""
+    made = served.origin / "vm.img"
+    made.write_bytes(bytes(BLOCK))
+    return made
+
+
+@pytest.fixture
+async def inode(served: Served, lane: Lane, path: Path) -> int:
+    """Its node, of which nothing was told but by the look-up."""
+    return await served.inode(path.name)
 
 
 async def _asked(served: Served, inode: int) -> bytes:
@@ -48,9 +66,7 @@ async def _asked(served: Served, inode: int) -> bytes:
     return served.operations.told.again(served.operations.inodes[inode], entry)
 
 
-async def test_what_is_told_is_kept_until_a_close(served: Served, lane: Lane) -> None:
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
+async def test_what_is_told_is_kept_until_a_close(served: Served, lane: Lane, inode: int) -> None:
     assert not lane.kept
     answer = await _asked(served, inode)
     assert lane.kept == {inode: answer}
@@ -61,13 +77,10 @@ async def test_what_is_told_is_kept_until_a_close(served: Served, lane: Lane) ->
 
 
 async def test_what_was_told_before_an_open_is_not_kept_beyond_it(
-    served: Served, lane: Lane, monkeypatch: pytest.MonkeyPatch
+    served: Served, lane: Lane, monkeypatch: pytest.MonkeyPatch, path: Path, inode: int
 ) -> None:
     """Others change the image after the open has looked, and somebody asks before it is open: then
     nobody reads it yet, so that nobody looks at what is told."""
-    path = served.origin / "vm.img"
-    path.write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
     check = Truth.check
 
     async def change(self: Truth, image: Image, seen: Attributes) -> bool:
@@ -86,13 +99,10 @@ async def test_what_was_told_before_an_open_is_not_kept_beyond_it(
 
 
 async def test_a_time_that_the_kernel_has_not_heard_of_is_not_told_in_advance(
-    served: Served, lane: Lane
+    served: Served, lane: Lane, path: Path, inode: int
 ) -> None:
     """It would be the one that stays while somebody writes through the kernel's pages, which the
     kernel would drop when it hears of it (see ``Told``)."""
-    path = served.origin / "vm.img"
-    path.write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
     told = path.stat().st_mtime_ns
     os.utime(path, ns=(1, 2))
     reader = await served.open(inode, os.O_RDONLY)
@@ -104,11 +114,10 @@ async def test_a_time_that_the_kernel_has_not_heard_of_is_not_told_in_advance(
         await served.operations.release(handle)
 
 
-async def test_another_time_takes_back_what_was_told(served: Served, lane: Lane) -> None:
+async def test_another_time_takes_back_what_was_told(
+    served: Served, lane: Lane, path: Path, inode: int
+) -> None:
     """A look-up may be answered that has seen an older one."""
-    path = served.origin / "vm.img"
-    path.write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
     older = path.stat()
     os.utime(path, ns=(1, 2))
     await _asked(served, inode)
@@ -117,10 +126,10 @@ async def test_another_time_takes_back_what_was_told(served: Served, lane: Lane)
     assert not lane.kept
 
 
-async def test_it_is_dropped_after_the_end_of_a_close(served: Served, lane: Lane) -> None:
+async def test_it_is_dropped_after_the_end_of_a_close(
+    served: Served, lane: Lane, inode: int
+) -> None:
     """A close waits; what is told meanwhile is told of an image that is open still."""
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
     handle = await served.open(inode)
     image = served.operations.handles[handle].image
     async with trio.open_nursery() as nursery, image.opening:
@@ -132,18 +141,16 @@ async def test_it_is_dropped_after_the_end_of_a_close(served: Served, lane: Lane
 
 
 async def test_a_truncate_without_a_handle_is_an_open_and_a_close(
-    served: Served, lane: Lane
+    served: Served, lane: Lane, inode: int
 ) -> None:
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
     await _asked(served, inode)
     await served.truncate(inode, 100)
     assert not lane.kept
 
 
-async def test_nothing_is_kept_before_a_writeback_is_recorded(served: Served, lane: Lane) -> None:
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
+async def test_nothing_is_kept_before_a_writeback_is_recorded(
+    served: Served, lane: Lane, inode: int
+) -> None:
     handle = await served.open(inode)
     image = served.operations.handles[handle].image
     await _asked(served, inode)
@@ -156,9 +163,7 @@ async def test_nothing_is_kept_before_a_writeback_is_recorded(served: Served, la
     assert lane.kept
 
 
-async def test_only_a_local_origin_answers_at_once(served: Served, lane: Lane) -> None:
-    (served.origin / "vm.img").write_bytes(bytes(BLOCK))
-    inode = await served.inode("vm.img")
+async def test_only_a_local_origin_answers_at_once(served: Served, lane: Lane, inode: int) -> None:
     await _asked(served, inode)
     lane.kept.clear()
     served.operations.inodes[inode].local = False
