@@ -88,7 +88,9 @@ class Demo:
 
     def image(self, name: str) -> dict[str, Any]:
         """What ``fusecache status --json`` says of an image."""
-        answer = json.loads(self.run("fusecache", "status", "--json", shown=False))
+        answer = json.loads(
+            self.run("fusecache", "status", "--json", "-m", self.mountpoint, shown=False)
+        )
         found = [image for image in answer["mounts"][0]["images"] if image["path"] == name]
         return found[0] if found else {}
 
@@ -262,7 +264,7 @@ def show(demo: Demo) -> None:
 
     step("Read both images whole, twice, as a guest would (past the kernel's own cache).")
     demo.read_twice()
-    demo.run("fusecache", "status")
+    demo.run("fusecache", "status", "-m", demo.mountpoint)
     shown(
         "The first read fetched every block from the origin once. The second was served from "
         "the cache alone, byte for byte the same. (The table counts since the mount. Some of the "
@@ -277,7 +279,7 @@ def show(demo: Demo) -> None:
     step(f"Evict {RAW} alone, as you would before its VM migrates to another host.")
     demo.run("fusecache", "evict", RAW)
     demo.still_cached()
-    demo.run("fusecache", "status")
+    demo.run("fusecache", "status", "-m", demo.mountpoint)
     shown(
         f"Nothing of {RAW} is cached any more and the origin has all of it; {QCOW2} kept its "
         "blocks, the written ones too, and was read again without asking the origin."

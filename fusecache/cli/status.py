@@ -1,6 +1,7 @@
 """``status``: what every mount has cached, and how it does."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
         for daemon, paths in wanted.items()
     ]
     silent = silent if everything else []
-    _show(mounts, silent, as_json=as_json, details=bool(images))
-    if everything and not as_json:
-        _show_dead({d.mountpoint for d in running} | {d.mountpoint for d in silent})
-    if silent:
-        raise ControlError(". ".join(daemon.plight for daemon in silent) + ".")
+    known = {daemon.mountpoint for daemon in running} | {daemon.mountpoint for daemon in silent}
+    dead = list(_dead(known)) if everything else []
+    _show(mounts, silent, dead, as_json=as_json, details=bool(images))
+    if silent or dead:
+        plights = [daemon.plight for daemon in silent] + [_plight(path) for path in dead]
+        raise ControlError(". ".join(plights) + ".")
     if everything and not mounts:
         if client.others_mounts():
             raise ControlError(client.none_running())
@@ -49,16 +51,23 @@ def status(images: tuple[str, ...], as_json: bool, mountpoint: Path | None) -> N
 
 
 def _show(
-    mounts: list[dict[str, Any]], silent: list[Silent], *, as_json: bool, details: bool
+    mounts: list[dict[str, Any]],
+    silent: list[Silent],
+    dead: list[Path],
+    *,
+    as_json: bool,
+    details: bool,
 ) -> None:
-    """What the daemons said, and which did not."""
+    """What the daemons said, which did not, and which mounts have none."""
     if as_json:
-        more = [
-            {"mountpoint": protocol.readable(str(daemon.mountpoint))[0], "pid": daemon.pid}
-            for daemon in silent
-        ]
         said: dict[str, Any] = {"mounts": mounts}
-        click.echo(json.dumps(said | ({"not_answering": more} if more else {}), indent=2))
+        if silent:
+            said["not_answering"] = [
+                {"mountpoint": _name(daemon.mountpoint), "pid": daemon.pid} for daemon in silent
+            ]
+        if dead:
+            said["dead"] = [{"mountpoint": _name(path)} for path in dead]
+        click.echo(json.dumps(said, indent=2))
         return
     if mounts:
         from rich.console import Console  # takes its time to load
@@ -69,21 +78,30 @@ def _show(
         report.show({"mounts": mounts}, console, details=details)
 
     for daemon in silent:
-        name = protocol.readable(str(daemon.mountpoint))[0]
-        click.echo(f"{name}  (pid {daemon.pid}, not answering)")
+        click.echo(f"{_name(daemon.mountpoint)}  (pid {daemon.pid}, not answering)")
+    for path in dead:
+        click.echo(f"{_name(path)}  (dead)")
 
 
-def _show_dead(known: set[Path]) -> None:
-    """Mounts that were left by a killed daemon, and how to bring them back."""
+def _dead(known: set[Path]) -> Iterator[Path]:
+    """Mounts that were left by a killed daemon."""
     theirs = client.others_mounts()
     for mounted in mountinfo.ours():
         if mounted.path in known or mounted.path in theirs:
             continue
         if standing.judge(mounted).state is State.DEAD:
-            click.echo(
-                f"{protocol.readable(str(mounted.path))[0]}  (dead: its daemon is gone). The same "
-                "fusecache mount command as before brings it back, with all that was cached."
-            )
+            yield mounted.path
+
+
+def _plight(dead: Path) -> str:
+    return (
+        f"{_name(dead)} is dead, its daemon is gone: the same fusecache mount command as before "
+        "brings it back, with all that was cached"
+    )
+
+
+def _name(path: Path) -> str:
+    return protocol.readable(str(path))[0]
 
 
 def readable(mount: dict[str, Any]) -> dict[str, Any]:

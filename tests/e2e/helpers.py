@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -23,6 +24,15 @@ COMMAND = [sys.executable, "-m", "fusecache"]
 def others_but(mount: Path) -> str:
     """As ``NO_OTHERS``, but for one mount."""
     return NO_OTHERS.replace("TARGET)", f"TARGET | grep -vx {mount})")
+
+
+def alone(mount: Mount, *args: object) -> subprocess.CompletedProcess[str]:
+    """The command line where only this mount can be seen: other tests leave dead ones."""
+    words = shlex.join([*COMMAND, *map(str, args)])
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f"{others_but(mount.mountpoint)}; exec {words}"],
+        capture_output=True, text=True, timeout=60, env=environment(mount), check=False,
+    )  # fmt: skip
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> str:

@@ -19,7 +19,7 @@ from fusecache.fuse import mounts
 from fusecache.fuse.mounts import Answer
 from fusecache.store import mountinfo, processes, syscalls
 from tests.e2e.conftest import MakeMount
-from tests.e2e.helpers import COMMAND, NO_OTHERS, environment, is_mounted, process, refused
+from tests.e2e.helpers import COMMAND, NO_OTHERS, alone, environment, is_mounted, process, refused
 from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import check_stamps, stamped
 
@@ -110,10 +110,10 @@ def test_the_only_one_is_named_by_every_verb(mount: Mount) -> None:
         asked = ("evict", "vm2.img"), ("flush",), ("top", "--once"), ("log-level", "debug")
         for done in _at_once(mount, *asked):
             refused(done, *words)
-        status = mount.run("status")
+        status = alone(mount, "status")
         assert f"{mount.mountpoint}  (pid {pid}, not answering)" in status.stdout
         refused(status, *words)
-        status = mount.run("status", "--json")
+        status = alone(mount, "status", "--json")
         refused(status, *words)
         assert json.loads(status.stdout) == {
             "mounts": [],
@@ -276,15 +276,21 @@ def test_status_names_a_dead_mount_and_how_to_bring_it_back(mount: Mount) -> Non
     mount.start()
     mount.kill()
     for _ in range(2):  # the first removes its socket
-        done = mount.run("status")
-        assert done.returncode == 0
-        (line,) = [x for x in done.stdout.splitlines() if x.startswith(f"{mount.mountpoint} ")]
-        assert "(dead: " in line and "fusecache mount" in line
+        done = alone(mount, "status")
+        refused(done, f"{mount.mountpoint} is dead", "fusecache mount")
+        assert done.stdout == f"{mount.mountpoint}  (dead)\n"
+    done = alone(mount, "status", "--json")
+    refused(done, f"{mount.mountpoint} is dead")
+    assert json.loads(done.stdout) == {
+        "mounts": [],
+        "dead": [{"mountpoint": str(mount.mountpoint)}],
+    }
     refused(mount.run("status", "-m", mount.mountpoint), "fusecache mount command", "doctor")
     mount.start()
-    lines = mount.run("status").stdout.splitlines()
-    (line,) = [x for x in lines if x.startswith(f"{mount.mountpoint} ")]
-    assert "serving" in line and "(dead" not in line
+    done = alone(mount, "status")
+    assert done.returncode == 0, done.stderr
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith(f"{mount.mountpoint} ")]
+    assert "serving" in line
 
 
 def test_paths_are_resolved_as_the_system_does(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_name_that_is_not_utf8_works_in_every_verb(mount: Mount) -> None:
     _warm(mount, name)
     (image,) = mount.status()["images"]
     assert (image["path"], image["path_escaped"]) == ("vm%FF%25.img", True)
-    done = mount.run("status")
+    done = mount.run("status", "-m", mount.mountpoint)
     assert done.returncode == 0 and "vm%FF%25.img" in done.stdout
     assert mount.run("flush", name).returncode == 0
     assert mount.run("evict", mount.mountpoint / name).returncode == 0

@@ -149,7 +149,7 @@ def test_colours_are_for_terminals_and_for_who_wants_them(make_faulty: MakeFault
         shown = {}
         for name, environment in (("wanted", plain), ("not", plain | {"NO_COLOR": "1"})):
             with terminal() as (ours, theirs):
-                command = [*COMMAND, "status"]
+                command = [*COMMAND, "status", "-m", str(mount.mountpoint)]
                 environment |= {"TERM": "xterm"}
                 with process(*command, env=environment, stdout=theirs) as run:
                     assert run.wait(30) == 0

@@ -13,7 +13,7 @@ from rich.console import Console
 from fusecache.observe import report
 from tests.e2e.conftest import MakeFaulty, MakeMount
 from tests.e2e.faulty import COMMAND as FAULTY
-from tests.e2e.helpers import process, wait_for
+from tests.e2e.helpers import alone, process, wait_for
 from tests.support.daemon import BLOCK, Mount
 from tests.support.stamps import stamped
 
@@ -158,7 +158,7 @@ def test_the_table_names_mount_cache_and_images(mount: Mount) -> None:
     mount.start()
     with open(mount.mountpoint / "vm [1].img", "rb") as guest:
         guest.read()
-        done = mount.run("status")
+        done = mount.run("status", "-m", mount.mountpoint)
     assert done.returncode == 0, done.stderr
     for word in (str(mount.mountpoint), "serving", "vm [1].img", "64.0 KiB", "open x1"):
         assert word in done.stdout, word
@@ -172,9 +172,9 @@ def test_several_mounts_are_all_shown_and_m_chooses(make_mount: MakeMount) -> No
 
 
 def test_without_a_daemon_json_is_an_empty_list(mount: Mount) -> None:
-    done = mount.run("status", "--json")
+    done = alone(mount, "status", "--json")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"mounts": []})
-    done = mount.run("status")
+    done = alone(mount, "status")
     assert done.returncode == 0 and "fusecache mount" in done.stdout
 
 
