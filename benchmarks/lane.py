@@ -48,6 +48,8 @@ MISSING = "a look-up of a missing name"
 THERE = "a look-up of a name that is there"
 ATTRIBUTES = "attributes of an open file"
 OPENING = "opening and closing an image"
+RARE = "free space, times, directories"
+"""What pyfuse3 answers, and guests hardly ever ask."""
 JOBS: dict[str, dict[str, object]] = {
     **read_jobs(2),
     WRITE: {"rw": "randwrite", "bs": "4k", "iodepth": 32},
@@ -172,7 +174,7 @@ def cached(
 
 def others(base: Path, plain: Path, rounds: int, seconds: float, size: int) -> Samples:
     """What is not simply a hit."""
-    jobs = (MISS, THROUGH, MISSING, THERE, ATTRIBUTES, OPENING)
+    jobs = (MISS, THROUGH, MISSING, THERE, ATTRIBUTES, OPENING, RARE)
     found: Samples = {job: {way: [] for way in ways()} for job in jobs}
     with ExitStack() as stack:
         contenders: list[Ours] = []
@@ -201,6 +203,7 @@ def others(base: Path, plain: Path, rounds: int, seconds: float, size: int) -> S
                 found[THERE][each.name].append(looked_up(each.directory, "there"))
                 found[ATTRIBUTES][each.name].append(asked(each.directory))
                 found[OPENING][each.name].append(reopened(each.directory))
+                found[RARE][each.name].append(rarely(each.directory))
         for each in contenders:
             harness.same_data(each.path(IMAGE), each.origin / IMAGE)
     return found
@@ -255,6 +258,18 @@ def reopened(directory: Path) -> dict[str, float]:
     for path in paths:
         os.close(os.open(path, os.O_RDONLY))
     return _each(time.perf_counter() - began, OPENED)
+
+
+def rarely(directory: Path) -> dict[str, float]:
+    """Requests for all kinds of things, one after another."""
+    new = directory / "new"
+    began = time.perf_counter()
+    for number in range(OPENED):
+        os.statvfs(directory)
+        os.utime(directory / "there-0", (number, number))
+        new.mkdir()
+        new.rmdir()
+    return _each(time.perf_counter() - began, 4 * OPENED)
 
 
 def _each(seconds: float, count: int) -> dict[str, float]:

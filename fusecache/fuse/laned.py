@@ -1,7 +1,7 @@
 """A session in front of which the lane answers hits.
 
 kernel - /dev/fuse - lane -+- a hit, an fsync of nothing but data, a missing name, attributes that
-                           |  were told before: answered there
+                           |  were told before, a close of who only reads: answered there
                            +- other data, fsyncs, names and attributes, fallocate, lseek:
                            |  ``Requests``
                            +- all else: a socket pair, of which pyfuse3 has the other end
@@ -85,12 +85,12 @@ class Laned:
 
     async def serve(self) -> None:
         """Until the kernel has no more requests, or cancelled; then pyfuse3 ends as well."""
-        turns = _Turns(self.lane, self._core)
-        turns.begin()
+        hooks = LoopHooks(self.lane, self._core)
+        hooks.begin()
         try:
             await self._requests.serve()
         finally:
-            turns.end()
+            hooks.end()
             pyfuse3.terminate()  # before its end of the pair is closed to it
             with trio.CancelScope(shield=True):
                 # A thread of its own, however many calls hang in the others.
@@ -121,11 +121,13 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-class _Turns(trio.abc.Instrument):
-    """Lets the lane change the core while the event loop has nothing to do."""
+class LoopHooks(trio.abc.Instrument):
+    """Lets the lane change the core while the event loop has nothing to do, and brings pyfuse3's
+    answers to the kernel."""
 
     def __init__(self, lane: Any, core: CacheIndex) -> None:
         self._enter, self._leave = lane.enter, lane.leave
+        self._bring_answers = lane.bring_answers
         self._begin, self._end = core.begin_turn, core.end_turn
 
     def begin(self) -> None:
@@ -137,6 +139,11 @@ class _Turns(trio.abc.Instrument):
         """See ``begin``. The lane has no more turns."""
         with contextlib.suppress(KeyError):  # one that has failed is removed by trio
             trio.lowlevel.remove_instrument(self)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """In each of its steps a task of pyfuse3 gives one answer at most, so that it never waits
+        for room in the pair, which nobody but this thread makes."""
+        self._bring_answers()
 
     def before_io_wait(self, timeout: float) -> None:
         """The event loop is about to wait."""

@@ -373,7 +373,8 @@ class Operations(pyfuse3.Operations):
         handle.node.buffered_writers += handle.buffered
         if self.lane is not None:
             if handle.image.gate is not None:
-                self.lane.open(number, handle.node.id, handle.image.gate.number)
+                gate = handle.image.gate.number
+                self.lane.open(number, handle.node.id, gate, handle.write)
             self._tell_of_open(handle.node)
         return number
 

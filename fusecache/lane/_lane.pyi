@@ -64,8 +64,9 @@ class Lane:
         for, which is the caller's), and the data of a WRITE or name of a LOOKUP."""
     def reply(self, unique: int, error: int, data: bytes | memoryview, /) -> int:
         """Answers a request; returns the errno of that. ENOENT: nobody waits for it any more."""
-    def open(self, handle: int, node: int, gate: int, /) -> None:
-        """From now on requests with this handle pass this gate."""
+    def open(self, handle: int, node: int, gate: int, writes: bool, /) -> None:
+        """From now on requests with this handle pass this gate. If nothing is written by it, there
+        is nothing to do when it is closed, before its last close."""
     def close(self, handle: int, /) -> None:
         """The handle is no more."""
     def open_directory(self, node: int, fd: int, /) -> None:
@@ -91,6 +92,8 @@ class Lane:
         """From here to ``leave`` the lane changes nothing in the arrays but ticks and counters."""
     def leave(self) -> None:
         """See ``enter``."""
+    def bring_answers(self) -> None:
+        """Gives what pyfuse3 has answered to the kernel; never waits. For one thread at a time."""
     def stop(self, seconds: float, /) -> bool:
         """Ends all threads; False if one still hangs in the device after so many seconds."""
     def counters(self) -> dict[str, Any]:

@@ -228,25 +228,6 @@ static void *serve_thread(void *argument)
     return NULL;
 }
 
-/* Brings what pyfuse3 answers to the kernel. */
-static void *return_thread(void *argument)
-{
-    struct lane *lane = argument;
-    char *message = malloc(MESSAGE);
-    while (message) {
-        ssize_t size = recv(lane->pass, message, MESSAGE, 0);
-        if (size < 0 && errno == EINTR && !__atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE))
-            continue;
-        if (size <= 0)
-            break;
-        serve_answer(lane, message, (size_t)size);
-    }
-    free(message);
-    lane_end(lane);
-    leave(lane);
-    return NULL;
-}
-
 static void *syncs_thread(void *argument)
 {
     struct lane *lane = argument;
@@ -290,10 +271,11 @@ static struct buffer *new_buffer(struct lane *lane)
 static int make_room(struct lane *lane)
 {
     unsigned buffers = lane->readers + lane->spares + SPARE_BUFFERS;
-    lane->all_buffers = calloc(buffers + COLD_READS, sizeof *lane->all_buffers);
+    lane->all_buffers = calloc(buffers + COLD_READS + 1, sizeof *lane->all_buffers);
     lane->all_waiting = calloc(WAITING, sizeof *lane->all_waiting);
     lane->ids = calloc(lane->threads, sizeof *lane->ids);
     lane->handles = calloc(HANDLES, sizeof *lane->handles);
+    lane->readers_only = calloc(HANDLES, sizeof *lane->readers_only);
     lane->nodes = calloc(HANDLES, sizeof *lane->nodes);
     lane->directories = calloc(HANDLES, sizeof *lane->directories);
     lane->questions = calloc(HANDLES, sizeof *lane->questions);
@@ -301,7 +283,7 @@ static int make_room(struct lane *lane)
     lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
     lane->told = calloc(HANDLES, sizeof *lane->told);
     if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles ||
-        !lane->nodes || !lane->directories || !lane->questions || !lane->opened ||
+        !lane->readers_only || !lane->nodes || !lane->directories || !lane->questions || !lane->opened ||
         !lane->held_until || !lane->told)
         return ENOMEM;
     for (unsigned i = 0; i < buffers; i++) {
@@ -314,6 +296,8 @@ static int make_room(struct lane *lane)
     for (struct cold_read *read = lane->cold.free; read; read = read->next)
         if (!(read->buffer = new_buffer(lane)))
             return ENOMEM;
+    if (!(lane->answer = new_buffer(lane)))
+        return ENOMEM;
     /* The kernel has at most max_background requests under way, and one for each thread of each
      * guest; with more than this the lane waits for Python. */
     for (unsigned i = 0; i < WAITING; i++) {
@@ -382,9 +366,7 @@ static void *(*work_of(const struct lane *lane, unsigned number))(void *)
     if (number < first + lane->queues.threads)
         return queues_thread;
     first += lane->queues.threads;
-    if (number == first)
-        return return_thread;
-    return number <= first + SYNC_THREADS ? syncs_thread : cold_thread;
+    return number < first + SYNC_THREADS ? syncs_thread : cold_thread;
 }
 
 int lane_start(struct lane *lane)
@@ -398,8 +380,8 @@ int lane_start(struct lane *lane)
     if (lane->ring)
         lane->spares = 0;
     queues_make(lane, lane->queue_count, lane->queue_threads);
-    lane->threads = lane->readers + lane->spares + lane->queues.threads + 1 + SYNC_THREADS +
-                    lane->ring;
+    lane->threads =
+        lane->readers + lane->spares + lane->queues.threads + SYNC_THREADS + lane->ring;
     if (error || (error = other) || (error = make_room(lane)) || (error = own(lane)))
         return error;
     struct sigaction wake = {.sa_handler = nothing};
@@ -472,6 +454,7 @@ void lane_free(struct lane *lane)
     free(lane->all_waiting);
     free(lane->ids);
     free(lane->handles);
+    free(lane->readers_only);
     free(lane->nodes);
     free(lane->directories);
     free(lane->questions);

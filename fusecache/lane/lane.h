@@ -67,8 +67,7 @@ struct lane {
     unsigned queue_numbers; /* that have begun */
     unsigned sync_numbers;  /* the same of those that sync */
 
-    pthread_t *ids; /* readers and spares, those of queues, who brings answers back, who syncs, and
-                     * who awaits cold hits */
+    pthread_t *ids; /* readers and spares, those of queues, who syncs, and who awaits cold hits */
     unsigned threads;
     unsigned started;
     bool owns; /* the three descriptors */
@@ -91,6 +90,9 @@ struct lane {
     bool signalled;
     int queue; /* eventfd: something waits, or the lane has ended */
 
+    uint64_t unanswered;   /* requests that pyfuse3 has */
+    struct buffer *answer; /* room for one of its answers */
+
     bool can_nowait;
     uint64_t init_unique;
     uint64_t init_flags; /* what the kernel can do */
@@ -98,6 +100,7 @@ struct lane {
 
     /* Direct-mapped: number << 16 | gate + 1; what finds no place is simply not known here. */
     uint64_t *handles;
+    uint64_t *readers_only; /* those handles that nothing is written by */
     uint64_t *nodes;
     uint64_t *directories; /* Python's descriptors of them, instead of gates */
     uint64_t *questions; /* by unique: nodes whose attributes are asked for */

@@ -238,7 +238,8 @@ static PyObject *lane_py_open(LaneObject *self, PyObject *args)
 {
     unsigned long long handle, node;
     unsigned gate;
-    if (!PyArg_ParseTuple(args, "KKI", &handle, &node, &gate))
+    int writes;
+    if (!PyArg_ParseTuple(args, "KKIp", &handle, &node, &gate, &writes))
         return NULL;
     if (gate >= self->lane.core.gate_count) {
         PyErr_SetString(PyExc_ValueError, "no such gate");
@@ -247,6 +248,8 @@ static PyObject *lane_py_open(LaneObject *self, PyObject *args)
     table_drop(self->lane.nodes, node);
     table_put(self->lane.nodes, node, gate);
     table_put(self->lane.handles, handle, gate);
+    if (!writes)
+        table_put(self->lane.readers_only, handle, gate);
     __atomic_store_n(&self->lane.opened[gate], node, __ATOMIC_RELAXED);
     Py_RETURN_NONE;
 }
@@ -257,6 +260,7 @@ static PyObject *lane_py_close(LaneObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "K", &handle))
         return NULL;
     table_drop(self->lane.handles, handle);
+    table_drop(self->lane.readers_only, handle);
     Py_RETURN_NONE;
 }
 
@@ -343,6 +347,12 @@ static PyObject *lane_py_leave(LaneObject *self, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
+static PyObject *lane_py_bring_answers(LaneObject *self, PyObject *Py_UNUSED(ignored))
+{
+    serve_answers(&self->lane);
+    Py_RETURN_NONE;
+}
+
 static PyObject *lane_py_stop(LaneObject *self, PyObject *args)
 {
     double seconds;
@@ -417,6 +427,7 @@ static PyMethodDef lane_methods[] = {
     {"invalidate", (PyCFunction)lane_py_invalidate, METH_VARARGS, NULL},
     {"enter", (PyCFunction)lane_py_enter, METH_NOARGS, NULL},
     {"leave", (PyCFunction)lane_py_leave, METH_NOARGS, NULL},
+    {"bring_answers", (PyCFunction)lane_py_bring_answers, METH_NOARGS, NULL},
     {"stop", (PyCFunction)lane_py_stop, METH_VARARGS, NULL},
     {"counters", (PyCFunction)lane_py_counters, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

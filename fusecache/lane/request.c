@@ -50,6 +50,15 @@ static enum request_kind parse_fsync(const char *message, size_t size, struct re
     return REQUEST_FSYNC;
 }
 
+static enum request_kind parse_flush(const char *message, size_t size, struct request *request)
+{
+    struct fuse_flush_in in;
+    if (!body(message, size, &in, sizeof in))
+        return REQUEST_BAD;
+    request->handle = in.fh;
+    return REQUEST_FLUSH;
+}
+
 static enum request_kind parse_fallocate(const char *message, size_t size, struct request *request)
 {
     struct fuse_fallocate_in in;
@@ -125,6 +134,8 @@ static enum request_kind parse_body(const char *message, size_t size, struct req
         return parse_write(message, size, request);
     case FUSE_FSYNC:
         return parse_fsync(message, size, request);
+    case FUSE_FLUSH:
+        return parse_flush(message, size, request);
     case FUSE_FALLOCATE:
         return parse_fallocate(message, size, request);
     case FUSE_LSEEK:

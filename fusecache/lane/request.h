@@ -24,6 +24,7 @@ enum request_kind {
     REQUEST_READ,
     REQUEST_WRITE,
     REQUEST_FSYNC,
+    REQUEST_FLUSH, /* one of the closes of a handle */
     REQUEST_FALLOCATE,
     REQUEST_LSEEK,
 };

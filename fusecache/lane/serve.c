@@ -192,12 +192,15 @@ static bool try_write(struct lane *lane, const struct request *request, struct f
 
 static void forward(struct lane *lane, const char *message, size_t size)
 {
+    struct fuse_in_header header;
+    memcpy(&header, message, sizeof header);
+    bool answered = header.opcode != FUSE_FORGET && header.opcode != FUSE_BATCH_FORGET;
     add(&lane->counters.forwarded, 1);
+    add(&lane->unanswered, answered);
     while (send(lane->pass, message, size, MSG_NOSIGNAL) < 0) {
         if (errno == EINTR && !__atomic_load_n(&lane->ended, __ATOMIC_ACQUIRE))
             continue;
-        struct fuse_in_header header;
-        memcpy(&header, message, sizeof header);
+        __atomic_fetch_sub(&lane->unanswered, answered, __ATOMIC_RELAXED);
         lane_reply(lane, header.unique, EIO, NULL, 0);
         return;
     }
@@ -239,6 +242,11 @@ static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
         if (names_find(lane, request))
             return buffer;
         return lane_queue(lane, request, buffer);
+    case REQUEST_FLUSH:
+        if (table_get(lane->readers_only, request->handle) == UINT32_MAX)
+            break;
+        lane_reply(lane, request->unique, 0, NULL, 0);
+        return buffer;
     case REQUEST_FALLOCATE:
     case REQUEST_LSEEK:
         return lane_queue(lane, request, buffer);
@@ -334,7 +342,7 @@ static bool widen(struct lane *lane, char *message, size_t size)
     return queues;
 }
 
-void serve_answer(struct lane *lane, char *message, size_t size)
+static void serve_answer(struct lane *lane, char *message, size_t size)
 {
     struct fuse_out_header header;
     bool queues = false;
@@ -352,4 +360,18 @@ void serve_answer(struct lane *lane, char *message, size_t size)
         ;
     if (queues)
         queues_open(lane);
+}
+
+void serve_answers(struct lane *lane)
+{
+    /* Counted before pyfuse3 can have it: what it has answered cannot be missed. */
+    while (__atomic_load_n(&lane->unanswered, __ATOMIC_ACQUIRE)) {
+        ssize_t size = recv(lane->pass, lane->answer->bytes, MESSAGE, MSG_DONTWAIT);
+        if (size < 0 && errno == EINTR)
+            continue;
+        if (size <= 0)
+            return;
+        __atomic_fetch_sub(&lane->unanswered, 1, __ATOMIC_RELAXED);
+        serve_answer(lane, lane->answer->bytes, (size_t)size);
+    }
 }

@@ -13,8 +13,9 @@ void serve(struct lane *lane, struct buffer *buffer);
 void serve_request(struct lane *lane, char *message, size_t size, struct buffer *buffer,
                    struct found *found);
 
-/* Hands an answer of pyfuse3 to the kernel. */
-void serve_answer(struct lane *lane, char *message, size_t size);
+/* Hands what pyfuse3 has answered to the kernel. Never waits. For one thread at a time, the one in
+ * which pyfuse3 runs. */
+void serve_answers(struct lane *lane);
 
 /* Answers a read with what was read, if all of it is still what the image holds. False: it is not,
  * nothing is answered. */

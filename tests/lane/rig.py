@@ -246,14 +246,26 @@ class Rig:
         self.core.release(self.core.take_leaving())
 
     def open(
-        self, image: int, blocks: int, *, handle: int = 1, node: int = NODE, tail: int = 0
+        self,
+        image: int,
+        blocks: int,
+        *,
+        handle: int = 1,
+        node: int = NODE,
+        tail: int = 0,
+        writes: bool = True,
     ) -> Gate:
         """A gate, open for reads and writes, and a handle that passes it."""
         gate = self.core.gates.open(image, blocks * BLOCK + tail)
         assert gate is not None
         gate.let(reads=True, writes=True)
-        self.lane.open(handle, node, gate.number)
+        self.lane.open(handle, node, gate.number, writes)
         return gate
+
+    def pyfuse3_answers(self, message: bytes) -> None:
+        """What pyfuse3 does in its thread, and what follows there."""
+        self.pyfuse3.send(message)
+        self.lane.bring_answers()
 
     # -- turns -------------------------------------------------------------------------------------
 

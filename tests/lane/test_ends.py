@@ -177,7 +177,7 @@ def test_an_idle_lane_stops(rig: Rig) -> None:
     assert not rig.lane.ended
     assert rig.lane.stop(20)
     assert rig.lane.ended
-    until(lambda: threads() == before - 9, "its threads to be gone")
+    until(lambda: threads() == before - 8, "its threads to be gone")
     assert rig.lane.stop(0)
     assert select.select([rig.lane.queue], [], [], 0)[0]
 
@@ -185,7 +185,7 @@ def test_an_idle_lane_stops(rig: Rig) -> None:
 def test_a_lane_that_nobody_holds_stops(make: Make) -> None:
     before = threads()
     lane = make()
-    assert threads() == before + 9
+    assert threads() == before + 8
     del lane
     gc.collect()
     until(lambda: threads() == before, "its threads to be gone")
@@ -263,7 +263,7 @@ def test_a_lane_with_a_thread_in_the_device_can_be_dropped(
         gate = rig.core.gates.open(5, BLOCK)
         assert gate is not None
         gate.let(reads=True, writes=True)
-        lane.open(1, NODE, gate.number)
+        lane.open(1, NODE, gate.number, True)
         rig.device.set(cold=True, after=True)
         kernel.send(request(READ, read_body(1, 0, PAGE), unique=2))
         until(lambda: rig.device.inside == 1, "a thread in the device")
@@ -301,12 +301,12 @@ def test_what_is_asked_of_a_lane_that_has_ended(rig: Rig) -> None:
     rig.lane.stop(20)
     rig.lane.enter()
     rig.lane.leave()
-    rig.lane.open(1, NODE, 0)
+    rig.lane.open(1, NODE, 0, True)
     rig.lane.close(1)
     assert rig.lane.take() == []
     assert rig.lane.counters()["forwarded"] == 0
     with pytest.raises(ValueError):
-        rig.lane.open(1, NODE, 1024)
+        rig.lane.open(1, NODE, 1024, True)
     for seconds in (-1, 1e9, float("nan")):
         with pytest.raises(ValueError):
             rig.lane.stop(seconds)

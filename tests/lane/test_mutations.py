@@ -204,6 +204,24 @@ MUTATIONS = {
         "    if (0)\n        return false; /*",
         "test_writes.py and that_fails",
     ),
+    "closes of writers are answered": Mutation(
+        "serve.c",
+        "        if (table_get(lane->readers_only, request->handle) == UINT32_MAX)\n",
+        "        if (!request->handle)\n",
+        "test_requests.py and who_only_reads",
+    ),
+    "a closed handle is remembered as a reader's": Mutation(
+        "module.c",
+        "    table_drop(self->lane.readers_only, handle);\n",
+        "",
+        "test_requests.py and who_only_reads",
+    ),
+    "requests without an answer hide answers": Mutation(
+        "serve.c",
+        "    add(&lane->unanswered, answered);\n",
+        "    add(&lane->unanswered, answered ? 1 : (uint64_t)-1);\n",
+        "test_answers.py and none_is_waited_for",
+    ),
     "a request's own length is believed": Mutation(
         "request.c",
         "    if (header.len != size)\n        return;\n",

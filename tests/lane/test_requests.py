@@ -28,12 +28,12 @@ from tests.lane.rig import (
     in_thread,
     read_body,
     request,
-    until,
     write_body,
 )
 from tests.support.stamps import stamped
 
 EIO, ENODATA = 5, 61
+FORGET, READLINK, RELEASE, FLUSH = 2, 5, 18, 25
 LARGEST = 1 << 20
 CAPABILITY = b"security.capability\0"
 FSYNC_BODY = struct.pack("<QII", 1, 1, 0)
@@ -49,8 +49,7 @@ BODIES = {
 }
 
 
-BAD_BODIES = {**BODIES, BATCH_FORGET: FORGETS_BODY}
-READLINK = 5
+BAD_BODIES = {**BODIES, BATCH_FORGET: FORGETS_BODY, FLUSH: struct.pack("<QIIQ", 1, 0, 0, 0)}
 
 
 def works(rig: Rig) -> None:
@@ -132,15 +131,37 @@ def test_requests_of_one_reader_come_in_order(new_rig: Callable[..., Rig]) -> No
 
 def test_all_else_goes_to_pyfuse3_unchanged_and_back(rig: Rig) -> None:
     rng = random.Random(1)
-    for opcode in [READLINK, 2, 4, 14, 18, 27, 28, 30, 41, 44, 45, 47, 48, 4096, 2**32 - 1]:
+    for opcode in [READLINK, 4, 14, 18, 27, 28, 30, 41, 44, 45, 47, 48, 4096, 2**32 - 1]:
         message = request(opcode, rng.randbytes(rng.randrange(5000)), unique=opcode + 2)
         rig.kernel.send(message)
         assert rig.pyfuse3.recv(LARGEST) == message
         answer = ANSWER.pack(ANSWER.size + 3, -2, opcode + 2) + b"abc"
-        rig.pyfuse3.send(answer)
+        rig.pyfuse3_answers(answer)
         assert rig.kernel.recv(LARGEST) == answer
-    assert rig.lane.counters()["forwarded"] == 15
+    assert rig.lane.counters()["forwarded"] == 14
     assert not rig.lane.take()
+
+
+# -- closes ----------------------------------------------------------------------------------------
+
+
+def test_a_close_of_who_only_reads_is_answered(rig: Rig) -> None:
+    """But for the last one, RELEASE, and those of handles that the lane does not know."""
+    rig.open(6, 1, handle=2, writes=False)
+    for handle in (1, 3, 2 + (1 << 16), 2):
+        if handle == 2:
+            assert rig.answer_to(rig.send(FLUSH, _flush(2))) == (0, b"")
+            rig.lane.close(2)
+        rig.send(FLUSH, _flush(handle))
+        assert rig.pyfuse3.recv(LARGEST)[HEADER.size :] == _flush(handle)
+    rig.send(RELEASE, bytes(24))
+    assert rig.pyfuse3.recv(LARGEST)
+    assert rig.lane.counters()["forwarded"] == 5
+
+
+def _flush(handle: int) -> bytes:
+    """``struct fuse_flush_in``."""
+    return struct.pack("<QIIQ", handle, 0, 0, 0)
 
 
 @pytest.mark.parametrize("offered", [0, KILLPRIV_V2, 0xFFFFFFFF, None])
@@ -152,7 +173,7 @@ def test_the_answer_to_init_says_that_privileges_are_our_concern(
     unique = rig.send(INIT, body)
     assert rig.pyfuse3.recv(LARGEST)
     init = struct.pack("<IIIIHHIIHHII", 7, 38, 131072, 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
-    rig.pyfuse3.send(ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0"))
+    rig.pyfuse3_answers(ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0"))
     (flags,) = struct.unpack_from("<I", rig.kernel.recv(LARGEST), ANSWER.size + 12)
     assert flags == 5 | (KILLPRIV_V2 if offered else 0)
 
@@ -162,13 +183,15 @@ def test_the_answer_to_init_gets_a_larger_background(rig: Rig) -> None:
     assert rig.pyfuse3.recv(LARGEST)
     init = struct.pack("<IIIIHHIIHHII", 7, 38, 131072, 5, 12, 9, 1 << 20, 1, 256, 0, 0, 0)
     answer = ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0")
-    rig.pyfuse3.send(answer)
+    rig.pyfuse3_answers(answer)
     got = rig.kernel.recv(LARGEST)
     assert struct.unpack_from("<HH", got, ANSWER.size + 16) == (64, 48)
     assert got[: ANSWER.size + 16] + got[ANSWER.size + 20 :] == (
         answer[: ANSWER.size + 16] + answer[ANSWER.size + 20 :]
     )
-    rig.pyfuse3.send(answer)  # no answer to INIT
+    rig.send(READLINK)
+    assert rig.pyfuse3.recv(LARGEST)
+    rig.pyfuse3_answers(answer)  # no answer to INIT
     assert rig.kernel.recv(LARGEST) == answer
 
 
@@ -188,7 +211,7 @@ def test_the_answer_to_init_asks_for_nothing_that_we_have_no_room_for(
     unique = rig.send(INIT, bytes(64))
     assert rig.pyfuse3.recv(LARGEST)
     init = struct.pack("<IIIIHHIIHHII", 7, 38, 131072, 5, 12, 9, write, 1, pages, 3, 0, 0)
-    rig.pyfuse3.send(ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0"))
+    rig.pyfuse3_answers(ANSWER.pack(ANSWER.size + 64, 0, unique) + init.ljust(64, b"\0"))
     got = struct.unpack_from("<IIIIHHIIHHII", rig.kernel.recv(LARGEST), ANSWER.size)
     assert (got[6], got[8]) == expected
     assert got[:4] + got[7:8] + got[9:] == (7, 38, 131072, 5, 1, 3, 0, 0)
@@ -200,14 +223,17 @@ def test_a_short_or_failed_answer_to_init_is_left_alone(rig: Rig, error: int) ->
     assert rig.pyfuse3.recv(LARGEST)
     short = 0 if error else 12
     answer = ANSWER.pack(ANSWER.size + short, error, unique) + bytes(short)
-    rig.pyfuse3.send(answer)
+    rig.pyfuse3_answers(answer)
     assert rig.kernel.recv(LARGEST) == answer
 
 
 def test_an_answer_that_is_none_is_dropped(rig: Rig) -> None:
-    rig.pyfuse3.send(b"short")
+    for _ in range(2):
+        rig.send(READLINK)
+        assert rig.pyfuse3.recv(LARGEST)
+    rig.pyfuse3_answers(b"short")
     answer = ANSWER.pack(ANSWER.size, 0, 2**64 - 1)
-    rig.pyfuse3.send(answer)
+    rig.pyfuse3_answers(answer)
     assert rig.kernel.recv(LARGEST) == answer
     works(rig)
 
@@ -292,7 +318,9 @@ def test_forgets_that_lie_about_their_number_go_nowhere(rig: Rig, count: int) ->
 
 def test_without_pyfuse3_its_requests_fail(rig: Rig) -> None:
     rig.pyfuse3.close()
-    until(lambda: rig.lane.ended, "the lane to notice")
+    assert rig.answer_to(rig.send(READLINK)) == (EIO, b"")
+    rig.lane.bring_answers()
+    works(rig)
 
 
 # -- malformed -------------------------------------------------------------------------------------
