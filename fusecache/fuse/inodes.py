@@ -1,7 +1,10 @@
 """Inodes: node ids are ours and never used twice; each holds an O_PATH descriptor."""
 
+import contextlib
 import os
+import queue
 import stat
+import threading
 from typing import TYPE_CHECKING
 
 from fusecache.store.tree import Found
@@ -52,6 +55,25 @@ class Node:
         return self.fmt == stat.S_IFDIR
 
 
+class _Closer:
+    """Closes descriptors in a thread of its own, one after another."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
+
+    def close(self, fd: int) -> None:
+        """Takes it over; returns at once."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        self._waiting.put(fd)
+
+    def _run(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):  # the descriptor is gone in any case
+                os.close(self._waiting.get())
+
+
 class Inodes:
     """All nodes, by id and by identity; hard links share one."""
 
@@ -60,6 +82,7 @@ class Inodes:
         self._by_identity: dict[bytes, Node] = {}
         self._next_id = ROOT_ID
         self._lane: Lane | None = None
+        self._closer = _Closer()
         self.add(root)
 
     def tell(self, lane: "Lane") -> None:
@@ -110,6 +133,14 @@ class Inodes:
                 self._lane.drop_attributes(node.id)
                 if node.directory:
                     self._lane.close_directory(node.id)
+            self._let_go(node)
+
+    def _let_go(self, node: Node) -> None:
+        """Closes its descriptor. If it is the last of a file without a name, the origin frees all
+        of that one, and what of it is in memory: for large images all would wait for that."""
+        if node.regular and (not node.local or os.fstat(node.fd).st_nlink == 0):
+            self._closer.close(node.fd)
+        else:
             os.close(node.fd)
 
     def close(self) -> None:

@@ -85,17 +85,20 @@ class Laned:
 
     async def serve(self) -> None:
         """Until the kernel has no more requests, or cancelled; then pyfuse3 ends as well."""
-        hooks = LoopHooks(self.lane, self._core)
-        hooks.begin()
+        turns, answers = _Turns(self.lane, self._core), Answers(self.lane)
+        trio.lowlevel.add_instrument(answers)
+        turns.begin()
         try:
             await self._requests.serve()
         finally:
-            hooks.end()
+            turns.end()
             pyfuse3.terminate()  # before its end of the pair is closed to it
             with trio.CancelScope(shield=True):
                 # A thread of its own, however many calls hang in the others.
                 alone = trio.CapacityLimiter(1)
                 await trio.to_thread.run_sync(self.lane.stop, _PATIENCE, limiter=alone)
+            # Not before the pair is shut: until then pyfuse3 could wait for room in it.
+            trio.lowlevel.remove_instrument(answers)
 
     def close(self) -> None:
         """After pyfuse3 has closed its end of the pair."""
@@ -121,13 +124,23 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-class LoopHooks(trio.abc.Instrument):
-    """Lets the lane change the core while the event loop has nothing to do, and brings pyfuse3's
-    answers to the kernel."""
+class Answers(trio.abc.Instrument):
+    """Brings pyfuse3's answers to the kernel. In each of its steps a task of pyfuse3 gives one at
+    most: so it never waits for room in the pair, which nobody but this thread makes."""
+
+    def __init__(self, lane: Any) -> None:
+        self._bring = lane.bring_answers
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        """It may have been one of pyfuse3's."""
+        self._bring()
+
+
+class _Turns(trio.abc.Instrument):
+    """Lets the lane change the core while the event loop has nothing to do."""
 
     def __init__(self, lane: Any, core: CacheIndex) -> None:
         self._enter, self._leave = lane.enter, lane.leave
-        self._bring_answers = lane.bring_answers
         self._begin, self._end = core.begin_turn, core.end_turn
 
     def begin(self) -> None:
@@ -139,11 +152,6 @@ class LoopHooks(trio.abc.Instrument):
         """See ``begin``. The lane has no more turns."""
         with contextlib.suppress(KeyError):  # one that has failed is removed by trio
             trio.lowlevel.remove_instrument(self)
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """In each of its steps a task of pyfuse3 gives one answer at most, so that it never waits
-        for room in the pair, which nobody but this thread makes."""
-        self._bring_answers()
 
     def before_io_wait(self, timeout: float) -> None:
         """The event loop is about to wait."""

@@ -489,6 +489,10 @@ class Operations(pyfuse3.Operations):
         if self.lane is not None:
             self.lane.close(fh)
         await self._close(handle.node, handle.image, write=handle.write)
+        if handle.image.gone and not handle.image.handles:
+            # Else the kernel would free all its pages (0.1 s for 1 GiB) when it is answered, and
+            # the event loop wait for that.
+            await self._cache.threads.kernel(self.invalidate, handle.node.identity)
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:

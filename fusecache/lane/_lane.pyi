@@ -93,7 +93,8 @@ class Lane:
     def leave(self) -> None:
         """See ``enter``."""
     def bring_answers(self) -> None:
-        """Gives what pyfuse3 has answered to the kernel; never waits. For one thread at a time."""
+        """Gives what pyfuse3 has answered to the kernel, waiting for no more. For one thread at a
+        time."""
     def stop(self, seconds: float, /) -> bool:
         """Ends all threads; False if one still hangs in the device after so many seconds."""
     def counters(self) -> dict[str, Any]:

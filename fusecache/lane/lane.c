@@ -283,8 +283,8 @@ static int make_room(struct lane *lane)
     lane->held_until = calloc(lane->core.gate_count, sizeof *lane->held_until);
     lane->told = calloc(HANDLES, sizeof *lane->told);
     if (!lane->all_buffers || !lane->all_waiting || !lane->ids || !lane->handles ||
-        !lane->readers_only || !lane->nodes || !lane->directories || !lane->questions || !lane->opened ||
-        !lane->held_until || !lane->told)
+        !lane->readers_only || !lane->nodes || !lane->directories || !lane->questions ||
+        !lane->opened || !lane->held_until || !lane->told)
         return ENOMEM;
     for (unsigned i = 0; i < buffers; i++) {
         struct buffer *buffer = new_buffer(lane);

@@ -72,6 +72,9 @@ struct lane {
     unsigned started;
     bool owns; /* the three descriptors */
 
+    uint64_t unanswered;   /* requests that pyfuse3 has */
+    struct buffer *answer; /* room for one of its answers; for who brings them */
+
     pthread_mutex_t mutex; /* over all that follows up to the tables */
     pthread_cond_t spare;  /* somebody is to read */
     pthread_cond_t room;   /* a buffer came back */
@@ -89,9 +92,6 @@ struct lane {
     struct waiting *all_waiting;
     bool signalled;
     int queue; /* eventfd: something waits, or the lane has ended */
-
-    uint64_t unanswered;   /* requests that pyfuse3 has */
-    struct buffer *answer; /* room for one of its answers */
 
     bool can_nowait;
     uint64_t init_unique;

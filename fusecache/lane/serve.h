@@ -13,8 +13,8 @@ void serve(struct lane *lane, struct buffer *buffer);
 void serve_request(struct lane *lane, char *message, size_t size, struct buffer *buffer,
                    struct found *found);
 
-/* Hands what pyfuse3 has answered to the kernel. Never waits. For one thread at a time, the one in
- * which pyfuse3 runs. */
+/* Hands what pyfuse3 has answered to the kernel. Waits for nothing but what the kernel does with an
+ * answer. For one thread at a time, the one in which pyfuse3 runs. */
 void serve_answers(struct lane *lane);
 
 /* Answers a read with what was read, if all of it is still what the image holds. False: it is not,

@@ -30,7 +30,7 @@ class Lane:
     def open_directory(self, node: int, fd: int) -> None:
         """Nothing that counts here, as the next two."""
 
-    def open(self, handle: int, node: int, gate: int) -> None:
+    def open(self, handle: int, node: int, gate: int, writes: bool) -> None:
         """See ``open_directory``."""
 
     def close(self, handle: int) -> None:

@@ -1,21 +1,25 @@
 """How pyfuse3's answers get to the kernel: by the event loop, in which pyfuse3 runs."""
 
+import contextlib
 import random
 import socket
 import struct
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import pyfuse3
+import pytest
 import trio
 import trio.testing
 
-from fusecache.fuse.laned import LoopHooks
-from tests.lane.rig import ANSWER, BATCH_FORGET, HEADER, Rig
+from fusecache.fuse.laned import Answers, Laned
+from tests.lane.rig import ANSWER, BATCH_FORGET, Rig
 
 NewRig = Callable[..., Rig]
 FORGET, READLINK = 2, 5
 LARGEST = 1 << 20
 ONE = ANSWER.size + 100_000
-"""An answer of which the pair below takes one, and not two."""
+"""The length of a large answer."""
 
 
 def test_they_are_brought_once_they_are_there_and_none_is_waited_for(new_rig: NewRig) -> None:
@@ -38,32 +42,75 @@ def test_they_are_brought_once_they_are_there_and_none_is_waited_for(new_rig: Ne
     rig.lane.bring_answers()
 
 
-def test_tasks_that_answer_in_one_round_of_the_loop_do_not_wait_for_room(new_rig: NewRig) -> None:
-    """Nobody else would make any: the first answer that did not fit would stop the loop."""
+@pytest.fixture
+def small(new_rig: NewRig) -> Rig:
+    """Its pair takes one large answer, and not two."""
     rig = new_rig()
     rig.pyfuse3.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
-    rig.pyfuse3.settimeout(5)
-    uniques = [rig.send(READLINK) for _ in range(20)]
-    answers = [
-        ANSWER.pack(ONE, 0, unique) + random.Random(unique).randbytes(ONE - ANSWER.size)
-        for unique in uniques
-    ]
+    return rig
 
-    async def answer(number: int, event: trio.Event) -> None:
-        assert HEADER.unpack_from(rig.pyfuse3.recv(LARGEST))[2] == uniques[number]
-        await event.wait()
-        rig.pyfuse3.send(answers[number])
+
+class Tasks:
+    """Tasks of pyfuse3 that all answer in one round of the loop."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self.given = []
+        for number in range(20):
+            head = ANSWER.pack(ONE, 0, rig.send(READLINK))
+            self.given.append(head + random.Random(number).randbytes(ONE - len(head)))
+            assert rig.pyfuse3.recv(LARGEST)
+        rig.pyfuse3.settimeout(0)
+        self._go = trio.Event()
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Returns when all of them wait for ``go``."""
+        for answer in self.given:
+            nursery.start_soon(self._give, answer)
+        await trio.testing.wait_all_tasks_blocked()
+
+    def go(self) -> None:
+        """They answer in the next round."""
+        self._go.set()
+
+    async def _give(self, answer: bytes) -> None:
+        await self._go.wait()
+        with contextlib.suppress(BrokenPipeError):  # at the end of a mount
+            self._rig.pyfuse3.send(answer)  # an error instead of the wait, in which all would hang
+
+
+def test_tasks_that_answer_in_one_round_of_the_loop_find_room(small: Rig) -> None:
+    """Nobody else would make any: the first answer that did not fit would stop the loop."""
+    tasks = Tasks(small)
 
     async def serve() -> None:
-        hooks, event = LoopHooks(rig.lane, rig.core), trio.Event()
-        hooks.begin()
+        answers = Answers(small.lane)
+        trio.lowlevel.add_instrument(answers)
         async with trio.open_nursery() as nursery:
-            for number in range(len(answers)):
-                await trio.lowlevel.checkpoint()
-                nursery.start_soon(answer, number, event)
-            await trio.testing.wait_all_tasks_blocked()
-            event.set()
-        hooks.end()
+            await tasks.start(nursery)
+            tasks.go()
+        trio.lowlevel.remove_instrument(answers)
 
     trio.run(serve)
-    assert sorted(rig.kernel.recv(LARGEST) for _ in answers) == sorted(answers)
+    assert sorted(small.kernel.recv(LARGEST) for _ in tasks.given) == sorted(tasks.given)
+
+
+def test_they_find_room_until_the_pair_is_shut(small: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a mount: who shuts it needs the GIL, with which pyfuse3 would wait."""
+    tasks = Tasks(small)
+    monkeypatch.setattr(pyfuse3, "terminate", lambda: None)
+
+    async def requests() -> None:
+        tasks.go()
+
+    async def serve() -> None:
+        laned = object.__new__(Laned)
+        laned.lane, laned._core = small.lane, small.core
+        laned._requests = SimpleNamespace(serve=requests)  # type: ignore[assignment]
+        async with trio.open_nursery() as nursery:
+            await tasks.start(nursery)
+            nursery.start_soon(laned.serve)
+
+    small.give_turn()
+    trio.run(serve)
+    assert small.lane.ended
