@@ -136,8 +136,9 @@ class Inodes:
             self._let_go(node)
 
     def _let_go(self, node: Node) -> None:
-        """Closes its descriptor. If it is the last of a file without a name, the origin frees all
-        of that one, and what of it is in memory: for large images all would wait for that."""
+        """Closes its descriptor. If it is the last of a file without a name, the origin then frees
+        all of it, and what is in memory: for a large image everybody would wait for that. Of a file
+        on a network nobody can tell without asking there."""
         if node.regular and (not node.local or os.fstat(node.fd).st_nlink == 0):
             self._closer.close(node.fd)
         else:

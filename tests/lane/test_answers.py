@@ -13,10 +13,9 @@ import trio
 import trio.testing
 
 from fusecache.fuse.laned import Answers, Laned
-from tests.lane.rig import ANSWER, BATCH_FORGET, Rig
+from tests.lane.rig import ANSWER, BATCH_FORGET, FORGET, READLINK, Rig
 
 NewRig = Callable[..., Rig]
-FORGET, READLINK = 2, 5
 LARGEST = 1 << 20
 ONE = ANSWER.size + 100_000
 """The length of a large answer."""
@@ -106,7 +105,7 @@ def test_they_find_room_until_the_pair_is_shut(small: Rig, monkeypatch: pytest.M
     async def serve() -> None:
         laned = object.__new__(Laned)
         laned.lane, laned._core = small.lane, small.core
-        laned._requests = SimpleNamespace(serve=requests)  # type: ignore[assignment]
+        laned._requests = SimpleNamespace(serve=requests)  # type: ignore[assignment]  # a part
         async with trio.open_nursery() as nursery:
             await tasks.start(nursery)
             nursery.start_soon(laned.serve)

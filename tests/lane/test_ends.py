@@ -20,6 +20,7 @@ from tests.lane.rig import (
     NODE,
     PAGE,
     READ,
+    READLINK,
     WRITE,
     Rig,
     in_thread,
@@ -30,8 +31,6 @@ from tests.lane.rig import (
     write_body,
 )
 from tests.support.stamps import stamped
-
-READLINK = 5
 
 WRONG: list[dict[str, Any]] = [
     {"slot_count": 0},

@@ -11,6 +11,7 @@ from tests.lane.rig import (
     BATCH_FORGET,
     BLOCK,
     FALLOCATE,
+    FLUSH,
     FSYNC,
     GETATTR,
     GETXATTR,
@@ -23,6 +24,8 @@ from tests.lane.rig import (
     NODE,
     PAGE,
     READ,
+    READLINK,
+    RELEASE,
     WRITE,
     Rig,
     in_thread,
@@ -33,7 +36,6 @@ from tests.lane.rig import (
 from tests.support.stamps import stamped
 
 EIO, ENODATA = 5, 61
-FORGET, READLINK, RELEASE, FLUSH = 2, 5, 18, 25
 LARGEST = 1 << 20
 CAPABILITY = b"security.capability\0"
 FSYNC_BODY = struct.pack("<QII", 1, 1, 0)
@@ -49,7 +51,12 @@ BODIES = {
 }
 
 
-BAD_BODIES = {**BODIES, BATCH_FORGET: FORGETS_BODY, FLUSH: struct.pack("<QIIQ", 1, 0, 0, 0)}
+def flush_body(handle: int) -> bytes:
+    """``struct fuse_flush_in``."""
+    return struct.pack("<QIIQ", handle, 0, 0, 0)
+
+
+BAD_BODIES = {**BODIES, BATCH_FORGET: FORGETS_BODY, FLUSH: flush_body(1)}
 
 
 def works(rig: Rig) -> None:
@@ -150,18 +157,13 @@ def test_a_close_of_who_only_reads_is_answered(rig: Rig) -> None:
     rig.open(6, 1, handle=2, writes=False)
     for handle in (1, 3, 2 + (1 << 16), 2):
         if handle == 2:
-            assert rig.answer_to(rig.send(FLUSH, _flush(2))) == (0, b"")
+            assert rig.answer_to(rig.send(FLUSH, flush_body(2))) == (0, b"")
             rig.lane.close(2)
-        rig.send(FLUSH, _flush(handle))
-        assert rig.pyfuse3.recv(LARGEST)[HEADER.size :] == _flush(handle)
+        rig.send(FLUSH, flush_body(handle))
+        assert rig.pyfuse3.recv(LARGEST)[HEADER.size :] == flush_body(handle)
     rig.send(RELEASE, bytes(24))
     assert rig.pyfuse3.recv(LARGEST)
     assert rig.lane.counters()["forwarded"] == 5
-
-
-def _flush(handle: int) -> bytes:
-    """``struct fuse_flush_in``."""
-    return struct.pack("<QIIQ", handle, 0, 0, 0)
 
 
 @pytest.mark.parametrize("offered", [0, KILLPRIV_V2, 0xFFFFFFFF, None])
