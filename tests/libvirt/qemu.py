@@ -17,6 +17,14 @@ ACCEL = os.environ.get("FUSECACHE_TEST_ACCEL", "tcg")
 """What runs the guests. Emulation boots in seconds everywhere; on a host that is a guest itself
 /dev/kvm may be there and the guest hang all the same (seen), so that kvm:tcg is no default."""
 
+EMULATED = ACCEL != "kvm"
+"""Whether a guest must not run while it migrates.
+
+QEMU 7.2 can lose what an emulated guest writes to its memory while that is being sent. Measured
+with plain files as disks and no fusecache anywhere: of 200 moves of running guests 3 ended in wrong
+bytes or a kernel's panic, of 110 in a QEMU of one thread 2, of 1,400 of stopped guests none.
+"""
+
 
 class Qemu:
     """A guest with one disk.
@@ -178,14 +186,25 @@ class Qemu:
                 return answer["return"]
 
     def migrate_to(self, target: "Qemu") -> None:
-        """Moves the running guest; waits until this side has given everything away."""
+        """Moves the guest; waits until this side has given everything away."""
         target.ask("query-status")  # it listens
+        if EMULATED:
+            self.ask("stop")
         self.ask("migrate", uri=f"unix:{target.migration}")
         deadline = time.monotonic() + PATIENCE
         while (state := self.ask("query-migrate").get("status")) != "completed":
             assert state not in ("failed", "cancelled"), (self.errors(), target.errors())
             assert time.monotonic() < deadline, state
             time.sleep(0.05)
+
+    def take_over(self) -> None:
+        """Waits until everything has arrived here; goes on with the guest if it was stopped."""
+        deadline = time.monotonic() + PATIENCE
+        while (state := self.ask("query-status")["status"]) == "inmigrate":
+            assert time.monotonic() < deadline, self.errors()
+            time.sleep(0.02)
+        if state == "paused":
+            self.ask("cont")
 
 
 @contextlib.contextmanager

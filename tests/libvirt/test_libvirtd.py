@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.helpers import COMMAND, wait_for
 from tests.libvirt.guest import KERNEL_WORDS, PATIENCE, Parts, check_versions, make_disk
 from tests.libvirt.libvirtd import QEMU_ID, Libvirt
-from tests.libvirt.qemu import ACCEL, qemu
+from tests.libvirt.qemu import ACCEL, EMULATED, qemu
 from tests.support.daemon import Mount
 from tests.support.stamps import stamped
 
@@ -186,7 +186,11 @@ def test_libvirt_migrates_a_guest_that_writes_after_its_disk_was_evicted(
             here.wait_for("vm", "guest: turn", after=len(here.console("vm")))
             done = mounts[0].run("evict", "vm.img")
             assert done.returncode == 0, done.stderr
+            if EMULATED:
+                here.virsh("suspend", "vm")
             here.virsh(*migrate, "--unsafe")
+            if EMULATED:
+                there.virsh("resume", "vm")
             assert there.state("vm") == "running"
             assert image.stat().st_uid == QEMU_ID
             for _ in range(2):

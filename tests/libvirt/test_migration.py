@@ -1,8 +1,8 @@
-"""Live migration between two QEMUs on two mounts of one origin, as docs/libvirt.md orders it.
+"""Migration between two QEMUs on two mounts of one origin, as docs/libvirt.md orders it.
 
-The guest writes and checks its disk at random all the time. What it wrote is in its memory, which
-moves with it, so that it notices a wrong byte on either side; and in the end every byte of the
-origin is compared with what it says.
+The guest writes and checks its disk at random until it moves, and goes on there. What it wrote is
+in its memory, which moves with it, so that it notices a wrong byte on either side; and in the end
+every byte of the origin is compared with what it says.
 """
 
 import os
@@ -92,6 +92,7 @@ def test_a_guest_that_writes_moves_there_and_back_without_a_wrong_byte(
             first.migrate_to(second)
             first.ask("quit")
             first.ended()
+            second.take_over()
             second.wait_for_turns()
             assert hosts.b.image("vm.img")["cached_bytes"] > 0, "it is cached at its new place"
             hosts.evict(hosts.b)
@@ -100,6 +101,7 @@ def test_a_guest_that_writes_moves_there_and_back_without_a_wrong_byte(
                 second.migrate_to(third)
                 second.ask("quit")
                 second.ended()
+                third.take_over()
                 third.wait_for_turns()
                 finish(third)
     hosts.evict(hosts.a)
@@ -127,6 +129,7 @@ def test_a_migration_without_evict_is_refused_and_the_guest_goes_on_where_it_was
             first.migrate_to(third)
             first.ask("quit")
             first.ended()
+            third.take_over()
             third.wait_for_turns()
             finish(third)
     hosts.evict(hosts.b)
