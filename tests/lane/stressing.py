@@ -93,7 +93,9 @@ class Stress:
         return _HEAD.unpack_from(self._shared)[6:8]
 
     def _well(self) -> bool:
-        return not _get(self._shared, _FAILED)
+        """None has found anything wrong, or been killed, as by a page that could not be read."""
+        alive = all(worker.poll() is None for worker in self._workers)
+        return alive and not _get(self._shared, _FAILED)
 
     def _disturb(self) -> None:
         """Flushes one image, evicts two, takes the cache out of memory, and has all files closed
@@ -135,7 +137,9 @@ class Stress:
             except subprocess.TimeoutExpired:
                 end(worker.pid)
                 out = f"{worker.args!r} hangs\n{worker.communicate()[0]}"
-            words.append(out if worker.returncode in (0, 1) else f"{out} {worker.returncode}")
+            if worker.returncode not in (0, 1):
+                out += f"{worker.args!r} ended with {worker.returncode}"
+            words.append(out)
         return "".join(words)
 
 
