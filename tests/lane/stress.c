@@ -89,13 +89,17 @@ static uint64_t hot_page(unsigned image)
     return chance(200) ? window + chance(HOT) : chance(PAGES);
 }
 
+static void make_stamp(char *into, unsigned image, uint64_t offset, uint32_t version)
+{
+    struct stamp stamp = {"STAMPED!", image, offset, version};
+    memset(into, (int)(version & 0xFF), STAMP);
+    memcpy(into, &stamp, sizeof stamp);
+}
+
 static void make_stamps(char *into, unsigned image, uint64_t page, uint32_t version)
 {
-    for (unsigned at = 0; at < PAGE; at += STAMP) {
-        struct stamp stamp = {"STAMPED!", image, page * PAGE + at, version};
-        memset(into + at, (int)(version & 0xFF), STAMP);
-        memcpy(into + at, &stamp, sizeof stamp);
-    }
+    for (unsigned at = 0; at < PAGE; at += STAMP)
+        make_stamp(into + at, image, page * PAGE + at, version);
 }
 
 /* -- checking ---------------------------------------------------------------------------------- */
@@ -106,12 +110,25 @@ static bool is_zero(const char *data)
     return memcmp(data, zeros, STAMP) == 0;
 }
 
+/* As a write over zeros may leave it that is under way. */
+static bool is_partly(const char *data, unsigned image, uint64_t offset, uint32_t version)
+{
+    char stamp[STAMP];
+    unsigned at = 0;
+    make_stamp(stamp, image, offset, version);
+    while (at < STAMP && (!data[at] || data[at] == stamp[at]))
+        at++;
+    return at == STAMP;
+}
+
 /* Only while a write is under way may a stamp be made of several versions. */
 static void check_stamp(const char *data, unsigned image, uint64_t offset, uint32_t low,
                         uint32_t high, const char *how)
 {
     struct stamp stamp;
     if ((low & 1 || high > low) && is_zero(data))
+        return;
+    if (low & 1 && high == low + 1 && is_partly(data, image, offset, high))
         return;
     memcpy(&stamp, data, sizeof stamp);
     if (memcmp(stamp.magic, "STAMPED!", 8) == 0 && stamp.image == image &&
