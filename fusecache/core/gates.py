@@ -21,6 +21,8 @@ _WORDS32, _WORDS64 = 32, 16
 _FLAGS, _IMAGE, _FIRST_MARK = 0, 1, 4
 _SIZE, _CHANGES, _COUNTERS = 1, 7, 8
 _BEGUN, _GOOD, _SYNCING = 0, 1, 2
+_EMPTY = np.zeros(_WORDS64, np.uint64)
+_EMPTY.view(np.uint32)[_FIRST_MARK : _FIRST_MARK + MARKS] = NO_BLOCK
 COUNTED = 6
 """Reads, their bytes, those that were not in memory, their bytes, overwrites, their bytes."""
 
@@ -41,11 +43,13 @@ class Gates:
         self.syncs_of: npt.NDArray[np.uint64] = np.zeros(3, np.uint64)
         """Syncs of the lane that have begun, the last one that was good, entries of
         ``syncing_of``."""
-        self.clock_of: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
+        self.clock_of: npt.NDArray[np.uint64] = np.ones(1, np.uint64)
+        """The next tick of the LRU order. The lane gives them out as well; should both do so at the
+        same moment, some are given twice."""
         self.words32_of = self.words_of.view(np.uint32)
         self.words32 = self.words32_of.data
         self.words64 = self.words_of.data
-        self._clock = self.clock_of.data
+        self.clock = self.clock_of.data
         self._soiled_count = self.soiled_count_of.data
         self._syncs = self.syncs_of.data
         self._free = list(range(GATES - 1, -1, -1))
@@ -99,14 +103,6 @@ class Gates:
         self._syncs[_SYNCING] = 0
         return self.syncing_of[:count].copy(), self.syncing_pages_of[:count].copy()
 
-    def tick(self, own: int) -> int:
-        """The next tick of the LRU order, for both who give them out; ``own`` is ours."""
-        theirs = self._clock[0]
-        if theirs < own:
-            self._clock[0] = own
-            return own
-        return theirs
-
 
 class Gate:
     """That of one image."""
@@ -118,10 +114,9 @@ class Gate:
         self.number = number
         self._words32, self._words64 = gates.words32, gates.words64
         self._at32, self._at64 = number * _WORDS32, number * _WORDS64
-        gates.words_of[self._at64 : self._at64 + _WORDS64] = 0
+        self._words64[self._at64 : self._at64 + _WORDS64] = _EMPTY.data
         self._words32[self._at32 + _IMAGE] = image
         self.resize(size)
-        self.mark(())
         self._seen = [0] * COUNTED
 
     def resize(self, size: int) -> None:

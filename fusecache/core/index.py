@@ -63,7 +63,7 @@ class CacheIndex:
         """What the lane sees of open images."""
         self._tags = TagIndex(self._slots)
         self._policy = Lru(self._slots)
-        self._tick = 1
+        self._clock = self.gates.clock
         self._blocks_of: dict[int, int] = {}
         self._pages_of: dict[int, int] = {}
         # A stack, lowest slot on top, so that a run of fills lies side by side on the device.
@@ -86,18 +86,10 @@ class CacheIndex:
         """What the origin has not, see ``DirtyPages``."""
 
     def _touch(self, slot: int) -> None:
-        self._slots.last_used[slot] = self._tick
-        self._tick += 1
+        self._slots.last_used[slot] = tick = self._clock[0]
+        self._clock[0] = tick + 1
 
     # -- the lane -----------------------------------------------------------------------------
-
-    def begin_turn(self) -> None:
-        """From here to ``end_turn`` the lane changes nothing but ticks and counters."""
-        self._tick = self.gates.tick(self._tick)
-
-    def end_turn(self) -> None:
-        """See ``begin_turn``."""
-        self._tick = self.gates.tick(self._tick)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What the lane looks into, and writes to in its turns; see ``lane/core.h``."""
@@ -148,8 +140,8 @@ class CacheIndex:
             slots = self._slots
             if slots.valid[slot] & need != need:
                 return None
-            slots.last_used[slot] = self._tick
-            self._tick += 1
+            slots.last_used[slot] = tick = self._clock[0]
+            self._clock[0] = tick + 1
             return [Run((slot << shift) + start, length)]
         return self._hit_blocks(image, offset, length)
 
@@ -174,8 +166,7 @@ class CacheIndex:
             end = at + stop - start
         runs.append(Run(begin, end - begin))
         for slot in found:
-            slots.last_used[slot] = self._tick
-            self._tick += 1
+            self._touch(slot)
         return runs
 
     def valid_pages(self, image: int, block: int) -> int:
@@ -189,8 +180,7 @@ class CacheIndex:
         if slot is None:
             return None
         slots = self._slots
-        slots.last_used[slot] = self._tick
-        self._tick += 1
+        self._touch(slot)
         return Located(slot, slots.generation[slot], slots.valid[slot])
 
     def unmoved(self, located: Located) -> bool:
@@ -328,7 +318,6 @@ class CacheIndex:
 
     def reclaim(self, count: int) -> int:
         """Drops up to ``count`` clean blocks, least recently used first; returns how many."""
-        self._tick = self.gates.tick(self._tick)
         victims = self._policy.victims(count)
         for slot in victims:
             self._drop(slot, Event.DROP)
@@ -473,7 +462,7 @@ class CacheIndex:
             part[:] = ticks[: part.size]
         # Only a damaged hint has such ticks, and the clock must be able to go on from the highest.
         slots.last_used_of[slots.last_used_of > _LAST_TICK] = 0
-        self._tick = int(slots.last_used_of.max(initial=np.uint64(0))) + 1
+        self._clock[0] = int(slots.last_used_of.max(initial=np.uint64(0))) + 1
         free = np.flatnonzero(slots.state_of == State.INVALID).astype(np.uint32)
         self._free_of[: free.size] = free[::-1]
         self._free_count = int(free.size)

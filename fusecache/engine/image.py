@@ -252,7 +252,8 @@ class Image:
         if self.gate is None and (gate := gates.open(self.row.id, self._size)) is not None:
             self.gate = gate
             self.lock.told = self._tell_gate
-            gate.mark(self.marks)
+            if self.marks:
+                gate.mark(self.marks)
             self._tell_gate()
 
     def close_gate(self, gates: Gates) -> None:

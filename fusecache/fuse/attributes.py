@@ -58,14 +58,17 @@ def _timeout(entry: EntryAttributes) -> tuple[int, int]:
 
 
 def _packed(entry: EntryAttributes) -> bytes:
-    times = (entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns)
-    seconds, nanoseconds = zip(*(divmod(time, _BILLION) for time in times), strict=True)
+    read, written, changed = entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns
     return _ATTRIBUTES.pack(
         entry.st_ino,
         entry.st_size,
         entry.st_blocks,
-        *seconds,
-        *nanoseconds,
+        read // _BILLION,
+        written // _BILLION,
+        changed // _BILLION,
+        read % _BILLION,
+        written % _BILLION,
+        changed % _BILLION,
         entry.st_mode,
         entry.st_nlink,
         entry.st_uid,

@@ -7,7 +7,7 @@ An exception that reached pyfuse3 would end the mount.
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import trio
 from pyfuse3 import FUSEError
@@ -15,17 +15,21 @@ from pyfuse3 import FUSEError
 from fusecache.engine.state import CacheState
 from fusecache.errors import FusecacheError, errno_of
 
+if TYPE_CHECKING:
+    from fusecache.lane._lane import Lane
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class HasState(Protocol):
+class Handlers(Protocol):
     """What ``guarded`` needs of the class whose handlers it guards."""
 
     state: CacheState
+    lane: "Lane | None"
 
 
-S = TypeVar("S", bound=HasState)
+S = TypeVar("S", bound=Handlers)
 
 
 def answer(state: CacheState, exc: Exception, handler: str) -> FUSEError:
@@ -40,7 +44,7 @@ def answer(state: CacheState, exc: Exception, handler: str) -> FUSEError:
 def guarded(
     handler: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """Makes every exception of a handler an errno."""
+    """Makes every exception of a handler an errno, and room for its answer."""
 
     @functools.wraps(handler)
     async def guard(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,6 +52,9 @@ def guarded(
             return await handler(self, *args, **kwargs)
         except Exception as exc:
             raise answer(self.state, exc, handler.__name__.lstrip("_")) from None
+        finally:
+            if self.lane is not None:
+                self.lane.make_room()
 
     return guard
 

@@ -11,12 +11,11 @@ import contextlib
 import logging
 import os
 import socket
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
-from fusecache.core.index import CacheIndex
 from fusecache.engine.block_cache import BlockCache
 from fusecache.fuse import queues
 from fusecache.fuse.operations import Operations
@@ -24,6 +23,9 @@ from fusecache.fuse.requests import Requests
 from fusecache.lane import lane_type
 from fusecache.observe.logs import fields
 from fusecache.store.superblock import DATA_OFFSET
+
+if TYPE_CHECKING:
+    from fusecache.lane._lane import Lane
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,6 @@ class Laned:
     def __init__(self, operations: Operations, cache: BlockCache, fd: int) -> None:
         """Takes over ``fd``, the kernel's descriptor of the mount."""
         core, tuning = cache.core, cache.tuning
-        self._core = core
         self._fd = fd
         self._ours, self._theirs = _pair()
         core.gates.used = True
@@ -85,7 +86,7 @@ class Laned:
 
     async def serve(self) -> None:
         """Until the kernel has no more requests, or cancelled; then pyfuse3 ends as well."""
-        turns, answers = _Turns(self.lane, self._core), Answers(self.lane)
+        turns, answers = _Turns(self.lane), Answers(self.lane)
         trio.lowlevel.add_instrument(answers)
         turns.begin()
         try:
@@ -124,24 +125,25 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     return pair
 
 
+# What an instrument does in each round of the loop, up to twenty for one request, is compiled, and
+# has no Python around it: that was a fifth of what opening an image takes.
+
+
 class Answers(trio.abc.Instrument):
-    """Brings pyfuse3's answers to the kernel. In each of its steps a task of pyfuse3 gives one at
-    most: so it never waits for room in the pair, which nobody but this thread makes."""
+    """Brings pyfuse3's answers to the kernel whenever the event loop is about to wait. Nobody else
+    does. So that no task of pyfuse3 waits for room in the pair, in which others have answered in
+    the same round, ``guarded`` sees to that before each answer."""
 
-    def __init__(self, lane: Any) -> None:
-        self._bring = lane.bring_answers
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """It may have been one of pyfuse3's."""
-        self._bring()
+    def __init__(self, lane: "Lane") -> None:
+        self.before_io_wait = lane.bring_answers  # type: ignore[assignment,method-assign]
 
 
 class _Turns(trio.abc.Instrument):
     """Lets the lane change the core while the event loop has nothing to do."""
 
-    def __init__(self, lane: Any, core: CacheIndex) -> None:
-        self._enter, self._leave = lane.enter, lane.leave
-        self._begin, self._end = core.begin_turn, core.end_turn
+    def __init__(self, lane: "Lane") -> None:
+        self.before_io_wait = lane.leave  # type: ignore[assignment,method-assign]
+        self.after_io_wait = lane.enter  # type: ignore[assignment,method-assign]
 
     def begin(self) -> None:
         """For a caller in the event loop."""
@@ -152,13 +154,3 @@ class _Turns(trio.abc.Instrument):
         """See ``begin``. The lane has no more turns."""
         with contextlib.suppress(KeyError):  # one that has failed is removed by trio
             trio.lowlevel.remove_instrument(self)
-
-    def before_io_wait(self, timeout: float) -> None:
-        """The event loop is about to wait."""
-        self._end()
-        self._leave()
-
-    def after_io_wait(self, timeout: float) -> None:
-        """It goes on."""
-        self._enter()
-        self._begin()

@@ -88,13 +88,17 @@ class Lane:
         Raises:
             OSError: ENOENT: the kernel does not know the node.
         """
-    def enter(self) -> None:
-        """From here to ``leave`` the lane changes nothing in the arrays but ticks and counters."""
-    def leave(self) -> None:
+    def enter(self, timeout: float = ..., /) -> None:
+        """From here to ``leave`` the lane changes nothing in the arrays but ticks and counters.
+        ``timeout``: of the event loop's wait; here and in ``leave`` nothing depends on it."""
+    def leave(self, timeout: float = ..., /) -> None:
         """See ``enter``."""
-    def bring_answers(self) -> None:
-        """Gives what pyfuse3 has answered to the kernel, waiting for no more. For one thread at a
-        time."""
+    def bring_answers(self, timeout: float = ..., /) -> None:
+        """Gives what pyfuse3 has answered to the kernel, waiting for no more. If the event loop
+        will not wait, it does not look for answers that were not announced by ``make_room``. For
+        one thread at a time."""
+    def make_room(self) -> None:
+        """For who is about to answer a request by pyfuse3: brings the answers of others."""
     def stop(self, seconds: float, /) -> bool:
         """Ends all threads; False if one still hangs in the device after so many seconds."""
     def counters(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ typedef struct {
     int array_count;
     bool started;
     bool stopped;
+    bool answers_soon; /* pyfuse3 gives one before the event loop waits */
 } LaneObject;
 
 static PyObject *raise_errno(int error)
@@ -331,6 +332,7 @@ static PyObject *lane_py_invalidate(LaneObject *self, PyObject *args)
     return done < 0 ? PyErr_SetFromErrno(PyExc_OSError) : Py_NewRef(Py_None);
 }
 
+/* This and the next two are called in each round of the event loop, by trio itself: see laned.py. */
 static PyObject *lane_py_enter(LaneObject *self, PyObject *Py_UNUSED(ignored))
 {
     if (!turns_try_enter(&self->lane.turns)) {
@@ -347,9 +349,23 @@ static PyObject *lane_py_leave(LaneObject *self, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
-static PyObject *lane_py_bring_answers(LaneObject *self, PyObject *Py_UNUSED(ignored))
+static PyObject *lane_py_bring_answers(LaneObject *self, PyObject *args)
 {
-    serve_answers(&self->lane);
+    double seconds = 1;
+    if (!PyArg_ParseTuple(args, "|d", &seconds))
+        return NULL;
+    if (seconds > 0 || self->answers_soon) {
+        self->answers_soon = false;
+        serve_answers(&self->lane);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_py_make_room(LaneObject *self, PyObject *Py_UNUSED(ignored))
+{
+    if (__atomic_load_n(&self->lane.unanswered, __ATOMIC_RELAXED) > 1)
+        serve_answers(&self->lane);
+    self->answers_soon = true;
     Py_RETURN_NONE;
 }
 
@@ -425,9 +441,10 @@ static PyMethodDef lane_methods[] = {
     {"keep_attributes", (PyCFunction)lane_py_keep_attributes, METH_VARARGS, NULL},
     {"drop_attributes", (PyCFunction)lane_py_drop_attributes, METH_VARARGS, NULL},
     {"invalidate", (PyCFunction)lane_py_invalidate, METH_VARARGS, NULL},
-    {"enter", (PyCFunction)lane_py_enter, METH_NOARGS, NULL},
-    {"leave", (PyCFunction)lane_py_leave, METH_NOARGS, NULL},
-    {"bring_answers", (PyCFunction)lane_py_bring_answers, METH_NOARGS, NULL},
+    {"enter", (PyCFunction)lane_py_enter, METH_VARARGS, NULL},
+    {"leave", (PyCFunction)lane_py_leave, METH_VARARGS, NULL},
+    {"bring_answers", (PyCFunction)lane_py_bring_answers, METH_VARARGS, NULL},
+    {"make_room", (PyCFunction)lane_py_make_room, METH_NOARGS, NULL},
     {"stop", (PyCFunction)lane_py_stop, METH_VARARGS, NULL},
     {"counters", (PyCFunction)lane_py_counters, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -63,5 +63,6 @@ def test_an_illegal_step_raises_and_changes_nothing() -> None:
 def _everything(index: CacheIndex) -> list[bytes]:
     slots = index._slots
     arrays = [getattr(slots, name) for name in slots.__slots__ if name.endswith("_of")]
-    counts = (index.free, index.leaving, index.used, index.owes, index.usage(1), index._tick)
-    return [array.tobytes() for array in (*arrays, index._tags.table_of)] + [repr(counts).encode()]
+    arrays += [index._tags.table_of, index.gates.clock_of]
+    counts = (index.free, index.leaving, index.used, index.owes, index.usage(1))
+    return [array.tobytes() for array in arrays] + [repr(counts).encode()]

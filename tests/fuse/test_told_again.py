@@ -28,12 +28,15 @@ class Lane:
         self.kept.pop(node, None)
 
     def open_directory(self, node: int, fd: int) -> None:
-        """Nothing that counts here, as the next two."""
+        """Nothing that counts here, as the next three."""
 
     def open(self, handle: int, node: int, gate: int, writes: bool) -> None:
         """See ``open_directory``."""
 
     def close(self, handle: int) -> None:
+        """See ``open_directory``."""
+
+    def make_room(self) -> None:
         """See ``open_directory``."""
 
 

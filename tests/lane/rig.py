@@ -271,13 +271,11 @@ class Rig:
 
     def give_turn(self) -> None:
         """From here on writes of the lane may change the core: as the event loop when it waits."""
-        self.core.end_turn()
         self.lane.leave()
 
     def take_turn(self) -> None:
         """The end of that."""
         self.lane.enter()
-        self.core.begin_turn()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -12,6 +12,8 @@ import pytest
 import trio
 import trio.testing
 
+from fusecache.engine.state import CacheState
+from fusecache.fuse.guard import guarded
 from fusecache.fuse.laned import Answers, Laned
 from tests.lane.rig import ANSWER, BATCH_FORGET, FORGET, READLINK, Rig
 
@@ -41,6 +43,35 @@ def test_they_are_brought_once_they_are_there_and_none_is_waited_for(new_rig: Ne
     rig.lane.bring_answers()
 
 
+def test_room_is_made_by_bringing_those_of_others(new_rig: NewRig) -> None:
+    rig = new_rig()
+    uniques = [rig.send(READLINK) for _ in range(2)]
+    for unique in uniques:
+        assert rig.pyfuse3.recv(LARGEST)
+        rig.pyfuse3.send(ANSWER.pack(ANSWER.size, -2, unique))
+    rig.lane.make_room()
+    assert [rig.kernel.recv(LARGEST) for _ in uniques] == [
+        ANSWER.pack(ANSWER.size, -2, unique) for unique in uniques
+    ]
+
+
+def test_those_that_were_announced_are_brought_though_the_loop_goes_on(new_rig: NewRig) -> None:
+    """Others at the latest when it waits: what libfuse answers without us."""
+    rig = new_rig()
+    for announced in (True, False, True):
+        unique = rig.send(READLINK)
+        assert rig.pyfuse3.recv(LARGEST)
+        if announced:
+            rig.lane.make_room()
+        answer = ANSWER.pack(ANSWER.size, -2, unique)
+        rig.pyfuse3.send(answer)
+        rig.lane.bring_answers(0)
+        if not announced:
+            assert not rig.nothing_came()
+            rig.lane.bring_answers(0.1)
+        assert rig.kernel.recv(LARGEST) == answer
+
+
 @pytest.fixture
 def small(new_rig: NewRig) -> Rig:
     """Its pair takes one large answer, and not two."""
@@ -54,6 +85,8 @@ class Tasks:
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
+        self.lane = rig.lane
+        self.state: CacheState  # nothing fails that would need one
         self.given = []
         for number in range(20):
             head = ANSWER.pack(ONE, 0, rig.send(READLINK))
@@ -72,8 +105,12 @@ class Tasks:
         """They answer in the next round."""
         self._go.set()
 
-    async def _give(self, answer: bytes) -> None:
+    @guarded
+    async def _handler(self) -> None:
         await self._go.wait()
+
+    async def _give(self, answer: bytes) -> None:
+        await self._handler()
         with contextlib.suppress(BrokenPipeError):  # at the end of a mount
             self._rig.pyfuse3.send(answer)  # an error instead of the wait, in which all would hang
 
@@ -104,7 +141,7 @@ def test_they_find_room_until_the_pair_is_shut(small: Rig, monkeypatch: pytest.M
 
     async def serve() -> None:
         laned = object.__new__(Laned)
-        laned.lane, laned._core = small.lane, small.core
+        laned.lane = small.lane
         laned._requests = SimpleNamespace(serve=requests)  # type: ignore[assignment]  # a part
         async with trio.open_nursery() as nursery:
             await tasks.start(nursery)

@@ -216,6 +216,24 @@ MUTATIONS = {
         "",
         "test_requests.py and who_only_reads",
     ),
+    "answers are brought only when the loop waits": Mutation(
+        "module.c",
+        "seconds > 0 || self->answers_soon",
+        "seconds > 0",
+        "test_answers.py and loop_goes_on",
+    ),
+    "only announced answers are brought": Mutation(
+        "module.c",
+        "seconds > 0 || self->answers_soon",
+        "self->answers_soon",
+        "test_answers.py and loop_goes_on",
+    ),
+    "nobody makes room": Mutation(
+        "module.c",
+        "unanswered, __ATOMIC_RELAXED) > 1)",
+        "unanswered, __ATOMIC_RELAXED) > 1000)",
+        "test_answers.py and room",
+    ),
     "requests without an answer hide answers": Mutation(
         "serve.c",
         "    add(&lane->unanswered, answered);\n",
