@@ -80,6 +80,15 @@ class Closing:
                 except OriginError as exc:
                     log.warning("%s could not be synced at its last close: %s", image.name, exc)
 
+    def close_reader(self, image: Image) -> bool:
+        """``close`` of one who only reads, if nothing is to be waited for; else False."""
+        if image.opening.locked() or image.detached:
+            return False
+        image.readers -= 1
+        if image.handles == 0:
+            image.close_gate(self._core.gates)
+        return True
+
     async def _end_writing(self, image: Image) -> None:
         # What we did not write is not taken for ours: the next open will see it (P3).
         if image.wrote:

@@ -1,9 +1,10 @@
-"""Attributes: the origin's in pyfuse3's form, and what pyfuse3 asks for on the origin."""
+"""Attributes: the origin's in pyfuse3's form and the kernel's, and what pyfuse3 asks for on the
+origin."""
 
 import os
 import struct
 
-from pyfuse3 import EntryAttributes, SetattrFields, StatvfsData
+from pyfuse3 import EntryAttributes, FileInfo, SetattrFields, StatvfsData
 
 from fusecache.store.tree import Tree
 
@@ -51,6 +52,17 @@ def packed_entry(entry: EntryAttributes) -> bytes:
 def packed_attributes(entry: EntryAttributes) -> bytes:
     """The kernel's answer to a question for attributes, ``struct fuse_attr_out``."""
     return _TIMEOUT.pack(*_timeout(entry), 0) + _packed(entry)
+
+
+_OPENED = struct.Struct("<QII")
+"""``struct fuse_open_out``: handle, flags, padding."""
+_KEEP_CACHE = 1 << 1
+"""``FOPEN_KEEP_CACHE``."""
+
+
+def packed_open(info: FileInfo) -> bytes:
+    """The kernel's answer to an open."""
+    return _OPENED.pack(info.fh, _KEEP_CACHE if info.keep_cache else 0, 0)
 
 
 def _timeout(entry: EntryAttributes) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """A session in front of which the lane answers hits.
 
 kernel - /dev/fuse - lane -+- a hit, an fsync of nothing but data, a missing name, attributes that
-                           |  were told before, a close of who only reads: answered there
-                           +- other data, fsyncs, names and attributes, fallocate, lseek:
-                           |  ``Requests``
+                           |  were told before, free space, a close of who only reads: answered
+                           |  there
+                           +- other data, fsyncs, names and attributes, opens, closes, fallocate,
+                           |  lseek: ``Requests``
                            +- all else: a socket pair, of which pyfuse3 has the other end
 """
 

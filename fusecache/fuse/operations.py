@@ -4,8 +4,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -14,9 +12,9 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from fusecache.engine.block_cache import BlockCache
-from fusecache.engine.image import Image
 from fusecache.fuse.attributes import set_attributes, statvfs_of
 from fusecache.fuse.directories import Directories
+from fusecache.fuse.files import Files
 from fusecache.fuse.guard import answer, guarded, undone_on_failure
 from fusecache.fuse.inodes import Inodes, Node
 from fusecache.fuse.names import Names
@@ -32,18 +30,6 @@ if TYPE_CHECKING:
 _OVERTAKING = 0.0002
 _CAPABILITY = b"security.capability"
 _NO_DATA = FUSEError(errno.ENODATA)
-
-
-@dataclass(slots=True)
-class Handle:
-    """An open file."""
-
-    image: Image
-    node: Node
-    write: bool
-    buffered: bool
-    """Writes through the kernel's pages."""
-    pid: int
 
 
 class Operations(pyfuse3.Operations):
@@ -64,11 +50,12 @@ class Operations(pyfuse3.Operations):
         self._stat = SharedStat(self._fstat)
         self.told = Told(cache)
         self.inodes = Inodes(tree.find_root())
-        self.handles: dict[int, Handle] = {}
-        self._numbers = count(1)
+        numbers = count(1)
         self._privileges = Privileges(cache, tree, self._stat)
+        self.files = Files(cache, tree, self.told, self._privileges, self.invalidate, numbers)
+        self.handles = self.files.handles
         self._names = Names(cache, tree)
-        self._directories = Directories(cache, tree, self.inodes, self.told, self._numbers)
+        self._directories = Directories(cache, tree, self.inodes, self.told, numbers)
         self.serving = trio.Event()
         """Set when the kernel has said INIT."""
 
@@ -77,7 +64,7 @@ class Operations(pyfuse3.Operations):
 
     def tell(self, lane: "Lane") -> None:
         """The lane is in front of us, and hears of what is opened and told."""
-        self.lane = self.told.lane = lane
+        self.lane = self.told.lane = self.files.lane = lane
         self.inodes.tell(lane)
 
     def init(self) -> None:
@@ -242,16 +229,8 @@ class Operations(pyfuse3.Operations):
         that has to be looked into."""
         node = self.inodes[inode]
         node.asked = True
-        st = self._stat_at_once(node)
+        st = self.told.now(node)
         return None if st is None else self.told.entry(node, st)
-
-    def _stat_at_once(self, node: Node) -> os.stat_result | None:
-        if not node.local:
-            return None
-        st = os.fstat(node.fd)
-        if node.regular and self._cache.truth.notices(node.identity, Attributes.of(st)):
-            return None
-        return st
 
     @guarded
     async def setattr(
@@ -265,7 +244,7 @@ class Operations(pyfuse3.Operations):
         """Size first (R6), then owner, mode and times, each only if asked for."""
         node = self.inodes[inode]
         if fields.update_size:
-            await self._truncate(node, attr.st_size, fh)
+            await self.files.truncate(node, attr.st_size, fh)
         if fields.update_atime or fields.update_mtime:
             # Not taken for ours: it sets the very times that tell a change by others (P3).
             with self._cache.truth.setting_attributes(node.identity):
@@ -283,18 +262,6 @@ class Operations(pyfuse3.Operations):
     async def _set(self, node: Node, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         mode = self._privileges.allowed(node, attr.st_mode)
         await self._metadata(set_attributes, self._tree, node.fd, attr, fields, mode)
-
-    async def _truncate(self, node: Node, size: int, fh: int | None) -> None:
-        handle = None if fh is None else self.handles.get(fh)
-        if handle is not None and handle.write:
-            await self._cache.truncate(handle.image, size)
-            return
-        image, _ = await self._open_image(node, write=True)
-        try:
-            await self._cache.truncate(image, size)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._close(node, image, write=True)
 
     @guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -351,58 +318,10 @@ class Operations(pyfuse3.Operations):
 
     # -- files -------------------------------------------------------------------------------------
 
-    async def _open_image(self, node: Node, *, write: bool) -> tuple[Image, bool]:
-        """The image, and whether the kernel's pages of it are true."""
-        path = self._tree.path_of(node.fd)  # from memory: never asks the origin
-        image = await self._cache.open(node.identity, path, node.fd, write=write)
-        true = image.kernel_true  # as this open has found it: the next one may be told otherwise
-        if write:
-            async with undone_on_failure(self._close, node, image, write=True):
-                await self._privileges.drop(node)  # only now: from here on nobody sets them
-        return image, true
-
-    async def _close(self, node: Node, image: Image, *, write: bool) -> None:
-        try:
-            await self._cache.close(image, write=write)
-        finally:  # until then it was told of as an image that is open
-            self.told.anew(node)
-
-    def _add_handle(self, handle: Handle) -> int:
-        number = next(self._numbers)
-        self.handles[number] = handle
-        handle.node.buffered_writers += handle.buffered
-        if self.lane is not None:
-            if handle.image.gate is not None:
-                gate = handle.image.gate.number
-                self.lane.open(number, handle.node.id, gate, handle.write)
-            self._tell_of_open(handle.node)
-        return number
-
-    def _tell_of_open(self, node: Node) -> None:
-        self.told.anew(node)
-        with suppress(OSError):
-            st = self._stat_at_once(node)
-            if st is not None:
-                self.told.in_advance(node, st)
-
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        """Regular files only. O_TRUNC is a truncate like any other (R6)."""
-        node = self.inodes[inode]
-        if not node.regular:
-            raise FUSEError(errno.EPERM)
-        return await self._open(node, flags, ctx)
-
-    async def _open(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
-        truncates = bool(flags & os.O_TRUNC)
-        write = truncates or flags & os.O_ACCMODE != os.O_RDONLY
-        image, true = await self._open_image(node, write=write)
-        if truncates:
-            async with undone_on_failure(self._close, node, image, write=True):
-                await self._cache.truncate(image, 0)
-        buffered = write and not flags & os.O_DIRECT
-        number = self._add_handle(Handle(image, node, write, buffered, ctx.pid))
-        return FileInfo(fh=number, keep_cache=true and not image.detached)
+        """See ``Files.open``."""
+        return await self.files.open(self.inodes[inode], flags, ctx.pid)
 
     @guarded
     async def create(
@@ -424,10 +343,10 @@ class Operations(pyfuse3.Operations):
         entry = self._entry(found)
         node = self.inodes[entry.st_ino]
         try:
-            info = await self._open(node, flags, ctx)
+            info = await self.files.open(node, flags, ctx.pid)
             if private != mode:
                 # The kernel, told of an error, sends no release.
-                async with undone_on_failure(self._end_handle, info.fh):
+                async with undone_on_failure(self.files.close, info.fh):
                     with self._cache.truth.setting_attributes(node.identity):
                         await self._metadata(self._tree.chmod, node.fd, mode)
                     st = await self._metadata(os.fstat, node.fd)
@@ -473,26 +392,13 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def flush(self, fh: int) -> None:
-        """A close(2): what others do after it must be seen as a change of its own (P3)."""
-        handle = self.handles[fh]
-        if handle.write:
-            await self._cache.closing.before_close(handle.image)
+        """See ``Files.before_close``."""
+        await self.files.before_close(fh)
 
     @guarded
     async def release(self, fh: int) -> None:
         """The last close of a handle."""
-        await self._end_handle(fh)
-
-    async def _end_handle(self, fh: int) -> None:
-        handle = self.handles.pop(fh)
-        handle.node.buffered_writers -= handle.buffered
-        if self.lane is not None:
-            self.lane.close(fh)
-        await self._close(handle.node, handle.image, write=handle.write)
-        if handle.image.gone and not handle.image.handles:
-            # Else the kernel would free all its pages (0.1 s for 1 GiB) when it is answered, and
-            # the event loop wait for that.
-            await self._cache.threads.kernel(self.invalidate, handle.node.identity)
+        await self.files.close(fh)
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:

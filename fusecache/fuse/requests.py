@@ -1,5 +1,5 @@
 """Requests that the lane hands to Python: data that is not simply a hit, what pyfuse3 has no words
-for, and the two questions that are asked all the time."""
+for, the two questions that are asked all the time, opens and closes."""
 
 import errno
 import struct
@@ -12,9 +12,10 @@ from pyfuse3 import FUSEError
 from fusecache import lane as lanes
 from fusecache.engine.block_cache import BlockCache
 from fusecache.engine.writes import Write
-from fusecache.fuse.attributes import packed_attributes, packed_entry
+from fusecache.fuse.attributes import packed_attributes, packed_entry, packed_open
+from fusecache.fuse.files import Handle
 from fusecache.fuse.guard import answer
-from fusecache.fuse.operations import Handle, Operations
+from fusecache.fuse.operations import Operations
 
 if TYPE_CHECKING:
     from fusecache.lane._lane import Lane
@@ -23,17 +24,20 @@ _WRITTEN = struct.Struct("<II")
 """``struct fuse_write_out``: bytes, padding."""
 _FOUND = struct.Struct("<Q")
 """``struct fuse_lseek_out``."""
-_NODE = struct.Struct("<Q")
-"""What ``struct fuse_entry_out`` begins with."""
+_NUMBER = struct.Struct("<Q")
+"""What ``struct fuse_entry_out`` and ``fuse_open_out`` begin with: node or handle."""
 _DATA_ONLY = 1
 """``FUSE_FSYNC_FDATASYNC``."""
 
 _NAMES = {
     lanes.LOOKUP: "lookup",
     lanes.GETATTR: "getattr",
+    lanes.OPEN: "open",
     lanes.READ: "read",
     lanes.WRITE: "write",
+    lanes.RELEASE: "release",
     lanes.FSYNC: "fsync",
+    lanes.FLUSH: "flush",
     lanes.FALLOCATE: "fallocate",
     lanes.LSEEK: "lseek",
 }
@@ -52,9 +56,13 @@ class Requests:
         self._handles = operations.handles
         self._cache = cache
         self._state = cache.state
-        self._questions: dict[int, Callable[[Request], Awaitable[bytes]]] = {
+        self._files = operations.files
+        self._apart: dict[int, Callable[[Request], Awaitable[bytes]]] = {
             lanes.LOOKUP: self._lookup,
             lanes.GETATTR: self._getattr,
+            lanes.OPEN: self._open,
+            lanes.FLUSH: self._flush,
+            lanes.RELEASE: self._release,
         }
         self._slowly: dict[int, Callable[[Handle, Request], Awaitable[bytes | memoryview]]] = {
             lanes.READ: self._read,
@@ -69,15 +77,19 @@ class Requests:
         async with trio.open_nursery() as nursery:
             while not self._lane.ended:
                 await trio.lowlevel.wait_readable(self._lane.queue)
-                writes: list[tuple[Request, Write]] = []
-                for request in self._lane.take():
-                    if request[1] in self._questions:
-                        if not self._tell_at_once(request):
-                            nursery.start_soon(self._ask, request)
-                    elif not self._at_once(request, writes):
-                        nursery.start_soon(self._answer, request)
-                for request in self._written_together(writes):
-                    nursery.start_soon(self._answer, request)
+                self._take(nursery)
+            self._take(nursery)  # the last closes may be among them
+
+    def _take(self, nursery: trio.Nursery) -> None:
+        writes: list[tuple[Request, Write]] = []
+        for request in self._lane.take():
+            if request[1] in self._apart:
+                if not self._tell_at_once(request):
+                    nursery.start_soon(self._ask, request)
+            elif not self._at_once(request, writes):
+                nursery.start_soon(self._answer, request)
+        for request in self._written_together(writes):
+            nursery.start_soon(self._answer, request)
 
     def _at_once(self, request: Request, writes: list[tuple[Request, Write]]) -> bool:
         """Answers a hit; adds a write that is none to ``writes``. False for all else."""
@@ -133,20 +145,22 @@ class Requests:
         self._reply(unique, error, data)
 
     def _tell_at_once(self, request: Request) -> bool:
-        """Answers a question from memory; False if that is not certain."""
-        _, opcode, node, _, _, found, _ = request
-        error, data = 0, b""
+        """Answers a question from memory, or a close; False if that is not certain, or waits."""
+        _, opcode, number, _, _, found, _ = request
+        error, data, done = 0, b"", False
         try:
             if opcode == lanes.GETATTR:
-                entry = self._operations.attributes_at_once(node)
+                entry = self._operations.attributes_at_once(number)
                 if entry is not None:
-                    data = self._operations.told.again(self._operations.inodes[node], entry)
-            elif found:
-                entry = self._operations.look_up_at_once(node, found - 1)
+                    data = self._operations.told.again(self._operations.inodes[number], entry)
+            elif opcode == lanes.LOOKUP and found:
+                entry = self._operations.look_up_at_once(number, found - 1)
                 data = b"" if entry is None else packed_entry(entry)
+            elif opcode == lanes.RELEASE:
+                done = self._files.close_at_once(number)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES[opcode]).errno
-        if not (data or error):
+        if not (data or error or done):
             return False
         self._tell(request, error, data)
         return True
@@ -155,17 +169,29 @@ class Requests:
         opcode = request[1]
         error, data = 0, b""
         try:
-            data = await self._questions[opcode](request)
+            data = await self._apart[opcode](request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES[opcode]).errno
-        self._tell(request, error, data)
+        if self._tell(request, error, data) and opcode == lanes.OPEN and not error:
+            await self._close_again(data)
 
-    def _tell(self, request: Request, error: int, data: bytes) -> None:
+    def _tell(self, request: Request, error: int, data: bytes) -> bool:
+        """Returns whether nobody has heard it."""
         unique, opcode = request[:2]
-        unseen = self._reply(unique, error, data)
-        if unseen and opcode == lanes.LOOKUP and not error:  # the kernel will not forget it
-            (node,) = _NODE.unpack_from(data)
+        unheard = bool(self._reply(unique, error, data))
+        if unheard and opcode == lanes.LOOKUP and not error:  # the kernel will not forget it
+            (node,) = _NUMBER.unpack_from(data)
             self._operations.inodes.forget(node, 1)
+        return unheard
+
+    async def _close_again(self, opened: bytes) -> None:
+        """The kernel, which has not heard of an open, sends no release."""
+        (handle,) = _NUMBER.unpack_from(opened)
+        try:
+            with trio.CancelScope(shield=True):
+                await self._files.close(handle)
+        except Exception as exc:
+            answer(self._state, exc, "release")
 
     async def _lookup(self, request: Request) -> bytes:
         name, found = request[6], request[5]
@@ -175,6 +201,18 @@ class Requests:
 
     async def _getattr(self, request: Request) -> bytes:
         return packed_attributes(await self._operations.attributes(request[2]))
+
+    async def _open(self, request: Request) -> bytes:
+        _, _, node, _, pid, flags, _ = request
+        return packed_open(await self._files.open(self._operations.inodes[node], flags, pid))
+
+    async def _flush(self, request: Request) -> bytes:
+        await self._files.before_close(request[2])
+        return b""
+
+    async def _release(self, request: Request) -> bytes:
+        await self._files.close(request[2])
+        return b""
 
     async def _read(self, handle: Handle, request: Request) -> memoryview:
         return await self._cache.read_slowly(handle.image, request[3], request[4])

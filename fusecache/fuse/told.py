@@ -8,6 +8,7 @@ from pyfuse3 import EntryAttributes
 from fusecache.engine.block_cache import BlockCache
 from fusecache.fuse.attributes import entry_of, packed_attributes
 from fusecache.fuse.inodes import Node
+from fusecache.store.origin import Attributes
 
 if TYPE_CHECKING:
     from fusecache.lane._lane import Lane
@@ -30,6 +31,16 @@ class Told:
         self.lane: Lane | None = None
         """What answers questions in front of us, if anything does."""
 
+    def now(self, node: Node) -> os.stat_result | None:
+        """The origin's attributes from memory alone; None if that is not certain, or they tell of a
+        change by others that has to be looked into."""
+        if not node.local:
+            return None
+        st = os.fstat(node.fd)
+        if node.regular and self._truth.notices(node.identity, Attributes.of(st)):
+            return None
+        return st
+
     def entry(self, node: Node, st: os.stat_result) -> EntryAttributes:
         """The attributes of a node, which are ``st`` on the origin."""
         if not (node.buffered_writers and self._attached(node)):
@@ -42,7 +53,8 @@ class Told:
         """The kernel is told of this time of modification."""
         if node.told_mtime_ns != mtime_ns:
             node.told_mtime_ns = mtime_ns
-            self.anew(node)
+            if node.regular:  # nothing depends on what was told of others
+                self.anew(node)
 
     def again(self, node: Node, entry: EntryAttributes) -> bytes:
         """The answer to a question for attributes, of what could be answered at once. The lane may

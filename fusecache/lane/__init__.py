@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusecache.lane._lane import Lane
 
-LOOKUP, GETATTR, READ, WRITE, FSYNC, FALLOCATE, LSEEK = 1, 3, 15, 16, 20, 43, 46
+LOOKUP, GETATTR, OPEN, READ, WRITE, RELEASE = 1, 3, 14, 15, 16, 18
+FSYNC, FLUSH, FALLOCATE, LSEEK = 20, 25, 43, 46
 """The requests that Python gets from it: opcodes of ``<linux/fuse.h>``."""
 
 

@@ -59,9 +59,10 @@ class Lane:
         """Whether requests come by the kernel's queues, if it still offers them at INIT."""
     def take(self) -> list[tuple[int, int, int, int, int, int, bytes | None]]:
         """Requests that Python must answer, each with ``reply``: unique number, opcode, handle (of
-        a LOOKUP or GETATTR: node), offset, length, detail (flags of an FSYNC, mode of a FALLOCATE,
-        whence of an LSEEK; of a LOOKUP: 0, or one more than an O_PATH descriptor of what it asks
-        for, which is the caller's), and the data of a WRITE or name of a LOOKUP."""
+        a LOOKUP, GETATTR or OPEN: node), offset, length (of an OPEN: whose it is, a process id),
+        detail (flags of an FSYNC or OPEN, mode of a FALLOCATE, whence of an LSEEK; of a LOOKUP: 0,
+        or one more than an O_PATH descriptor of what it asks for, which is the caller's), and the
+        data of a WRITE or name of a LOOKUP."""
     def reply(self, unique: int, error: int, data: bytes | memoryview, /) -> int:
         """Answers a request; returns the errno of that. ENOENT: nobody waits for it any more."""
     def open(self, handle: int, node: int, gate: int, writes: bool, /) -> None:

@@ -3,6 +3,7 @@
 
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <time.h>
 
 #include "lane.h"
@@ -87,18 +88,25 @@ static struct fuse_attr packed(uint64_t node, const struct stat *st)
     };
 }
 
+/* The descriptor stays while the kernel asks, as those of directories do; see names.c. */
+static bool was_told(struct lane *lane, uint64_t node, struct told *told)
+{
+    pthread_mutex_lock(&lane->mutex);
+    *told = lane->told[node % HANDLES];
+    pthread_mutex_unlock(&lane->mutex);
+    return told->node == node;
+}
+
 bool attributes_tell(struct lane *lane, const struct request *request)
 {
     uint32_t gate = table_get(lane->nodes, request->node);
     struct told told;
     struct stat st;
-    pthread_mutex_lock(&lane->mutex);
-    told = lane->told[request->node % HANDLES];
-    pthread_mutex_unlock(&lane->mutex);
-    /* The descriptor stays while the kernel asks, as those of directories do; see names.c. */
-    if (told.node == request->node && fstat(told.fd, &st) == 0) {
+    if (was_told(lane, request->node, &told) && fstat(told.fd, &st) == 0) {
         struct fuse_attr now = packed(request->node, &st);
-        if (memcmp(&now, &told.answer.attr, sizeof now) == 0) {
+        bool same = memcmp(&now, &told.answer.attr, sizeof now) == 0;
+        if (same || S_ISDIR(st.st_mode)) {
+            told.answer.attr = now;
             __atomic_fetch_add(&lane->counters.told, 1, __ATOMIC_RELAXED);
             hold(lane, gate);
             lane_reply(lane, request->unique, 0, &told.answer, sizeof told.answer);
@@ -109,4 +117,24 @@ bool attributes_tell(struct lane *lane, const struct request *request)
         __atomic_store_n(question_of(lane, request->unique), request->unique << 16 | (gate + 1),
                          __ATOMIC_RELAXED);
     return false;
+}
+
+bool attributes_space(struct lane *lane, const struct request *request)
+{
+    struct told told;
+    struct statvfs st;
+    if (request->node != FUSE_ROOT_ID || !was_told(lane, FUSE_ROOT_ID, &told) ||
+        fstatvfs(told.fd, &st))
+        return false;
+    struct fuse_statfs_out space = {.st = {.blocks = st.f_blocks,
+                                           .bfree = st.f_bfree,
+                                           .bavail = st.f_bavail,
+                                           .files = st.f_files,
+                                           .ffree = st.f_ffree,
+                                           .bsize = (uint32_t)st.f_bsize,
+                                           .namelen = (uint32_t)st.f_namemax,
+                                           .frsize = (uint32_t)st.f_frsize}};
+    __atomic_fetch_add(&lane->counters.told, 1, __ATOMIC_RELAXED);
+    lane_reply(lane, request->unique, 0, &space, sizeof space);
+    return true;
 }

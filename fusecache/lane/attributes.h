@@ -1,5 +1,5 @@
-/* Attributes: questions for those that are as Python has told them last, and the moment that reads
- * wait after such a question. */
+/* Attributes: questions for those that are as Python has told them last, for free space, and the
+ * moment that reads wait after a question. */
 #ifndef FUSECACHE_ATTRIBUTES_H
 #define FUSECACHE_ATTRIBUTES_H
 
@@ -18,8 +18,13 @@ struct told {
 };
 
 /* Answers with what was told last, if it would be told again: the descriptor has the same
- * attributes still. False: it is Python's. */
+ * attributes still. Those of a directory are told as they are now, since nothing else goes into
+ * them. False: it is Python's. */
 bool attributes_tell(struct lane *lane, const struct request *request);
+
+/* Answers with the space of the origin, if Python has told the attributes of its root: then nobody
+ * has to be asked who may hang. False: it is Python's. */
+bool attributes_space(struct lane *lane, const struct request *request);
 
 /* Python answers this request now. */
 void attributes_told(struct lane *lane, uint64_t unique);

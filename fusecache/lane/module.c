@@ -188,7 +188,8 @@ static PyObject *waiting_tuple(const struct waiting *waiting)
     } else {
         data = Py_NewRef(Py_None);
     }
-    bool of_node = request->kind == REQUEST_LOOKUP || request->kind == REQUEST_GETATTR;
+    bool of_node = request->kind == REQUEST_LOOKUP || request->kind == REQUEST_GETATTR ||
+                   request->kind == REQUEST_OPEN;
     uint64_t of = of_node ? request->node : request->handle;
     return Py_BuildValue("(KIKKKIN)", (unsigned long long)request->unique, request->opcode,
                          (unsigned long long)of, (unsigned long long)request->offset,

@@ -50,6 +50,18 @@ static enum request_kind parse_fsync(const char *message, size_t size, struct re
     return REQUEST_FSYNC;
 }
 
+static enum request_kind parse_open(const char *message, size_t size, struct request *request)
+{
+    struct fuse_in_header header;
+    struct fuse_open_in in;
+    if (!body(message, size, &in, sizeof in))
+        return REQUEST_BAD;
+    memcpy(&header, message, sizeof header);
+    request->detail = in.flags;
+    request->length = header.pid;
+    return REQUEST_OPEN;
+}
+
 static enum request_kind parse_flush(const char *message, size_t size, struct request *request)
 {
     struct fuse_flush_in in;
@@ -57,6 +69,15 @@ static enum request_kind parse_flush(const char *message, size_t size, struct re
         return REQUEST_BAD;
     request->handle = in.fh;
     return REQUEST_FLUSH;
+}
+
+static enum request_kind parse_release(const char *message, size_t size, struct request *request)
+{
+    struct fuse_release_in in;
+    if (!body(message, size, &in, sizeof in))
+        return REQUEST_BAD;
+    request->handle = in.fh;
+    return REQUEST_RELEASE;
 }
 
 static enum request_kind parse_fallocate(const char *message, size_t size, struct request *request)
@@ -134,8 +155,12 @@ static enum request_kind parse_body(const char *message, size_t size, struct req
         return parse_write(message, size, request);
     case FUSE_FSYNC:
         return parse_fsync(message, size, request);
+    case FUSE_OPEN:
+        return parse_open(message, size, request);
     case FUSE_FLUSH:
         return parse_flush(message, size, request);
+    case FUSE_RELEASE:
+        return parse_release(message, size, request);
     case FUSE_FALLOCATE:
         return parse_fallocate(message, size, request);
     case FUSE_LSEEK:
@@ -148,6 +173,8 @@ static enum request_kind parse_body(const char *message, size_t size, struct req
         return parse_lookup(message, size, request);
     case FUSE_GETATTR:
         return REQUEST_GETATTR;
+    case FUSE_STATFS:
+        return REQUEST_STATFS;
     case FUSE_INIT:
         return parse_init(message, size, request);
     case FUSE_INTERRUPT:

@@ -21,10 +21,13 @@ enum request_kind {
     REQUEST_CAPABILITY, /* the question for security.capability that comes before every write */
     REQUEST_LOOKUP,
     REQUEST_GETATTR,
+    REQUEST_STATFS,
+    REQUEST_OPEN,
     REQUEST_READ,
     REQUEST_WRITE,
     REQUEST_FSYNC,
-    REQUEST_FLUSH, /* one of the closes of a handle */
+    REQUEST_FLUSH,   /* one of the closes of a handle */
+    REQUEST_RELEASE, /* the last one */
     REQUEST_FALLOCATE,
     REQUEST_LSEEK,
 };
@@ -37,8 +40,8 @@ struct request {
     uint64_t handle;
     uint64_t offset;
     uint64_t length;  /* bytes read, written, of a name, or to be allocated; FORGETS: entries;
-                       * INIT: the second 32 flags */
-    uint32_t detail;  /* FSYNC, INIT: flags; FALLOCATE: mode; LSEEK: whence; LOOKUP: 0, or one more
+                       * INIT: the second 32 flags; OPEN: whose it is, a process id */
+    uint32_t detail;  /* FSYNC, INIT, OPEN: flags; FALLOCATE: mode; LSEEK: whence; LOOKUP: 0, or one more
                        * than a descriptor of what has that name, which the receiver closes */
     const char *data; /* inside the message: length bytes of a WRITE or LOOKUP, FORGETS: entries */
 };

@@ -234,6 +234,10 @@ static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
         if (attributes_tell(lane, request))
             return buffer;
         return lane_queue(lane, request, buffer);
+    case REQUEST_STATFS:
+        if (!attributes_space(lane, request))
+            break;
+        return buffer;
     case REQUEST_FSYNC:
         if (syncs_take(lane, request))
             return buffer;
@@ -244,9 +248,11 @@ static struct buffer *dispatch(struct lane *lane, char *message, size_t size,
         return lane_queue(lane, request, buffer);
     case REQUEST_FLUSH:
         if (table_get(lane->readers_only, request->handle) == UINT32_MAX)
-            break;
+            return lane_queue(lane, request, buffer);
         lane_reply(lane, request->unique, 0, NULL, 0);
         return buffer;
+    case REQUEST_OPEN:
+    case REQUEST_RELEASE:
     case REQUEST_FALLOCATE:
     case REQUEST_LSEEK:
         return lane_queue(lane, request, buffer);

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 
+import pyfuse3
 import pytest
 from pyfuse3 import ROOT_INODE
 
@@ -18,14 +19,14 @@ async def inode(served: Served) -> int:
 
 
 @pytest.fixture
-def dropped(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def dropped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The threads in which the kernel is made to forget pages."""
     made: list[str] = []
 
-    def invalidate(identity: bytes) -> None:
+    def invalidate(inode: int, attr_only: bool) -> None:
         made.append(threading.current_thread().name)
 
-    monkeypatch.setattr(served.operations, "invalidate", invalidate)
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", invalidate)
     return made
 
 

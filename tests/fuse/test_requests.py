@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from pyfuse3 import ROOT_INODE
 
 from fusecache import lane as lanes
 from fusecache.errors import DatabaseError
+from fusecache.fuse.files import Files
 from fusecache.fuse.requests import Request, Requests
 from fusecache.store import origin
 from fusecache.store.block_map import BlockMap
@@ -49,13 +51,13 @@ def _fails(*_: object, **__: object) -> Any:
 
 
 async def answers(
-    served: Served, *requests: Request, unwanted: bool = False
+    served: Served, *requests: Request, unwanted: bool = False, late: tuple[Request, ...] = ()
 ) -> dict[int, tuple[int, bytes]]:
     """Errno and data by request, of requests that come together; ``unwanted``: the kernel has given
-    up waiting for them."""
+    up waiting for them; ``late``: what is handed over just before the end."""
     found: dict[int, tuple[int, bytes]] = {}
     queue = os.eventfd(1)
-    left = [list(requests)]
+    left = [list(late), list(requests)]
 
     def reply(unique: int, error: int, data: bytes) -> int:
         assert unique not in found
@@ -350,3 +352,133 @@ async def test_a_failed_sync_of_the_lane_loses_although_the_database_fails_with_
     assert not cache.state.usable
     assert cache.core.lost_ranges(image.id) == [(BLOCK - PAGE, PAGE)]
     assert "lost 1 pages" in caplog.text
+
+
+# -- opens and closes ------------------------------------------------------------------------------
+
+PID = 4711
+
+
+def opens(unique: int, node: int, flags: int = os.O_RDWR) -> Request:
+    """As ``Lane.take`` gives it."""
+    return unique, lanes.OPEN, node, 0, PID, flags, None
+
+
+def closes(unique: int, opcode: int, handle: int) -> Request:
+    """The same: a FLUSH or a RELEASE."""
+    return unique, opcode, handle, 0, 0, 0, None
+
+
+@pytest.fixture
+async def node(served: Served) -> int:
+    """Of an image."""
+    (served.origin / "vm.img").write_bytes(b"1" * BLOCK)
+    return await served.inode("vm.img")
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC])
+async def test_an_open_gives_a_handle_that_ends_with_its_release(
+    served: Served, node: int, flags: int
+) -> None:
+    error, data = (await answers(served, opens(2, node, flags)))[2]
+    number, kept, _ = struct.unpack("<QII", data)
+    handle = served.operations.handles[number]
+    assert (error, kept, handle.pid) == (0, 0, PID)
+    writes = flags & os.O_ACCMODE != os.O_RDONLY
+    image = handle.image
+    assert (handle.write, image.writers, image.readers) == (writes, writes, not writes)
+    assert image.size == (0 if flags & os.O_TRUNC else BLOCK)
+    for opcode in (lanes.FLUSH, lanes.FLUSH, lanes.RELEASE):
+        assert await answers(served, closes(4, opcode, number)) == {4: (0, b"")}
+    assert not served.operations.handles and not image.handles
+
+
+async def test_the_kernel_keeps_its_pages_unless_others_have_changed_the_image(
+    served: Served, node: int
+) -> None:
+    keeps = []
+    for content in (b"1", b"1", b"2", b"2"):
+        if content != (served.origin / "vm.img").read_bytes()[:1]:
+            (served.origin / "vm.img").write_bytes(content * BLOCK)
+        await trio.sleep(0.15)  # longer than Tuning.settle_age: its change time is to be trusted
+        _, data = (await answers(served, opens(2, node, os.O_RDONLY)))[2]
+        number, flags, _ = struct.unpack("<QII", data)
+        keeps.append(flags)
+        image = served.operations.handles[number].image
+        assert await served.cache.read(image, 0, 1) == content
+        await answers(served, closes(4, lanes.RELEASE, number))
+    assert keeps == [0, 2, 0, 2]  # FOPEN_KEEP_CACHE
+
+
+async def test_a_close_notes_what_the_image_is_then(served: Served, node: int) -> None:
+    """What others do after it, and before the kernel tells of the last close, is theirs (P3)."""
+    number = await served.open(node)
+    image = served.operations.handles[number].image
+    assert (await answers(served, write(2, number, 0, b"x" * PAGE)))[2][0] == 0
+    await served.cache.flush(image)
+    image.wrote = True
+    await answers(served, closes(4, lanes.FLUSH, number))
+    assert image.closing is not None
+
+
+async def test_opens_and_closes_that_cannot_be_fail(served: Served, node: int) -> None:
+    (served.origin / "directory").mkdir()
+    directory = await served.inode("directory")
+    found = await answers(
+        served,
+        opens(2, UNKNOWN),
+        opens(4, directory),
+        closes(6, lanes.FLUSH, UNKNOWN),
+        closes(8, lanes.RELEASE, UNKNOWN),
+    )
+    assert {unique: error for unique, (error, _) in found.items()} == {
+        2: errno.EIO, 4: errno.EPERM, 6: errno.EIO, 8: errno.EIO
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
+async def test_an_open_that_nobody_waits_for_is_closed_again(
+    served: Served, node: int, flags: int
+) -> None:
+    """The kernel would send no release."""
+    assert (await answers(served, opens(2, node, flags), unwanted=True))[2][0] == 0
+    assert not served.operations.handles
+    image = served.cache.images.find(served.operations.inodes[node].identity)
+    assert image is not None and not image.handles
+
+
+async def test_the_last_closes_are_not_lost_in_the_end(served: Served, node: int) -> None:
+    numbers = [await served.open(node, flags) for flags in (os.O_RDONLY, os.O_RDWR)]
+    late = tuple(closes(2 * n, lanes.RELEASE, n) for n in numbers)
+    found = await answers(served, getattr_(1, node), late=late)
+    assert [found[2 * n] for n in numbers] == [(0, b"")] * 2
+    assert not served.operations.handles
+
+
+async def test_who_only_reads_waits_for_nothing_when_he_closes(
+    served: Served, node: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = [await served.open(node, os.O_RDONLY) for _ in range(3)]
+    writer = await served.open(node)
+    slowly: list[int] = []
+    close = Files.close
+
+    async def noted(files: Files, number: int) -> None:
+        slowly.append(number)
+        await close(files, number)
+
+    monkeypatch.setattr(Files, "close", noted)
+    image = served.operations.handles[writer].image
+    await answers(served, closes(2, lanes.RELEASE, readers[0]))
+    assert (slowly, image.readers) == ([], 2)
+    async with trio.open_nursery() as nursery, image.opening:  # somebody opens or closes it
+        nursery.start_soon(answers, served, closes(2, lanes.RELEASE, readers[1]))
+        await trio.testing.wait_all_tasks_blocked()
+        assert image.readers == 2
+    assert (slowly, image.readers) == ([readers[1]], 1)
+    await answers(served, closes(2, lanes.RELEASE, writer))
+    assert (slowly, image.writers) == ([readers[1], writer], 0)
+    await served.cache.evict(image)
+    await answers(served, closes(2, lanes.RELEASE, readers[2]))  # and now it is forgotten
+    assert slowly == [readers[1], writer, readers[2]]
+    assert served.cache.images.find(served.operations.inodes[node].identity) is None

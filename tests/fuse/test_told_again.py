@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from pyfuse3 import ROOT_INODE
 
 from fusecache.engine.image import Image
 from fusecache.engine.truth import Truth
@@ -127,6 +128,16 @@ async def test_another_time_takes_back_what_was_told(
     assert lane.kept
     served.operations.told.entry(served.operations.inodes[inode], older)
     assert not lane.kept
+
+
+async def test_what_changes_in_a_directory_takes_nothing_back(served: Served, lane: Lane) -> None:
+    """The lane tells of it as it is."""
+    answer = await _asked(served, ROOT_INODE)
+    await served.operations.mkdir(ROOT_INODE, b"new", 0o755, NOBODY)
+    assert await _asked(served, ROOT_INODE) != answer
+    os.utime(served.origin, ns=(1, 2))
+    assert (await served.operations.getattr(ROOT_INODE, NOBODY)).st_mtime_ns == 2
+    assert list(lane.kept) == [ROOT_INODE]
 
 
 async def test_it_is_dropped_after_the_end_of_a_close(

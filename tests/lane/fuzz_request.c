@@ -43,7 +43,8 @@ static size_t make(char *message)
     static const uint32_t opcodes[] = {FUSE_READ,      FUSE_WRITE, FUSE_FSYNC,    FUSE_FALLOCATE,
                                        FUSE_LSEEK,     FUSE_INIT,  FUSE_GETXATTR, FUSE_GETATTR,
                                        FUSE_INTERRUPT, FUSE_LOOKUP, 0,            UINT32_MAX,
-                                       FUSE_BATCH_FORGET, FUSE_FLUSH};
+                                       FUSE_BATCH_FORGET, FUSE_FLUSH, FUSE_OPEN, FUSE_RELEASE,
+                                       FUSE_STATFS};
     uint32_t data = below(3) ? below(100) : below(DATA);
     uint32_t forgets = below(8) ? below(6) : below(2 * FORGETS + 2);
     size_t size = sizeof(struct fuse_in_header) + below(2) * 40 + data;

@@ -24,9 +24,10 @@ BLOCK = 64 * 1024
 PAGE = 4096
 FULL = 0xFFFF
 DATA_OFFSET = 1 << 20
-LOOKUP, GETATTR, READ, WRITE, FSYNC, GETXATTR, INIT, INTERRUPT = 1, 3, 15, 16, 20, 22, 26, 36
+LOOKUP, GETATTR, OPEN, READ, WRITE, STATFS, RELEASE, FSYNC = 1, 3, 14, 15, 16, 17, 18, 20
 KILLPRIV_V2 = 1 << 28
-FORGET, READLINK, RELEASE, FLUSH, BATCH_FORGET, FALLOCATE, LSEEK = 2, 5, 18, 25, 42, 43, 46
+FORGET, READLINK, GETXATTR, FLUSH, INIT, INTERRUPT = 2, 5, 22, 25, 26, 36
+BATCH_FORGET, FALLOCATE, LSEEK = 42, 43, 46
 HEADER = struct.Struct("<IIQQIIIHH")
 ANSWER = struct.Struct("<IiQ")
 _READ = struct.Struct("<QQIIQII")
@@ -34,6 +35,8 @@ _MORE = 1 << 22
 PATIENCE = 20.0
 NODE = 7
 """The node of handle 1."""
+PID = 4711
+"""Of who asks."""
 
 
 class Device:
@@ -93,7 +96,7 @@ def request(
 ) -> bytes:
     """A request as the kernel sends it; ``length`` for one that lies about its own."""
     size = HEADER.size + len(body) if length is None else length
-    return HEADER.pack(size, opcode, unique, node, 0, 0, 0, 0, 0) + body
+    return HEADER.pack(size, opcode, unique, node, 0, 0, PID, 0, 0) + body
 
 
 def read_body(handle: int, offset: int, length: int) -> bytes:

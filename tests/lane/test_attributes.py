@@ -1,14 +1,16 @@
 """Questions for attributes that the lane answers as Python did last."""
 
 import os
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fusecache.fuse.attributes import entry_of, packed_attributes
-from tests.lane.rig import GETATTR, NODE, Rig
+from fusecache.fuse.inodes import ROOT_ID as ROOT
+from tests.lane.rig import GETATTR, NODE, STATFS, Rig
 
 QUESTION = bytes(16)
 TABLE = 65536
@@ -137,6 +139,85 @@ def test_an_answer_has_its_length(rig: Rig, image: Image, length: int) -> None:
     with pytest.raises(ValueError, match="no answer"):
         rig.lane.keep_attributes(NODE, image.fd, bytes(length))
     is_pythons(rig)
+
+
+# -- directories -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(image: Image) -> Iterator[int]:
+    """A descriptor of the one in which the image is."""
+    fd = os.open(image.path.parent, os.O_PATH)
+    yield fd
+    os.close(fd)
+
+
+def test_those_of_a_directory_are_told_as_they_are(rig: Rig, image: Image, directory: int) -> None:
+    """Nothing else goes into them, and whoever uses it changes them all the time."""
+
+    def now(timeout: float = 1.0) -> bytes:
+        return packed_attributes(entry_of(NODE, os.fstat(directory), timeout))
+
+    is_pythons(rig)
+    told = now(timeout=2.5)
+    rig.lane.keep_attributes(NODE, directory, told)
+    assert rig.answer_to(ask(rig)) == (0, told)
+    for change in (
+        lambda path: (path / "new").mkdir(),
+        lambda path: path.chmod(0o710),
+        lambda path: os.utime(path, ns=(1, 2)),
+    ):
+        change(image.path.parent)
+        before, told = told, now(timeout=2.5)
+        assert told != before
+        assert rig.answer_to(ask(rig)) == (0, told)
+    rig.lane.drop_attributes(NODE)
+    is_pythons(rig)
+
+
+_SPACE = struct.Struct("<QQQQQIIII24x")
+
+
+def _space(path: Path) -> bytes:
+    """``struct fuse_statfs_out``."""
+    st = os.statvfs(path)
+    return _SPACE.pack(
+        *(st.f_blocks, st.f_bfree, st.f_bavail, st.f_files, st.f_ffree),
+        *(st.f_bsize, st.f_namemax, st.f_frsize, 0),
+    )
+
+
+def _is_pyfuse3s(rig: Rig, node: int) -> None:
+    rig.send(STATFS, node=node)
+    assert rig.pyfuse3.recv(4096)
+    assert not rig.nothing_came()
+
+
+def test_space_is_that_of_the_root(rig: Rig, image: Image) -> None:
+    """As soon as its attributes were told: it is an origin that hangs nobody."""
+    other = Path("/proc")  # another filesystem
+    fds = [os.open(path, os.O_PATH) for path in (image.path.parent, other)]
+    for node in (ROOT, NODE):
+        _is_pyfuse3s(rig, node)
+    rig.lane.keep_attributes(ROOT + TABLE, fds[1], image.answer(ROOT + TABLE))
+    _is_pyfuse3s(rig, ROOT)
+    for node, fd in zip((ROOT, NODE), fds, strict=True):
+        rig.lane.keep_attributes(node, fd, image.answer(node))
+    for _ in range(20):  # others write here as well
+        before = _space(image.path)
+        found = rig.answer_to(rig.send(STATFS, node=ROOT))
+        if before == _space(image.path):
+            break
+    assert found == (0, before)
+    _is_pyfuse3s(rig, NODE)
+    for fd in fds:
+        os.close(fd)
+    _is_pyfuse3s(rig, ROOT)
+    rig.lane.drop_attributes(ROOT)
+    _is_pyfuse3s(rig, ROOT)
+
+
+# -- reads -----------------------------------------------------------------------------------------
 
 
 def test_a_read_after_the_answer_waits_a_moment(rig: Rig, image: Image) -> None:

@@ -434,8 +434,8 @@ MUTATIONS = {
     ),
     "another node's attributes are told": Mutation(
         "attributes.c",
-        "told.node == request->node && ",
-        "",
+        "    return told->node == node;\n",
+        "    return told->fd >= 0 || node;\n",
         "test_attributes.py and takes_back",
     ),
     "another node's attributes are taken back": Mutation(
@@ -449,6 +449,48 @@ MUTATIONS = {
         "        told->node = 0;\n",
         "        (void)told;\n",
         "test_attributes.py and takes_back",
+    ),
+    "images are told of as they are": Mutation(
+        "attributes.c",
+        "same || S_ISDIR(st.st_mode)",
+        "same || now.ino",
+        "test_attributes.py and what_changes",
+    ),
+    "directories are told of as they were": Mutation(
+        "attributes.c",
+        "            told.answer.attr = now;\n",
+        "",
+        "test_attributes.py and of_a_directory",
+    ),
+    "directories that have changed are Python's": Mutation(
+        "attributes.c",
+        "same || S_ISDIR(st.st_mode)",
+        "same",
+        "test_attributes.py and of_a_directory",
+    ),
+    "the space is that of any node": Mutation(
+        "attributes.c",
+        "request->node != FUSE_ROOT_ID || !was_told(lane, FUSE_ROOT_ID, &told)",
+        "!was_told(lane, request->node, &told)",
+        "test_attributes.py and space",
+    ),
+    "the space of an origin that may hang is told": Mutation(
+        "attributes.c",
+        "!was_told(lane, FUSE_ROOT_ID, &told)",
+        "!(was_told(lane, FUSE_ROOT_ID, &told), told.fd)",
+        "test_attributes.py and space",
+    ),
+    "an open is taken for one of a handle": Mutation(
+        "module.c",
+        " ||\n                   request->kind == REQUEST_OPEN;",
+        ";",
+        "test_requests.py and says",
+    ),
+    "nobody knows whose an open is": Mutation(
+        "request.c",
+        "    request->length = header.pid;\n",
+        "    (void)header;\n",
+        "test_requests.py and says",
     ),
     "no read waits after an answer": Mutation(
         "attributes.c",

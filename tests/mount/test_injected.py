@@ -127,7 +127,7 @@ _CASES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "getattr": ("Truth.notices", _with_handle(_written_then_asked)),
     "setattr": ("Tree.chmod", _at_once(lambda at: (at / "image").chmod(0o600))),
     "setattr (size)": ("BlockCache.truncate", _at_once(lambda at: os.truncate(at / "image", 9))),
-    "statfs": ("Tree.statvfs", _at_once(os.statvfs)),
+    "statfs": ("Tree.statvfs", _at_once(lambda at: os.statvfs(at / "dir"))),
     "getxattr": ("Tree.getxattr", _at_once(lambda at: os.getxattr(at / "image", "user.x"))),
     "setxattr": ("Tree.setxattr", _at_once(lambda at: os.setxattr(at / "image", "user.x", b""))),
     "listxattr": ("Tree.listxattr", _at_once(lambda at: os.listxattr(at / "image"))),

@@ -152,7 +152,7 @@ def test_other_requests_that_stall_hold_up_no_queue(
 
         def ask() -> None:
             with _on(processors[-1]):
-                os.statvfs(faulty.mountpoint)
+                os.fstatvfs(well)  # that of the root the lane tells
 
         def read() -> None:
             with _on(processors[-1]):
