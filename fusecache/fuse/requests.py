@@ -29,6 +29,9 @@ _NUMBER = struct.Struct("<Q")
 _DATA_ONLY = 1
 """``FUSE_FSYNC_FDATASYNC``."""
 
+_LEFT_BEHIND = (lanes.LOOKUP, lanes.GETATTR, lanes.READ)
+"""At a forced end. What changes something is done whole: an open that truncates, too."""
+
 _NAMES = {
     lanes.LOOKUP: "lookup",
     lanes.GETATTR: "getattr",
@@ -82,10 +85,12 @@ class Requests:
 
     def _take(self, nursery: trio.Nursery) -> None:
         writes: list[tuple[Request, Write]] = []
+        closes = False
         for request in self._lane.take():
             if request[1] in self._apart:
                 if not self._tell_at_once(request):
-                    nursery.start_soon(self._ask, request)
+                    nursery.start_soon(self._ask, request, closes)
+                    closes |= request[1] == lanes.RELEASE
             elif not self._at_once(request, writes):
                 nursery.start_soon(self._answer, request)
         for request in self._written_together(writes):
@@ -136,9 +141,7 @@ class Requests:
         unique, opcode = request[:2]
         error, data = 0, b""  # type: int, bytes | memoryview
         try:
-            # At a forced end questions and reads are left behind, but what changes something is
-            # done whole.
-            with trio.CancelScope(shield=opcode != lanes.READ):
+            with trio.CancelScope(shield=opcode not in _LEFT_BEHIND):
                 data = await self._slowly[opcode](self._handles[request[2]], request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES.get(opcode, "a request")).errno
@@ -165,11 +168,16 @@ class Requests:
         self._tell(request, error, data)
         return True
 
-    async def _ask(self, request: Request) -> None:
+    async def _ask(self, request: Request, after_closes: bool) -> None:
         opcode = request[1]
         error, data = 0, b""
+        if opcode == lanes.OPEN and after_closes:
+            # Tasks begin in any order. Whoever opens an image again that was evicted meanwhile, and
+            # that its last user has just closed, must not come before him and find it so.
+            await trio.lowlevel.checkpoint()
         try:
-            data = await self._apart[opcode](request)
+            with trio.CancelScope(shield=opcode not in _LEFT_BEHIND):
+                data = await self._apart[opcode](request)
         except Exception as exc:
             error = answer(self._state, exc, _NAMES[opcode]).errno
         if self._tell(request, error, data) and opcode == lanes.OPEN and not error:

@@ -96,8 +96,8 @@ class Lane:
         """See ``enter``."""
     def bring_answers(self, timeout: float = ..., /) -> None:
         """Gives what pyfuse3 has answered to the kernel, waiting for no more. If the event loop
-        will not wait, it does not look for answers that were not announced by ``make_room``. For
-        one thread at a time."""
+        will not wait, it looks only now and then for answers that were not announced by
+        ``make_room``. For one thread at a time."""
     def make_room(self) -> None:
         """For who is about to answer a request by pyfuse3: brings the answers of others."""
     def stop(self, seconds: float, /) -> bool:

@@ -11,6 +11,8 @@
 #define ARRAYS 17
 #define SMALL (128 << 10) /* answers up to this size are written without letting go of the GIL */
 
+#define ROUNDS 16 /* after which the event loop looks for answers, however busy it is */
+
 typedef struct {
     PyObject_HEAD
     struct lane lane;
@@ -19,6 +21,7 @@ typedef struct {
     bool started;
     bool stopped;
     bool answers_soon; /* pyfuse3 gives one before the event loop waits */
+    unsigned rounds;   /* of the loop in which none was expected */
 } LaneObject;
 
 static PyObject *raise_errno(int error)
@@ -355,8 +358,9 @@ static PyObject *lane_py_bring_answers(LaneObject *self, PyObject *args)
     double seconds = 1;
     if (!PyArg_ParseTuple(args, "|d", &seconds))
         return NULL;
-    if (seconds > 0 || self->answers_soon) {
+    if (seconds > 0 || self->answers_soon || ++self->rounds == ROUNDS) {
         self->answers_soon = false;
+        self->rounds = 0;
         serve_answers(&self->lane);
     }
     Py_RETURN_NONE;

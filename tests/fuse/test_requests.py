@@ -14,8 +14,11 @@ import trio.testing
 from pyfuse3 import ROOT_INODE
 
 from fusecache import lane as lanes
+from fusecache.engine.block_cache import BlockCache
+from fusecache.engine.closing import Closing
 from fusecache.errors import DatabaseError
 from fusecache.fuse.files import Files
+from fusecache.fuse.operations import Operations
 from fusecache.fuse.requests import Request, Requests
 from fusecache.store import origin
 from fusecache.store.block_map import BlockMap
@@ -482,3 +485,66 @@ async def test_who_only_reads_waits_for_nothing_when_he_closes(
     await answers(served, closes(2, lanes.RELEASE, readers[2]))  # and now it is forgotten
     assert slowly == [readers[1], writer, readers[2]]
     assert served.cache.images.find(served.operations.inodes[node].identity) is None
+
+
+async def test_an_open_that_comes_with_a_close_comes_after_it(served: Served, node: int) -> None:
+    """Or else an image that was evicted while it was open would stay so as long as somebody who
+    opens it at once has it open. Ten times: tasks begin in any order."""
+    for _ in range(10):
+        number = await served.open(node)
+        evicted = served.operations.handles[number].image
+        await served.cache.evict(evicted)
+        assert evicted.detached
+        both = closes(2, lanes.RELEASE, number), opens(4, node)
+        (again,) = struct.unpack_from("<Q", (await answers(served, *both))[4][1])
+        image = served.operations.handles[again].image
+        assert image is not evicted and not image.detached
+        await answers(served, closes(6, lanes.RELEASE, again))
+
+
+@pytest.mark.parametrize(
+    ("opcode", "owner", "name", "whole"),
+    [
+        (lanes.OPEN, BlockCache, "truncate", True),
+        (lanes.FLUSH, Closing, "before_close", True),
+        (lanes.RELEASE, Closing, "close", True),
+        (lanes.FSYNC, BlockCache, "fsync", True),
+        (lanes.LOOKUP, Operations, "look_up", False),
+    ],
+)
+async def test_what_changes_something_is_done_whole_at_a_forced_end(
+    served: Served, node: int, opcode: int, owner: type, name: str, whole: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    handle = await served.open(node)
+    request = {
+        lanes.OPEN: opens(2, node, os.O_RDWR | os.O_TRUNC),
+        lanes.LOOKUP: lookup(2, ROOT_INODE, b"vm.img"),
+    }.get(opcode, closes(2, opcode, handle))
+    began, ended = trio.Event(), []
+    really = getattr(owner, name)
+
+    async def slowly(*args: Any, **kwargs: Any) -> Any:
+        began.set()
+        await trio.sleep(0.05)
+        ended.append(await really(*args, **kwargs))
+        return ended[-1]
+
+    monkeypatch.setattr(owner, name, slowly)
+    queue = os.eventfd(1)
+    waiting = [request]
+
+    def take() -> list[Request]:
+        os.eventfd_read(queue)
+        return [waiting.pop()]
+
+    lane: Any = SimpleNamespace(queue=queue, ended=False, take=take, reply=lambda *_: 0)
+    try:
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Requests(lane, served.operations, served.cache).serve)
+                await began.wait()
+                nursery.cancel_scope.cancel()
+    finally:
+        os.close(queue)
+    assert bool(ended) == whole

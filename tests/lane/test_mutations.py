@@ -218,14 +218,20 @@ MUTATIONS = {
     ),
     "answers are brought only when the loop waits": Mutation(
         "module.c",
-        "seconds > 0 || self->answers_soon",
-        "seconds > 0",
+        "seconds > 0 || self->answers_soon ||",
+        "seconds > 0 ||",
         "test_answers.py and loop_goes_on",
     ),
     "only announced answers are brought": Mutation(
         "module.c",
-        "seconds > 0 || self->answers_soon",
-        "self->answers_soon",
+        "seconds > 0 || self->answers_soon ||",
+        "self->answers_soon ||",
+        "test_answers.py and loop_goes_on",
+    ),
+    "a busy loop brings only announced answers": Mutation(
+        "module.c",
+        " || ++self->rounds == ROUNDS",
+        "",
         "test_answers.py and loop_goes_on",
     ),
     "nobody makes room": Mutation(
