@@ -21,8 +21,15 @@ _WORDS32, _WORDS64 = 32, 16
 _FLAGS, _IMAGE, _FIRST_MARK = 0, 1, 4
 _SIZE, _CHANGES, _COUNTERS = 1, 7, 8
 _BEGUN, _GOOD, _SYNCING = 0, 1, 2
-_EMPTY = np.zeros(_WORDS64, np.uint64)
-_EMPTY.view(np.uint32)[_FIRST_MARK : _FIRST_MARK + MARKS] = NO_BLOCK
+
+
+def _words_of_empty() -> tuple[int, ...]:
+    words = np.zeros(_WORDS64, np.uint64)
+    words.view(np.uint32)[_FIRST_MARK : _FIRST_MARK + MARKS] = NO_BLOCK
+    return tuple(words.tolist())
+
+
+_EMPTY = _words_of_empty()
 COUNTED = 6
 """Reads, their bytes, those that were not in memory, their bytes, overwrites, their bytes."""
 
@@ -114,7 +121,8 @@ class Gate:
         self.number = number
         self._words32, self._words64 = gates.words32, gates.words64
         self._at32, self._at64 = number * _WORDS32, number * _WORDS64
-        self._words64[self._at64 : self._at64 + _WORDS64] = _EMPTY.data
+        for at, word in enumerate(_EMPTY, self._at64):  # not in one piece: the lane may look at it
+            self._words64[at] = word
         self._words32[self._at32 + _IMAGE] = image
         self.resize(size)
         self._seen = [0] * COUNTED
