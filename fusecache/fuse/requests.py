@@ -60,6 +60,7 @@ class Requests:
         self._cache = cache
         self._state = cache.state
         self._files = operations.files
+        # Of nodes, and how handles begin and end; the others are of data, by a handle.
         self._apart: dict[int, Callable[[Request], Awaitable[bytes]]] = {
             lanes.LOOKUP: self._lookup,
             lanes.GETATTR: self._getattr,
